@@ -1,0 +1,82 @@
+"""Where the factors of one adapter lie in the arena, and how their blocks run.
+
+One *linear* is one (possibly fused) base layer on one TP rank: qkv (3 slices), gate_up (2), o or down (1).
+The local factors of an adapter on that linear are
+
+    A   [a_rows, in]         one matrix for all slices (their rows stacked)
+    B_s [out_s, block_rank]  one matrix per slice s
+
+and both may be block-diagonal along their long axis. Block i of an axis covers positions
+``[i * block_size - block_offset, (i + 1) * block_size - block_offset)`` cut to the axis; so position p lies in block
+``(block_offset + p) // block_size``, and the first and the last block may be cut short (a TP rank's share need not
+start or end on a block's edge). A dense factor has one block. With ``i`` the block of a position:
+
+    column-parallel  h[t, j]                   = sum over all c of x[t, c] * A[j, c]                     (a_blocks = 1)
+    row-parallel     h[t, i * a_rows + k]      = sum over the columns c of block i of x[t, c] * A[k, c]  (a_blocks >= 1)
+    both             out[t, o_s + o]          += scaling_s * sum_k h[t, h_start_s + i * block_rank + k] * B_s[o, k]
+
+``h`` has ``h_width = a_rows * a_blocks`` columns. At most one side has more than one block.
+
+A matrix is stored row-major as one run of elements of one *plane* (0 = K rows, 1 = V rows of the layer), starting in
+arena row ``row`` at element ``column`` and flowing through the following rows of width W. Arena row ``i`` of adapter
+``a`` is physical row ``slot_table[a, i]`` of the plane.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MAX_SLICES = 3
+
+
+class Address(NamedTuple):
+    """First element of a matrix: plane (0 = K, 1 = V), arena row of the adapter, element in that row."""
+
+    plane: int
+    row: int
+    column: int
+
+
+class Blocks(NamedTuple):
+    """Blocks along the long axis of a factor (see the module's text); dense is ``Blocks(1, size, 0)``."""
+
+    count: int
+    size: int
+    offset: int
+
+    def bounds(self, index: int, length: int) -> tuple[int, int]:
+        """Half-open interval of axis positions of block ``index`` on an axis of ``length`` positions."""
+        start = index * self.size - self.offset
+        return max(start, 0), min(start + self.size, length)
+
+
+class SliceDescriptor(NamedTuple):
+    """Factor B of one slice. ``rank`` is the local rank (columns of h it reads); 0 means the slice is not adapted."""
+
+    rank: int
+    h_start: int
+    address: Address
+    block_rank: int
+    blocks: Blocks
+
+
+class LinearDescriptor(NamedTuple):
+    """Factors of one adapter on one linear of one layer. ``h_width`` 0 means the linear is not adapted."""
+
+    h_width: int
+    a_rows: int
+    address: Address
+    blocks: Blocks
+    slices: tuple[SliceDescriptor, ...]
+
+    def pack(self) -> list[int]:
+        """The descriptor as ``DESCRIPTOR_FIELDS`` int32 values, absent slices as zeros: the kernels' table row."""
+        row = [self.h_width, self.a_rows, *self.address, *self.blocks]
+        for s in self.slices:
+            row += [s.rank, s.h_start, *s.address, s.block_rank, *s.blocks]
+        return row + [0] * (DESCRIPTOR_FIELDS - len(row))
+
+
+HEAD_FIELDS = 8
+SLICE_FIELDS = 9
+DESCRIPTOR_FIELDS = HEAD_FIELDS + MAX_SLICES * SLICE_FIELDS
