@@ -22,7 +22,7 @@ class ExpandFactor(NamedTuple):
 
 
 class LinearFactors(NamedTuple):
-    """Factors of one adapter on one linear, as tensors: ``a`` [a_rows, in] and one ``ExpandFactor`` per adapted slice."""
+    """One adapter's factors on one linear, as tensors: ``a`` [a_rows, in] and an ``ExpandFactor`` per adapted slice."""
 
     h_width: int
     a: torch.Tensor
@@ -92,7 +92,7 @@ def shrink(x: torch.Tensor, factors: LinearFactors) -> torch.Tensor:
 
 
 def expand_(out: torch.Tensor, h: torch.Tensor, factors: LinearFactors) -> None:
-    """Add ``scaling * h B^T`` of every slice to ``out`` [T, all slices' outputs] in place, for tokens of one adapter."""
+    """Add ``scaling * h B^T`` of every slice to ``out`` [T, all outputs] in place, for tokens of one adapter."""
     for s in factors.slices:
         length = s.weight.shape[0]
         for i in range(s.blocks.count):

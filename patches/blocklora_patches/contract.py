@@ -1,0 +1,137 @@
+"""Upstream symbols that the extension hooks, subclasses or calls, and how each must look in the pinned release."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from importlib.metadata import version
+
+from sglang_blocklora import SGLANG_VERSION
+
+# Dotted path -> parameter names (None: a class or value of which only the existence matters).
+SYMBOLS: dict[str, tuple[str, ...] | None] = {
+    "sglang.srt.lora.lora_manager.LoRAManager.__init__": (
+        "self",
+        "base_model",
+        "base_hf_config",
+        "max_loras_per_batch",
+        "load_config",
+        "dtype",
+        "server_args",
+        "lora_backend",
+        "tp_size",
+        "tp_rank",
+        "max_lora_rank",
+        "target_modules",
+        "lora_paths",
+    ),
+    "sglang.srt.lora.lora_manager.LoRAManager.create_lora_update_result": ("self", "success", "error_message"),
+    "sglang.srt.lora.lora_manager.LoRAManager.load_lora_adapter": ("self", "lora_ref"),
+    "sglang.srt.lora.lora_manager.LoRAManager.load_lora_adapter_from_tensors": (
+        "self",
+        "lora_ref",
+        "tensors",
+        "config_dict",
+        "added_tokens_config",
+    ),
+    "sglang.srt.lora.lora_manager.LoRAManager.unload_lora_adapter": ("self", "lora_ref"),
+    "sglang.srt.lora.lora_manager.LoRAManager._load_lora_adapter": ("self", "lora_ref"),
+    "sglang.srt.lora.lora_manager.LoRAManager._unload_lora_adapter": ("self", "lora_ref"),
+    "sglang.srt.lora.lora_manager.LoRAManager.validate_lora_batch": ("self", "lora_ids"),
+    "sglang.srt.lora.lora_manager.LoRAManager.fetch_new_loras": ("self", "new_loras", "running_loras"),
+    "sglang.srt.lora.lora_manager.LoRAManager.prepare_lora_batch": ("self", "forward_batch"),
+    "sglang.srt.lora.lora_manager.LoRAManager.reset_lora_batch": ("self",),
+    "sglang.srt.lora.lora_manager.LoRAManager.init_cuda_graph_batch_info": (
+        "self",
+        "max_bs_in_cuda_graph",
+        "num_tokens_per_req",
+    ),
+    "sglang.srt.lora.lora_manager.LoRAManager.init_cuda_graph_moe_buffers": (
+        "self",
+        "max_bs",
+        "max_loras",
+        "compute_dtype",
+        "moe_layer",
+    ),
+    "sglang.srt.lora.lora_manager.LoRAManager.can_use_prefill_cuda_graph": ("self", "forward_batch"),
+    "sglang.srt.lora.lora_manager.LoRAManager.supports_prefill_cuda_graph": None,
+    "sglang.srt.lora.lora_registry.LoRARef": None,
+    "sglang.srt.layers.linear.QKVParallelLinear": None,
+    "sglang.srt.layers.linear.MergedColumnParallelLinear": None,
+    "sglang.srt.layers.linear.RowParallelLinear.forward": (
+        "self",
+        "input_",
+        "skip_all_reduce",
+        "forward_batch",
+        "output_tensor",
+    ),
+    "sglang.srt.layers.quantization.base_config.LinearMethodBase.apply": ("self", "layer", "x", "bias"),
+    "sglang.srt.layers.quantization.base_config.QuantizeMethodBase.process_weights_after_loading": ("self", "layer"),
+    "sglang.srt.layers.utils.get_layer_id": ("weight_name",),
+    "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._resolve_lora_path": (
+        "self",
+        "request_model",
+        "explicit_lora_path",
+    ),
+    "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses.create_responses": (
+        "self",
+        "request",
+        "raw_request",
+    ),
+    "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses._generate_with_builtin_tools": (
+        "self",
+        "request_id",
+        "request_prompt",
+        "adapted_request",
+        "sampling_params",
+        "context",
+        "raw_request",
+        "priority",
+        "kwargs",
+    ),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.unload_lora_adapter": ("self", "obj", "_"),
+    "sglang.srt.entrypoints.openai.protocol.DEFAULT_MODEL_NAME": None,
+    "sglang.srt.runtime_context.get_parallel": (),
+    "sglang.srt.server_args.prepare_server_args": ("argv",),
+    "sglang.launch_server.run_server": ("server_args",),
+    "sglang.srt.utils.kill_process_tree": ("parent_pid", "include_parent", "skip_pid", "wait_timeout"),
+}
+
+
+def check_version() -> None:
+    """``SystemExit`` unless the installed SGLang is the release this extension is written for."""
+    installed = version("sglang")
+    if installed != SGLANG_VERSION:
+        raise SystemExit(
+            f"sglang-blocklora works with sglang=={SGLANG_VERSION} only, found {installed}. "
+            f"Install that release (pip install sglang=={SGLANG_VERSION}), or start stock SGLang."
+        )
+
+
+def mismatches() -> list[str]:
+    """One line for each upstream symbol that is not as expected."""
+    found = (_mismatch(path, expected) for path, expected in SYMBOLS.items())
+    return [line for line in found if line]
+
+
+def _mismatch(path: str, expected: tuple[str, ...] | None) -> str | None:
+    try:
+        symbol = _resolve(path)
+    except (ImportError, AttributeError) as error:
+        return f"{path}: {error}"
+    if expected is None:
+        return None
+    parameters = tuple(inspect.signature(symbol).parameters)
+    return None if parameters == expected else f"{path}: expected parameters {expected}, found {parameters}"
+
+
+def _resolve(path: str) -> object:
+    module = path.rpartition(".")[0]
+    while True:
+        try:
+            return pkgutil.resolve_name(f"{importlib.import_module(module).__name__}:{path[len(module) + 1 :]}")
+        except ModuleNotFoundError:
+            module = module.rpartition(".")[0]
+            if not module:
+                raise

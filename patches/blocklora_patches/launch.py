@@ -1,0 +1,21 @@
+"""Running SGLang's own server from our launcher."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from sglang.launch_server import run_server
+from sglang.srt.plugins import load_plugins
+from sglang.srt.server_args import prepare_server_args
+from sglang.srt.utils import kill_process_tree
+
+
+def run_sglang(argv: Sequence[str]) -> None:
+    """What ``python -m sglang.launch_server`` does with ``argv``; ends with every child process."""
+    load_plugins()
+    server_args = prepare_server_args(list(argv))
+    try:
+        run_server(server_args)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)

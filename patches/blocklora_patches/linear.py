@@ -1,0 +1,55 @@
+"""``layers/linear.py``: the delta joins a linear's local output, before the linear's own reduction.
+
+Every parallel linear of SGLang computes its local output with ``quant_method.apply`` and reduces or gathers it
+afterwards. Standing in for the quant method therefore serves column and row layers, quantised or not, and every fused
+or skipped all-reduce, with none of upstream's forward code repeated.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from sglang.srt.layers.quantization.base_config import LinearMethodBase
+
+
+class Step(Protocol):
+    """What adds the deltas of the current batch (``sglang_blocklora.batch``)."""
+
+    def add_delta_(self, layer: int, linear: int, out: torch.Tensor, x: torch.Tensor) -> None: ...
+
+
+class AdaptedLinearMethod(LinearMethodBase):
+    """The base layer's own quant method, plus the batch's deltas.
+
+    It is not an instance of the base method's class, so upstream's fast paths that read ``weight`` directly (they test
+    for that class) fall back to ``apply``.
+    """
+
+    def __init__(self, base: LinearMethodBase, step: Step, layer: int, linear: int) -> None:
+        self.base = base
+        self._step = step
+        self._layer = layer
+        self._linear = linear
+        if hasattr(base, "apply_into"):
+            self.apply_into = self._apply_into
+
+    def create_weights(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base.create_weights(*args, **kwargs)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self.base.process_weights_after_loading(layer)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The local output [tokens, local outputs], deltas included."""
+        out = self.base.apply(layer, x, bias)
+        self._step.add_delta_(self._layer, self._linear, out, x)
+        return out
+
+    def _apply_into(self, layer: torch.nn.Module, x: torch.Tensor, output: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        out = self.base.apply_into(layer, x, output, **kwargs)
+        self._step.add_delta_(self._layer, self._linear, out, x)
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.base, name)

@@ -1,0 +1,156 @@
+"""``lora/lora_manager.py``: SGLang's manager of adapters, replaced by one that serves them block-diagonally."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from sglang.srt.lora.lora_manager import LoRAManager
+from sglang.srt.lora.lora_registry import LoRARef
+from sglang.srt.managers.io_struct import LoRAUpdateOutput
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.runtime_context import get_parallel
+from sglang_blocklora.adapters.loading import Outcome, attempt, merge
+from sglang_blocklora.batch.torch_step import TorchStep
+from sglang_blocklora.memory.pool import AdapterPool, LoadedAdapter
+from sglang_blocklora.memory.static_arena import StaticArena
+from sglang_blocklora.settings import Settings
+
+from blocklora_patches.hook import Hook
+from blocklora_patches.linear import AdaptedLinearMethod
+from blocklora_patches.model_spec import adaptable_linears, build_spec
+from blocklora_patches.unsupported import refuse_unsupported
+
+logger = logging.getLogger(__name__)
+
+
+class BlockLoRAManager(LoRAManager):
+    """The interface of SGLang's manager over ``AdapterPool``: what the scheduler and the model runner call.
+
+    One lives in each TP rank's process. Nothing of upstream's slot pool, backends or LoRA layers is used; its
+    ``__init__`` is not called, because it builds them.
+    """
+
+    enable_dp_attention = False
+    memory_pool = None  # upstream's gauges of its slot pool are left out
+    supports_prefill_cuda_graph = False
+
+    def __init__(
+        self,
+        base_model: torch.nn.Module,
+        base_hf_config: Any,
+        max_loras_per_batch: int,
+        load_config: Any,
+        dtype: torch.dtype,
+        server_args: Any,
+        lora_backend: str = "triton",
+        tp_size: int = 1,
+        tp_rank: int = 0,
+        max_lora_rank: int | None = None,
+        target_modules: Iterable[str] | None = None,
+        lora_paths: list[LoRARef] | None = None,
+    ) -> None:
+        refuse_unsupported()
+        settings = Settings.active()
+        assert settings is not None, "the plugin installs this class only where the launcher's settings are present"
+        self._adapter_root = settings.adapter_root
+        self._max_rank = max_lora_rank or 256
+        self.device = next(base_model.parameters()).device
+        self.lora_refs: dict[str, LoRARef] = {}
+        linears = adaptable_linears(base_model)
+        self._spec = build_spec(
+            linears, set(target_modules or {"all"}), dtype, base_hf_config.vocab_size, tp_rank, tp_size
+        )
+        slot_bytes = len(linears) * 2 * self._spec.row_width * dtype.itemsize
+        slots = settings.adapter_memory_mb * 2**20 // slot_bytes
+        arena = StaticArena(len(linears), slots, self._spec.row_width, dtype, self.device)
+        self.pool = AdapterPool(arena, max_loras_per_batch)
+        self._step = TorchStep(self._spec, self.pool)
+        for layer, modules in enumerate(linears):
+            for index, (_, module) in enumerate(modules):
+                module.quant_method = AdaptedLinearMethod(module.quant_method, self._step, layer, index)
+        logger.info(
+            "block-diagonal LoRA: %d layers, adapter memory %d MiB = %d slots of %d bytes",
+            len(linears),
+            settings.adapter_memory_mb,
+            slots,
+            slot_bytes,
+        )
+        for ref in lora_paths or []:
+            result = self.load_lora_adapter(ref)
+            if not result.success:
+                raise ValueError(f"--lora-paths: {result.error_message}")
+
+    def _load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
+        """Load on every TP rank or on none: the ranks exchange what they found before any of them keeps anything."""
+        name, path = lora_ref.lora_name, lora_ref.lora_path
+        if any(adapter.name == name for adapter in self.pool.loaded.values()):
+            return self._refuse(f"adapter {name!r}: a name that is already loaded; unload it first or pick another.")
+        outcome = attempt(name, path, self._spec, self._max_rank, self._adapter_root)
+        agreed = merge(self._exchange(outcome))
+        if agreed.error is None:
+            agreed = agreed.checked(name, self.pool.reason_not_to_add(agreed.slots, bool(lora_ref.pinned)))
+        if agreed.error is not None:
+            return self._refuse(agreed.error)
+        assert outcome.shard is not None
+        self.pool.add(lora_ref.lora_id, LoadedAdapter(name, path, outcome.shard, agreed.slots, bool(lora_ref.pinned)))
+        self.lora_refs[lora_ref.lora_id] = lora_ref
+        return self.create_lora_update_result(success=True)
+
+    def _exchange(self, outcome: Outcome) -> list[Outcome]:
+        if self._spec.tp_size == 1:
+            return [outcome]
+        return get_parallel().tp_group.all_gather_object(outcome.without_shard())
+
+    def _refuse(self, message: str) -> LoRAUpdateOutput:
+        logger.warning("%s", message)
+        return self.create_lora_update_result(success=False, error_message=message)
+
+    def load_lora_adapter_from_tensors(
+        self, lora_ref: LoRARef, tensors: Any, config_dict: Any, added_tokens_config: Any = None
+    ) -> LoRAUpdateOutput:
+        """Refused: every TP rank would receive all bytes of the adapter."""
+        return self._refuse(
+            f"adapter {lora_ref.lora_name!r}: loading from tensors is not served. Save it as a PEFT folder and use "
+            "/load_lora_adapter."
+        )
+
+    def _unload_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
+        if lora_ref.lora_id in self.pool.loaded:
+            self.pool.remove(lora_ref.lora_id)
+            del self.lora_refs[lora_ref.lora_id]
+        return self.create_lora_update_result(success=True)
+
+    def validate_lora_batch(self, lora_ids: set[str | None]) -> bool:
+        """Whether these adapters can run in one batch; base-model requests (None) always fit."""
+        return self.pool.fits(key for key in lora_ids if key is not None)
+
+    def fetch_new_loras(self, new_loras: set[str | None], running_loras: set[str | None] = frozenset()) -> None:  # type: ignore[assignment]
+        self.pool.make_resident(key for key in new_loras | running_loras if key is not None)
+
+    def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
+        """Group the batch's tokens by adapter. Requests without one take no part."""
+        if not any(forward_batch.lora_ids):
+            self._step.reset()
+            return
+        decode = forward_batch.forward_mode.is_decode()
+        self._step.prepare(forward_batch.lora_ids, None if decode else forward_batch.extend_seq_lens_cpu)
+
+    def reset_lora_batch(self) -> None:
+        self._step.reset()
+
+    def init_cuda_graph_moe_buffers(self, max_bs: int, max_loras: int, compute_dtype: Any, moe_layer: Any) -> None:
+        """MoE layers are not adapted."""
+
+
+HOOKS = (
+    Hook(
+        "sglang.srt.lora.lora_manager.LoRAManager",
+        BlockLoRAManager,
+        HookType.REPLACE,
+        "Adapters live in rows of an arena and their deltas need no collective. Goes when SGLang can choose a manager.",
+    ),
+)

@@ -1,0 +1,1 @@
+"""Reading and checking PEFT adapters, and cutting them for one TP rank."""

@@ -1,0 +1,84 @@
+"""Loading on every TP rank or on none: what one rank found, and what all ranks make of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_blocklora.adapters.errors import AdapterError
+from sglang_blocklora.adapters.model_spec import ModelSpec
+from sglang_blocklora.adapters.shard import AdapterShard, load_shard
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``error`` is the message of a refusal, or None; ``slots`` the rows needed; ``shard`` stays on its rank."""
+
+    error: str | None
+    slots: int
+    shard: AdapterShard | None = None
+
+    def without_shard(self) -> Outcome:
+        """What the TP ranks tell each other."""
+        return dataclasses.replace(self, shard=None)
+
+    def checked(self, name: str, reason: str | None) -> Outcome:
+        """The outcome, refused with ``reason`` if there is one."""
+        if reason is None:
+            return self
+        advice = "Start the server with a larger --adapter-memory-mb, or unload or unpin others."
+        return Outcome(f"adapter {name!r}: {reason}. {advice}", 0)
+
+
+def attempt(name: str, path: str, spec: ModelSpec, max_rank: int, root: str | None) -> Outcome:
+    """Load this TP rank's shard of the adapter at ``path``; every failure becomes an outcome.
+
+    root  the folder that ``path`` must lie under once links are followed, or None
+    A rank that raised instead would leave the others waiting for its answer for ever.
+    """
+    try:
+        return _load(name, path, spec, max_rank, root)
+    except AdapterError as error:
+        return Outcome(str(error), 0)
+    except Exception as error:
+        logger.exception("adapter %r: loading failed on TP rank %d", name, spec.tp_rank)
+        return Outcome(f"adapter {name!r}: {type(error).__name__} while loading on TP rank {spec.tp_rank}: {error}", 0)
+
+
+def _load(name: str, path: str, spec: ModelSpec, max_rank: int, root: str | None) -> Outcome:
+    folder = Path(path).resolve()
+    if root is not None and not folder.is_relative_to(root):
+        raise AdapterError(
+            name,
+            f"path {path} (which is {folder})",
+            f"a folder below --adapter-root {root}",
+            "Move the adapter there; links that lead out of the root are not followed.",
+        )
+    if not folder.is_dir():
+        raise AdapterError(
+            name, f"no folder {folder}", "a local PEFT adapter folder", "Download the adapter and give its folder."
+        )
+    if root is not None:
+        for file in folder.iterdir():
+            if not file.resolve().is_relative_to(root):
+                raise AdapterError(
+                    name,
+                    f"{file}, a link to {file.resolve()}",
+                    f"files below --adapter-root {root}",
+                    "Copy the file into the adapter's folder.",
+                )
+    shard = load_shard(name, folder, spec, max_rank)
+    return Outcome(None, shard.slots, shard)
+
+
+def merge(outcomes: Sequence[Outcome]) -> Outcome:
+    """What all TP ranks decide, given every rank's outcome in rank order: the first refusal, else the largest size."""
+    for outcome in outcomes:
+        if outcome.error is not None:
+            return outcome
+    return Outcome(None, max(outcome.slots for outcome in outcomes))

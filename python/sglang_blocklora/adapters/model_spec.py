@@ -1,0 +1,88 @@
+"""What an adapter can attach to: the base model's linears as one TP rank sees them. Plain data, no SGLang."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Positions ``[start, stop)`` of an axis of ``size`` that this TP rank holds."""
+
+    start: int
+    stop: int
+    size: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Source:
+    """A module of the checkpoint that feeds slices of a linear.
+
+    slices   indices of the linear's slices, in the order of the module's rows
+    offsets  first row of each of those slices in the module
+    size     rows of the module (``out_features`` of the Hugging Face linear)
+    A split module (``q_proj``) feeds one slice; a fused one (Phi-3's ``qkv_proj``) feeds all.
+    """
+
+    slices: tuple[int, ...]
+    offsets: tuple[int, ...]
+    size: int
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One (possibly fused) linear of a decoder layer on this TP rank.
+
+    kind      "column": the output is split over TP ranks; "row": the input is
+    inputs    the rank's interval of the input axis (all of it for "column")
+    outputs   per slice, the rank's interval of that slice's output axis (all of it for "row")
+    sources   checkpoint module path -> what it feeds
+    """
+
+    name: str
+    kind: Literal["column", "row"]
+    inputs: Interval
+    outputs: tuple[Interval, ...]
+    sources: Mapping[str, Source]
+
+    @property
+    def out_offsets(self) -> tuple[int, ...]:
+        """[slices + 1] local output columns at which each slice starts and ends."""
+        offsets = [0]
+        for interval in self.outputs:
+            offsets.append(offsets[-1] + interval.length)
+        return tuple(offsets)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Linears of every layer on one TP rank, and the arena's geometry.
+
+    layers      per decoder layer, its linears in order
+    row_width   W, elements of an arena row (KV heads of the rank times head dimension)
+    dtype       of the weights in the arena
+    """
+
+    layers: tuple[tuple[LinearSpec, ...], ...]
+    row_width: int
+    dtype: torch.dtype
+    vocab_size: int
+    tp_rank: int
+    tp_size: int
+
+    def find(self) -> dict[str, tuple[int, int]]:
+        """Checkpoint module path -> (layer, index of the linear in its layer)."""
+        return {
+            module: (i, j)
+            for i, layer in enumerate(self.layers)
+            for j, linear in enumerate(layer)
+            for module in linear.sources
+        }

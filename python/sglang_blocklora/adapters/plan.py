@@ -1,0 +1,69 @@
+"""From checked modules to the matrices of one linear: which part of which module, and in what order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from blocklora_kernels.descriptor import Address, Blocks, LinearDescriptor, SliceDescriptor
+
+from sglang_blocklora.adapters.model_spec import LinearSpec
+from sglang_blocklora.sharding.shard import ModuleShape, SliceCut, cut_slice
+
+NOT_ADAPTED = SliceDescriptor(0, 0, Address(0, 0, 0), 0, Blocks(0, 0, 0))
+
+
+@dataclass(frozen=True)
+class SlicePart:
+    """The checkpoint module that feeds a slice, and the TP rank's part of it."""
+
+    module: str
+    cut: SliceCut
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """Parts of one linear in slice order, None where the adapter leaves a slice alone.
+
+    In memory the linear has one A, the slices' local A stacked in slice order, and one B per adapted slice.
+    """
+
+    linear: LinearSpec
+    parts: tuple[SlicePart | None, ...]
+
+    @property
+    def a_rows(self) -> int:
+        return sum(part.cut.a_rows for part in self.parts if part)
+
+    def sizes(self) -> list[int]:
+        """Elements of A, then of each slice's B (0 where not adapted)."""
+        b_sizes = [
+            part.cut.block_rank * interval.length if part else 0
+            for part, interval in zip(self.parts, self.linear.outputs, strict=True)
+        ]
+        return [self.a_rows * self.linear.inputs.length, *b_sizes]
+
+    def describe(self, addresses: Sequence[Address]) -> LinearDescriptor:
+        """Descriptor of the linear, given where A and each slice's B start (the order of ``sizes``)."""
+        slices = []
+        h_width = 0
+        a_blocks = Blocks(0, 0, 0)
+        for part, address in zip(self.parts, addresses[1:], strict=True):
+            if part is None:
+                slices.append(NOT_ADAPTED)
+                continue
+            cut = part.cut
+            slices.append(SliceDescriptor(cut.rank, h_width, address, cut.block_rank, cut.b))
+            h_width += cut.rank
+            a_blocks = cut.a
+        return LinearDescriptor(h_width, self.a_rows, addresses[0], a_blocks, tuple(slices))
+
+
+def plan_linear(linear: LinearSpec, shapes: Mapping[str, ModuleShape]) -> LinearPlan:
+    """Which parts of the checkpoint modules in ``shapes`` the TP rank needs for ``linear``."""
+    parts: list[SlicePart | None] = [None] * len(linear.outputs)
+    for module, source in linear.sources.items():
+        if module in shapes:
+            for index, offset in zip(source.slices, source.offsets, strict=True):
+                parts[index] = SlicePart(module, cut_slice(linear, index, offset, source.size, shapes[module]))
+    return LinearPlan(linear, tuple(parts))

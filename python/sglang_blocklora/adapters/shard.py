@@ -1,0 +1,139 @@
+"""One adapter as one TP rank holds it: checked, cut, and packed in layout order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from blocklora_kernels.descriptor import Address, LinearDescriptor
+
+from sglang_blocklora.adapters.checkpoint import Checkpoint
+from sglang_blocklora.adapters.config import AdapterConfig, read_config
+from sglang_blocklora.adapters.model_spec import ModelSpec
+from sglang_blocklora.adapters.plan import LinearPlan, plan_linear
+from sglang_blocklora.adapters.validate import check_modules
+from sglang_blocklora.memory.layout import place
+from sglang_blocklora.sharding.shard import ModuleShape, read_a, read_b
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AdapterShard:
+    """An adapter on one TP rank, in host memory.
+
+    rank, nblocks  the largest full LoRA rank and block count among its modules
+    image          [layers, 2, slots, W] in the model's dtype: the rows to copy into the arena, K plane then V plane.
+                   Elements outside the matrices are undefined and never read.
+    descriptors    [layer][linear], where each factor lies in those rows
+    scalings       [layer][linear][slice], alpha / r of the full rank (0 where not adapted)
+    """
+
+    name: str
+    rank: int
+    nblocks: int
+    image: torch.Tensor
+    descriptors: tuple[tuple[LinearDescriptor, ...], ...]
+    scalings: tuple[tuple[tuple[float, ...], ...], ...]
+
+    @property
+    def slots(self) -> int:
+        """Arena rows that this TP rank's part needs in every layer."""
+        return self.image.shape[2]
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of the packed image, padding included: what the adapter costs on this TP rank."""
+        return self.image.numel() * self.image.element_size()
+
+
+def load_shard(name: str, folder: Path, spec: ModelSpec, max_rank: int) -> AdapterShard:
+    """Read the adapter in ``folder`` and cut it for the TP rank of ``spec``.
+
+    max_rank  largest full LoRA rank that is accepted
+    Reads only the rank's own part of the weights. Raises ``AdapterError``; nothing is kept then.
+    """
+    config = read_config(name, folder, spec.vocab_size)
+    with Checkpoint(name, folder) as checkpoint:
+        shapes = check_modules(name, config, checkpoint.shapes, spec, max_rank)
+        plans = [[plan_linear(linear, shapes) for linear in layer] for layer in spec.layers]
+        layouts = [place([size for plan in layer for size in plan.sizes()], spec.row_width) for layer in plans]
+        slots = max(layout.rows for layout in layouts)
+        image = torch.empty(len(plans), 2, slots, spec.row_width, dtype=spec.dtype)
+        descriptors = []
+        for layer, layout, planes in zip(plans, layouts, image, strict=True):
+            addresses = _split(layout.addresses, layer)
+            for plan, own in zip(layer, addresses, strict=True):
+                _copy_factors(plan, own, planes, shapes, checkpoint)
+            descriptors.append(tuple(plan.describe(own) for plan, own in zip(layer, addresses, strict=True)))
+    _warn_made_dense(name, plans, shapes)
+    return AdapterShard(
+        name,
+        max(shape.rank for shape in shapes.values()),
+        max(shape.nblocks for shape in shapes.values()),
+        image,
+        tuple(descriptors),
+        tuple(tuple(_scalings(plan, config) for plan in layer) for layer in plans),
+    )
+
+
+def _split(addresses: tuple[Address, ...], layer: list[LinearPlan]) -> list[tuple[Address, ...]]:
+    """Addresses of a layer's matrices, linear by linear (A, then one B per slice)."""
+    rest = iter(addresses)
+    return [tuple(next(rest) for _ in range(1 + len(plan.parts))) for plan in layer]
+
+
+def _copy_factors(
+    plan: LinearPlan,
+    addresses: tuple[Address, ...],
+    planes: torch.Tensor,
+    shapes: Mapping[str, ModuleShape],
+    checkpoint: Checkpoint,
+) -> None:
+    """Read the factors of one linear into ``planes`` [2, slots, W]; values are cast once, from the stored dtype."""
+    a = _matrix(planes, addresses[0], plan.a_rows, plan.linear.inputs.length)
+    a_row = 0
+    for part, interval, address in zip(plan.parts, plan.linear.outputs, addresses[1:], strict=True):
+        if part is None:
+            continue
+        cut, shape = part.cut, shapes[part.module]
+        read = partial(checkpoint.read, part.module)
+        a[a_row : a_row + cut.a_rows].copy_(read_a(plan.linear, cut, shape, read))
+        a_row += cut.a_rows
+        _matrix(planes, address, interval.length, cut.block_rank).copy_(read_b(plan.linear, cut, shape, read))
+
+
+def _matrix(planes: torch.Tensor, address: Address, rows: int, columns: int) -> torch.Tensor:
+    start = address.row * planes.shape[2] + address.column
+    return planes[address.plane].view(-1)[start : start + rows * columns].view(rows, columns)
+
+
+def _scalings(plan: LinearPlan, config: AdapterConfig) -> tuple[float, ...]:
+    return tuple(config.scaling_of(part.module) if part else 0.0 for part in plan.parts)
+
+
+def _warn_made_dense(name: str, plans: list[list[LinearPlan]], shapes: Mapping[str, ModuleShape]) -> None:
+    """One warning for all modules whose blocks run along the axis that tensor parallelism does not split."""
+    dense = sorted(
+        {
+            part.module
+            for layer in plans
+            for plan in layer
+            for part in plan.parts
+            if part and shapes[part.module].made_dense(plan.linear.kind)
+        }
+    )
+    if dense:
+        shown = ", ".join(dense[:4]) + (f" and {len(dense) - 4} more" if len(dense) > 4 else "")
+        logger.warning(
+            "adapter %r: %d modules (%s) are block-diagonal in the orientation that tensor parallelism cannot split "
+            "(A-blocks belong on o_proj and down_proj, B-blocks on q, k, v, gate and up). They are served as plain "
+            "LoRA: right, but every TP rank holds and computes the whole packed factor as a dense one.",
+            name,
+            len(dense),
+            shown,
+        )

@@ -1,0 +1,1 @@
+"""The adapters of one forward pass: which tokens use which, and adding their deltas."""

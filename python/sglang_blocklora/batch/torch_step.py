@@ -1,0 +1,79 @@
+"""The torch path (CPU): deltas of one forward pass, adapter by adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from blocklora_kernels import reference
+from blocklora_kernels.segments import Segments
+
+from sglang_blocklora.adapters.model_spec import ModelSpec
+from sglang_blocklora.memory.pool import AdapterPool, Resident
+
+# [layer][linear], None where the adapter leaves the linear alone.
+AdapterFactors = tuple[tuple[reference.LinearFactors | None, ...], ...]
+
+
+class TorchStep:
+    """Adds adapters' deltas to the outputs of linears, for the batch given to ``prepare``.
+
+    Factors of a resident adapter are resolved once: views of the arena where its slots are adjacent.
+    """
+
+    def __init__(self, spec: ModelSpec, pool: AdapterPool) -> None:
+        self._spec = spec
+        self._pool = pool
+        self._factors: dict[str, tuple[Resident, AdapterFactors]] = {}
+        self._segments: list[tuple[slice | torch.Tensor, AdapterFactors]] = []
+
+    def prepare(self, keys: Sequence[str | None], token_counts: Sequence[int] | None) -> None:
+        """Set the batch: each request's adapter (None, or one that is not resident: the base model) and its tokens.
+
+        token_counts  tokens of each request in batch order; None: one each (decode)
+        """
+        resident = self._pool.resident
+        used = sorted({key for key in keys if key in resident})  # type: ignore[type-var]
+        index = {key: i for i, key in enumerate(used)}
+        adapters = np.array([index.get(key, -1) for key in keys], dtype=np.int32)  # type: ignore[arg-type]
+        counts = None if token_counts is None else np.asarray(token_counts)
+        segments = Segments.build(adapters, counts)
+        self._segments = [
+            (segments.rows(g), self._resolve(used[adapter])) for g, adapter in enumerate(segments.adapters)
+        ]
+
+    def reset(self) -> None:
+        """No adapter until the next ``prepare``."""
+        self._segments = []
+
+    def add_delta_(self, layer: int, linear: int, out: torch.Tensor, x: torch.Tensor) -> None:
+        """Add the batch's deltas to ``out`` [tokens, local outputs] of one linear; ``x`` is [tokens, local inputs]."""
+        for rows, factors in self._segments:
+            own = factors[layer][linear]
+            if own is not None:
+                reference.add_delta_(out, x, rows, own)
+
+    def _resolve(self, key: str) -> AdapterFactors:
+        resident = self._pool.resident[key]
+        known = self._factors.get(key)
+        if known is None or known[0] is not resident:
+            self._factors = {k: v for k, v in self._factors.items() if self._pool.resident.get(k) is v[0]}
+            known = self._factors[key] = (resident, self._read(resident))
+        return known[1]
+
+    def _read(self, resident: Resident) -> AdapterFactors:
+        shard, planes = resident.adapter.shard, self._pool.arena.planes
+        return tuple(
+            tuple(
+                reference.read_linear(
+                    descriptor, scalings, layer_planes, resident.slots, linear.inputs.length, linear.out_offsets
+                )
+                if descriptor.h_width
+                else None
+                for descriptor, scalings, linear in zip(descriptors, layer_scalings, linears, strict=True)
+            )
+            for descriptors, layer_scalings, linears, layer_planes in zip(
+                shard.descriptors, shard.scalings, self._spec.layers, planes, strict=True
+            )
+        )

@@ -1,0 +1,71 @@
+"""``python -m sglang_blocklora.launch_server``: SGLang's server with block-diagonal LoRA, all its flags plus ours."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from sglang_blocklora import cpu_only, settings
+
+# Flags of SGLang whose defaults suit many adapters better: flag -> its values.
+ADAPTER_DEFAULTS = {
+    "--enable-lora": [],
+    "--max-loras-per-batch": ["64"],
+    "--max-lora-rank": ["256"],
+    "--lora-target-modules": ["all"],
+}
+
+
+def _tp_size(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tensor-parallel-size", "--tp-size", "--tp", type=int, default=1, dest="tp")
+    return int(parser.parse_known_args(argv)[0].tp)
+
+
+def _with_defaults(argv: Sequence[str], defaults: Mapping[str, Sequence[str]]) -> list[str]:
+    """``argv`` plus those of ``defaults`` whose flag the user did not give."""
+    given = {argument.split("=", 1)[0] for argument in argv}
+    extra = [item for flag, values in defaults.items() if flag not in given for item in (flag, *values)]
+    return [*argv, *extra]
+
+
+def parse(argv: Sequence[str]) -> tuple[settings.Settings, list[str]]:
+    """Split the command line into our settings and SGLang's flags, adapter defaults added."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_blocklora.launch_server",
+        description="SGLang's server with block-diagonal LoRA. SGLang's own flags follow below.",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    settings.add_arguments(parser)
+    own, rest = parser.parse_known_args(argv)
+    if {"-h", "--help"} & set(rest):
+        parser.print_help()
+        print()
+    return settings.from_arguments(own), _with_defaults(rest, ADAPTER_DEFAULTS)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the server until it is stopped."""
+    logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    cpu_flags = cpu_only.prepare(_tp_size(argv))
+    if os.environ.get(settings.SWITCH_VARIABLE) == "0":
+        sglang_argv = list(argv)
+    else:
+        own, sglang_argv = parse(argv)
+        own.export()
+
+    from blocklora_patches.launch import run_sglang  # imports SGLang, so only after the preparation above
+
+    run_sglang(_with_defaults(sglang_argv, cpu_flags))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
+else:
+    # A process that SGLang spawned imports this module as its main module before it imports SGLang.
+    if __name__ == "__mp_main__":
+        cpu_only.prepare(_tp_size(sys.argv[1:]))

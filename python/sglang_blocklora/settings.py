@@ -1,0 +1,64 @@
+"""Settings of the extension: given to the launcher, carried to SGLang's processes in one environment variable."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+# Set by our launcher only: its absence is what keeps an installed but unused extension out of stock SGLang.
+SETTINGS_VARIABLE = "SGLANG_BLOCKLORA_SETTINGS"
+# "0" keeps the extension off, whoever launched the server.
+SWITCH_VARIABLE = "SGLANG_BLOCKLORA"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """adapter_memory_mb  MiB per TP rank of the arena for adapter weights
+    adapter_root       adapters may only be loaded from below this folder; None: from anywhere
+    """
+
+    adapter_memory_mb: int = 1024
+    adapter_root: str | None = None
+
+    def export(self) -> None:
+        """Make the settings known to this process and all it starts."""
+        os.environ[SETTINGS_VARIABLE] = json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def active() -> Settings | None:
+        """Settings of the launcher that started this process, or None where the extension is off."""
+        text = os.environ.get(SETTINGS_VARIABLE)
+        if text is None or os.environ.get(SWITCH_VARIABLE) == "0":
+            return None
+        return Settings(**json.loads(text))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Our own launcher flags; SGLang's stay as they are."""
+    group = parser.add_argument_group("sglang-blocklora")
+    group.add_argument(
+        "--adapter-memory-mb",
+        type=int,
+        default=Settings.adapter_memory_mb,
+        help="MiB per TP rank for adapter weights (default: %(default)s)",
+    )
+    group.add_argument(
+        "--adapter-root",
+        type=Path,
+        default=None,
+        help="load adapters only from below this folder, symbolic links followed (default: from anywhere)",
+    )
+
+
+def from_arguments(arguments: argparse.Namespace) -> Settings:
+    """Settings from parsed flags. ``SystemExit`` with a message where a value cannot be."""
+    root: Path | None = arguments.adapter_root
+    if root is not None and not root.is_dir():
+        raise SystemExit(f"--adapter-root {root} is not a folder")
+    if arguments.adapter_memory_mb < 1:
+        raise SystemExit(f"--adapter-memory-mb {arguments.adapter_memory_mb} must be at least 1")
+    return Settings(arguments.adapter_memory_mb, str(root.resolve()) if root else None)

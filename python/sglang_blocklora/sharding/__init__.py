@@ -1,0 +1,1 @@
+"""Which part of an adapter a TP rank needs: pure functions."""

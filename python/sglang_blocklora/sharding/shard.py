@@ -1,0 +1,124 @@
+"""Cutting the factors of one checkpoint module for one slice of a linear on one TP rank.
+
+One rule covers plain and block-diagonal adapters: plain is n = 1. A factor that is block-diagonal along the axis that
+tensor parallelism does not split (the wrong orientation) is made dense and served as n = 1 too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from blocklora_kernels.descriptor import Blocks
+
+from sglang_blocklora.adapters.config import Structure
+from sglang_blocklora.adapters.model_spec import Interval, LinearSpec
+from sglang_blocklora.sharding.blocks import touched_blocks
+
+Factor = Literal["A", "B"]
+# read(factor, rows, columns) -> that part of the stored (packed) factor; None means all of an axis.
+Read = Callable[[Factor, slice | None, slice | None], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """What a checkpoint module is: full LoRA rank, blocks, and which factor is packed."""
+
+    rank: int
+    nblocks: int
+    structure: Structure
+
+    def stored_shapes(self, in_features: int, out_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of lora_A and lora_B in the checkpoint."""
+        n = self.nblocks
+        a_columns = in_features // n if self.structure == "block_a" else in_features
+        b_columns = self.rank // n if self.structure == "block_b" else self.rank
+        return (self.rank, a_columns), (out_features, b_columns)
+
+    def split_blocks(self, kind: str) -> int:
+        """Blocks that sharding can use on a "column" or "row" linear; 1 where the orientation does not fit."""
+        fits = self.structure == ("block_b" if kind == "column" else "block_a")
+        return self.nblocks if fits else 1
+
+    def made_dense(self, kind: str) -> bool:
+        """Whether the module is block-diagonal in the orientation that sharding cannot use."""
+        return self.structure != "plain" and self.nblocks > 1 and self.split_blocks(kind) == 1
+
+
+@dataclass(frozen=True)
+class SliceCut:
+    """A TP rank's part of one module for one slice.
+
+    rank        local rank: rows of A (columns of h) that the TP rank holds
+    first_rank  which row of the full A they start at
+    positions   the rank's interval of the split axis: output rows of B (column) or input columns of A (row)
+    a, b        blocks of the local factors, ``Blocks(1, length, 0)`` where dense
+    a_rows      rows of the local A in memory; block_rank: columns of the local B in memory
+    """
+
+    rank: int
+    first_rank: int
+    first_block: int
+    positions: Interval
+    a: Blocks
+    a_rows: int
+    b: Blocks
+    block_rank: int
+
+
+def cut_slice(linear: LinearSpec, slice_index: int, offset: int, size: int, shape: ModuleShape) -> SliceCut:
+    """Which part of a module the TP rank holds for one slice of ``linear``.
+
+    offset, size  the slice's first row in the module and the module's rows (``Source``); unused on row linears
+    """
+    output = linear.outputs[slice_index]
+    n = shape.split_blocks(linear.kind)
+    if linear.kind == "column":
+        positions = Interval(offset + output.start, offset + output.stop, size)
+    else:
+        positions = linear.inputs
+    touched = touched_blocks(positions, n)
+    block_rank = shape.rank // n
+    rank = touched.blocks.count * block_rank
+    dense_a, dense_b = Blocks(1, linear.inputs.length, 0), Blocks(1, output.length, 0)
+    first_rank = touched.first * block_rank
+    if linear.kind == "column":
+        return SliceCut(rank, first_rank, touched.first, positions, dense_a, rank, touched.blocks, block_rank)
+    return SliceCut(rank, first_rank, touched.first, positions, touched.blocks, block_rank, dense_b, rank)
+
+
+def read_a(linear: LinearSpec, cut: SliceCut, shape: ModuleShape, read: Read) -> torch.Tensor:
+    """The local A [a_rows, local inputs], reading no more of the checkpoint than the TP rank needs."""
+    if linear.kind == "column":
+        if shape.structure == "block_a":
+            return block_diagonal(read("A", None, None), shape.nblocks)
+        return read("A", slice(cut.first_rank, cut.first_rank + cut.rank), None)
+    if shape.structure != "block_a":
+        return read("A", None, slice(cut.positions.start, cut.positions.stop))
+    parts = []
+    for i in range(cut.a.count):
+        start, stop = cut.a.bounds(i, cut.positions.length)
+        skipped = start + cut.a.offset - i * cut.a.size  # columns of the block that belong to the TP rank before
+        block = cut.first_block + i
+        rows = slice(block * cut.a_rows, (block + 1) * cut.a_rows)
+        parts.append(read("A", rows, slice(skipped, skipped + stop - start)))
+    return torch.cat(parts, dim=1)
+
+
+def read_b(linear: LinearSpec, cut: SliceCut, shape: ModuleShape, read: Read) -> torch.Tensor:
+    """The local B [local outputs, block_rank], reading no more of the checkpoint than the TP rank needs."""
+    if linear.kind == "column":
+        return read("B", slice(cut.positions.start, cut.positions.stop), None)
+    if shape.structure == "block_b":
+        return block_diagonal(read("B", None, None), shape.nblocks)
+    return read("B", None, slice(cut.first_rank, cut.first_rank + cut.rank))
+
+
+def block_diagonal(packed: torch.Tensor, nblocks: int) -> torch.Tensor:
+    """The dense matrix of a packed factor, A [r, in/n] -> [r, in] or B [out, r/n] -> [out, r].
+
+    PEFT packs the diagonal blocks as equal chunks along dim 0.
+    """
+    return torch.block_diag(*packed.chunk(nblocks, dim=0))

@@ -1,0 +1,144 @@
+"""Runs the kernels in Triton's interpreter, in a process of its own.
+
+``TRITON_INTERPRET`` must be set before triton is imported and then holds for the whole process, in which nothing can be
+compiled any more. So the tests send their cases here: pickled requests on stdin, pickled answers on stdout.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Small tiles: many tiles, chunks, lanes and splits at sizes that the interpreter can afford.
+SMALL_TILES = {
+    "STEPS": {"default": [(24, 16, 3), (None, 32, 2)]},
+    "SHRINK": {"default": [(16, None, None, 16, 32, 2, 4, 1), (32, None, None, 16, 32, 2, 4, 1)]},
+    "EXPAND": {"default": [(16, None, None, 32, 16, 4, 1), (32, None, None, 32, 16, 4, 1)]},
+}
+
+
+class Worker:
+    """The process that holds the interpreter."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
+
+    def run(self, case: Any, **options: Any) -> Any:
+        """``out`` after the operations; see ``run_case`` for the options."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        request = {name: value for name, value in vars(case).items() if name not in ("expected", "budget")}
+        request["descriptors"] = [descriptor.pack() for descriptor in case.descriptors]
+        pickle.dump((request, options), self._process.stdin)
+        self._process.stdin.flush()
+        answer, error = pickle.load(self._process.stdout)
+        assert error is None, error
+        return answer
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+        self._process.stdout.close()
+
+
+def use_tiles(small: bool) -> None:
+    """Serve the small tiles of this file, or the project's own."""
+    from blocklora_kernels import tile_table, tiles
+
+    for name, table in (SMALL_TILES if small else ORIGINAL_TILES).items():
+        setattr(tile_table, name, table)
+    for function in (tiles.step, tiles.shrink_tile, tiles.expand_tile):
+        function.cache_clear()
+
+
+def run_case(
+    request: dict[str, Any],
+    small: bool = True,
+    other_batches: tuple[np.ndarray, ...] = (),
+    fixed_grid: bool = False,
+    x_padding: int = 0,
+) -> np.ndarray:
+    """Run shrink and expand on the case.
+
+    small          use SMALL_TILES
+    other_batches  adapters per token of batches that are run before, through the same metadata object
+    fixed_grid     launch as a CUDA graph's capture would
+    x_padding      elements between the rows of x
+    """
+    import torch
+    from blocklora_kernels.batch import BatchMetadata
+    from blocklora_kernels.ops import LoraLinear
+    from blocklora_kernels.segments import Segments
+    from blocklora_kernels.table import AdapterTable
+
+    use_tiles(small)
+    cpu = torch.device("cpu")
+    slots, descriptors = request["slots"], np.array(request["descriptors"], np.int32)
+    most_slots = max(len(own) for own in slots)
+    table = AdapterTable(1, 1, len(slots), most_slots, len(request["planes"][0]), cpu)
+    for i, own in enumerate(slots):
+        table.write(i, own, descriptors[i][None, None], request["scalings"][i][None, None])
+    planes = []
+    for plane in request["planes"]:
+        whole = np.full((plane.shape[0], plane.shape[1] + request.get("gap", 0)), np.nan, plane.dtype)
+        whole[:, : plane.shape[1]] = plane
+        planes.append(torch.from_numpy(whole)[:, : plane.shape[1]])
+    linear = LoraLinear(
+        planes,
+        table.slots,
+        table.first_slots,
+        table.descriptors[0, 0],
+        table.scalings[0, 0],
+        request["in_features"],
+        request["out_offsets"],
+        rank=16,
+        debug=True,
+    )
+    x, out = torch.from_numpy(request["x"]), torch.from_numpy(request["out"].copy())
+    if x_padding:
+        padded = torch.full((x.shape[0], x.shape[1] + x_padding), torch.nan, dtype=x.dtype)
+        padded[:, : x.shape[1]] = x
+        x = padded[:, : x.shape[1]]
+    batch = BatchMetadata(max(len(x), 1), max(len(slots), 1), max(1, int(descriptors[:, 0].max())), cpu)
+    for adapters in other_batches:
+        batch.update(Segments.build(adapters), len(x), fixed_grid)
+        linear.add_delta_(out.clone(), x, batch)
+    batch.h.fill_(torch.nan)
+    batch.update(Segments.build(request["adapters"]), len(x), fixed_grid)
+    linear.add_delta_(out, x, batch)
+    return out.numpy()
+
+
+def serve() -> None:
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever prints goes to stderr
+    while True:
+        try:
+            request, options = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = (run_case(request, **options), None)
+        except Exception:
+            answer = (None, traceback.format_exc())
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    from blocklora_kernels import tile_table
+
+    ORIGINAL_TILES = {name: getattr(tile_table, name) for name in SMALL_TILES}
+    serve()

@@ -1,0 +1,176 @@
+"""Tiny Hugging Face models with random weights, PEFT adapters on them, and what PEFT itself generates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from sglang_blocklora import cpu_only
+
+cpu_only.install_shims()  # transformers imports torchvision where it is installed
+
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from peft.tuners.lora import BdLoraConfig  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+COLUMN = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
+ROW = ["o_proj", "down_proj"]
+PHI3_COLUMN = ["qkv_proj", "gate_up_proj"]
+CONFIGS = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma2": Gemma2Config,
+    "phi3": Phi3Config,
+}
+VOCAB = 256
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class AdapterChoice:
+    """An adapter to make: nblocks None for plain LoRA; targets None for all seven linears."""
+
+    nblocks: int | None = None
+    rank: int = 8
+    targets: tuple[str, ...] | None = None
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] | None = None
+
+
+def build_model(folder: Path, family: str, *, kv_heads: int = 2, layers: int = 2, seed: int = 0) -> Path:
+    """Save a random float32 model: 24 heads of 12, hidden 96, intermediate 192, a byte-level tokenizer.
+
+    All sizes divide by 1, 2, 3, 4 and 8, the TP sizes and block counts of the tests.
+    """
+    torch.manual_seed(seed)
+    extra = {"pad_token_id": 0} if family == "phi3" else {}
+    config = CONFIGS[family](
+        vocab_size=VOCAB,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=layers,
+        num_attention_heads=24,
+        num_key_value_heads=kv_heads,
+        head_dim=12,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        initializer_range=0.15,
+        bos_token_id=None,
+        eos_token_id=None,
+        dtype="float32",
+        **extra,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # initialised to zero, which would hide a bias that is lost
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    _save_tokenizer(folder)
+    return folder
+
+
+def _save_tokenizer(folder: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def build_adapters(model_folder: Path, folder: Path, choices: Mapping[str, AdapterChoice]) -> dict[str, Path]:
+    """Make random adapters with PEFT itself and save them as PEFT does; returns name -> folder."""
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    column = PHI3_COLUMN if base.config.model_type == "phi3" else COLUMN
+    peft_model = None
+    for seed, (name, choice) in enumerate(choices.items()):
+        targets = list(choice.targets or (*column, *ROW))
+        bd = choice.nblocks and BdLoraConfig(
+            target_modules_bd_a=[t for t in ROW if t in targets],
+            target_modules_bd_b=[t for t in column if t in targets],
+            nblocks=choice.nblocks,
+        )
+        config = LoraConfig(
+            r=choice.rank,
+            lora_alpha=2 * choice.rank,
+            target_modules=targets,
+            use_bdlora=bd or None,
+            use_rslora=choice.use_rslora,
+            rank_pattern=dict(choice.rank_pattern or {}),
+        )
+        if peft_model is None:
+            peft_model = get_peft_model(base, config, adapter_name=name)
+        else:
+            peft_model.add_adapter(name, config)
+        torch.manual_seed(seed + 100)
+        with torch.no_grad():
+            for parameter_name, parameter in peft_model.named_parameters():
+                if f".{name}." in parameter_name:
+                    parameter.normal_(std=0.12)
+    assert peft_model is not None
+    peft_model.save_pretrained(folder)
+    return {name: folder / name for name in choices}
+
+
+def peft_tokens(
+    model_folder: Path, adapters: Mapping[str, Path], prompts: Sequence[Sequence[int]], new_tokens: int
+) -> dict[str | None, list[list[int]]]:
+    """Greedy tokens of PEFT's own ``generate`` for the base model (key None) and every adapter, prompt by prompt."""
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    peft_model = None
+    for name, path in adapters.items():
+        if peft_model is None:
+            peft_model = PeftModel.from_pretrained(base, path, adapter_name=name)
+        else:
+            peft_model.load_adapter(path, adapter_name=name)
+    assert peft_model is not None
+    peft_model.eval()
+
+    def generate() -> list[list[int]]:
+        return [
+            peft_model.generate(
+                input_ids=torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=VOCAB + 1,
+            )[0, len(prompt) :].tolist()
+            for prompt in prompts
+        ]
+
+    expected: dict[str | None, list[list[int]]] = {}
+    with torch.inference_mode():
+        for name in adapters:
+            peft_model.set_adapter(name)
+            expected[name] = generate()
+        with peft_model.disable_adapter():
+            expected[None] = generate()
+    return expected
+
+
+def read_config(path: Path) -> dict:
+    """``adapter_config.json`` of an adapter folder."""
+    return json.loads((path / "adapter_config.json").read_text())
