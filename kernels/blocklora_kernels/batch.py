@@ -1,0 +1,114 @@
+"""Metadata of one step in device memory: which tokens of which adapter form a tile."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from blocklora_kernels import tiles
+from blocklora_kernels.segments import Segments
+
+
+def cut_into_tiles(starts: np.ndarray, block_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut segments into tiles of at most ``block_tokens`` tokens.
+
+    starts  int32 [G + 1], as in ``Segments``
+    Returns the segment, first and end position of each tile, int [tiles].
+    """
+    firsts, ends = starts[:-1], starts[1:]
+    pieces = (ends - firsts + (block_tokens - 1)) // block_tokens
+    total = int(pieces.sum())
+    if total == len(pieces):  # decode: a tile is a segment
+        return np.arange(total), firsts, ends
+    segment = np.repeat(np.arange(len(pieces)), pieces)
+    piece = np.arange(total) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    first = firsts[segment] + piece * block_tokens
+    return segment, first, np.minimum(first + block_tokens, ends[segment])
+
+
+class BatchMetadata:
+    """Static device buffers of a step's metadata and of h. One object serves all linears, and all CUDA graphs.
+
+    One int32 buffer holds ``[tiles | adapter of tile | start of tile | stop of tile | tokens]``, with 1, C, C, C and
+    max_tokens elements for a capacity of C tiles; a step copies it once. ``h`` is float32 scratch of one linear at a
+    time: an expand must follow its shrink before the next shrink.
+    """
+
+    def __init__(self, max_tokens: int, max_segments: int, h_width: int, device: torch.device) -> None:
+        """
+        max_tokens    most tokens of a batch, base-model tokens included
+        max_segments  most distinct adapters of a batch
+        h_width       most columns of h of any linear of any adapter: stacked slices' rows of A, times blocks
+        """
+        for name, value in (("max_tokens", max_tokens), ("max_segments", max_segments), ("h_width", h_width)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
+        self.max_tokens = max_tokens
+        self.max_segments = max_segments
+        self.h_width = h_width
+        self.device = device
+        self.arch = tiles.architecture(device)
+        self.capacity = max_segments + max_tokens // tiles.step(self.arch, 1).block_tokens
+        self.h = torch.empty(tiles.scratch_rows(self.arch, max_tokens) * h_width, dtype=torch.float32, device=device)
+        size = 1 + 3 * self.capacity + max_tokens
+        self._buffer = torch.zeros(size, dtype=torch.int32, device=device)
+        self.tiles = self._buffer[: 1 + 3 * self.capacity]
+        self.tokens = self._buffer[1 + 3 * self.capacity :]
+        on_gpu = device.type == "cuda"
+        # Two host buffers in turn: the copy of one step may still be queued while the next step is built.
+        self._hosts = [torch.zeros(size, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2)]
+        self._copied = [torch.cuda.Event() for _ in self._hosts] if on_gpu else []  # type: ignore[no-untyped-call]
+        self._turn = 0
+        self.adapters = np.empty(0, np.int32)
+        self.batch_tokens = 0
+        self.step = tiles.step(self.arch, 1)
+        self.grid_tiles = 0
+
+    def update(self, segments: Segments, batch_tokens: int, fixed_grid: bool = False) -> None:
+        """Describe the next batch; its launches see it in stream order.
+
+        batch_tokens  rows of the batch's activations, padding and base-model tokens included; picks the tiles
+        fixed_grid    launch for the most tiles that ``batch_tokens`` tokens can form: needed while a CUDA graph is
+                      captured. A replay needs only ``update`` with the captured ``batch_tokens``.
+        """
+        self._check(segments, batch_tokens)
+        count, capacity = len(segments.tokens), self.capacity
+        self.step = tiles.step(self.arch, batch_tokens)
+        segment, first, stop = cut_into_tiles(segments.starts, self.step.block_tokens)
+        host = self._next_host()
+        packed = host.numpy()
+        packed[0] = len(segment)
+        packed[1 : 1 + len(segment)] = segments.adapters[segment]
+        packed[1 + capacity : 1 + capacity + len(segment)] = first
+        packed[1 + 2 * capacity : 1 + 2 * capacity + len(segment)] = stop
+        used = 1 + 3 * capacity + count
+        packed[1 + 3 * capacity : used] = segments.tokens
+        self._buffer[:used].copy_(host[:used], non_blocking=True)
+        if self._copied:
+            self._copied[self._turn].record()
+        self.adapters = segments.adapters
+        self.batch_tokens = batch_tokens
+        self.grid_tiles = self.most_tiles(batch_tokens) if fixed_grid else len(segment)
+
+    def most_tiles(self, batch_tokens: int) -> int:
+        """Most tiles that ``batch_tokens`` tokens of at most ``max_segments`` adapters can form."""
+        block = tiles.step(self.arch, batch_tokens).block_tokens
+        return (batch_tokens + min(batch_tokens, self.max_segments) * (block - 1)) // block
+
+    def _next_host(self) -> torch.Tensor:
+        self._turn = (self._turn + 1) % len(self._hosts)
+        if self._copied:
+            self._copied[self._turn].synchronize()
+        return self._hosts[self._turn]
+
+    def _check(self, segments: Segments, batch_tokens: int) -> None:
+        if not 0 <= batch_tokens <= self.max_tokens:
+            raise ValueError(f"batch_tokens: got {batch_tokens}, expected 0 to max_tokens = {self.max_tokens}")
+        if len(segments.adapters) > self.max_segments:
+            raise ValueError(
+                f"segments: {len(segments.adapters)} adapters, expected at most max_segments = {self.max_segments}"
+            )
+        if len(segments.tokens) and int(segments.tokens.max()) >= batch_tokens:
+            raise ValueError(
+                f"segments: token row {int(segments.tokens.max())}, expected less than batch_tokens = {batch_tokens}"
+            )

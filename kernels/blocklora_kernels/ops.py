@@ -1,0 +1,148 @@
+"""Launch of shrink and expand for one linear of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from blocklora_kernels import tiles
+from blocklora_kernels.batch import BatchMetadata
+from blocklora_kernels.checks import check_activations, check_addresses, check_linear
+from blocklora_kernels.descriptor import MAX_SLICES
+from blocklora_kernels.expand_kernel import expand_kernel
+from blocklora_kernels.shrink_kernel import shrink_kernel
+
+GRANULE = 8  # elements that one vector load takes: 16 bytes of a 16-bit type
+VECTOR_BYTES = 16
+
+
+class LoraLinear:
+    """The LoRA delta of one (possibly fused) linear for mixed batches, weights read from the arena in place.
+
+    Holds references only; the tensors belong to the caller and keep their addresses while CUDA graphs exist.
+    """
+
+    def __init__(
+        self,
+        planes: Sequence[torch.Tensor],
+        slots: torch.Tensor,
+        first_slots: torch.Tensor,
+        descriptors: torch.Tensor,
+        scalings: torch.Tensor,
+        in_features: int,
+        out_offsets: Sequence[int],
+        rank: int,
+        debug: bool = False,
+    ) -> None:
+        """
+        planes       K and V rows of this layer, each [arena slots, W], W a multiple of 8, unit stride along W
+        slots        int32 [adapters, max_slots]; first_slots int32 [adapters]: see ``AdapterTable``
+        descriptors  int32 [adapters, DESCRIPTOR_FIELDS] of this linear; scalings float32 [adapters, MAX_SLICES]
+        in_features  local input width
+        out_offsets  [slices + 1], where each slice's output columns start and end on this TP rank; starts at 0
+        rank         usual local rank of one slice: picks the tiles, any rank is served right
+        debug        check every address of the batch's adapters before each launch (synchronises with the device)
+        """
+        check_linear(planes, slots, first_slots, descriptors, scalings, in_features, out_offsets)
+        self.planes = tuple(planes)
+        self.slots, self.first_slots = slots, first_slots
+        self.descriptors, self.scalings = descriptors, scalings
+        self.in_features = in_features
+        self.out_offsets = tuple(out_offsets)
+        self.out_ends = self.out_offsets[1:] + (out_offsets[-1],) * (MAX_SLICES + 1 - len(out_offsets))
+        self.rank = rank
+        self.debug = debug
+        self.width = planes[0].shape[1]
+        self.row_stride = planes[0].stride(0)
+        self._planes_aligned = self.row_stride % GRANULE == 0 and all(p.data_ptr() % VECTOR_BYTES == 0 for p in planes)
+
+    def shrink(self, x: torch.Tensor, batch: BatchMetadata) -> None:
+        """Partial sums of h for the batch's adapted tokens into ``batch.h``; ``x`` [batch_tokens, in_features]."""
+        check_activations("x", x, self.in_features, self.planes[0].dtype, batch)
+        if self.debug:
+            check_addresses(self, batch)
+        if not batch.grid_tiles:
+            return
+        step = batch.step
+        tile = tiles.shrink_tile(batch.arch, step.block_tokens, self.rank, self.in_features)
+        aligned = (
+            self._planes_aligned
+            and self.in_features % GRANULE == 0
+            and x.stride(0) % GRANULE == 0
+            and x.data_ptr() % VECTOR_BYTES == 0
+        )
+        shrink_kernel[(batch.grid_tiles * tile.lanes * step.splits,)](
+            x,
+            batch.h,
+            *self.planes,
+            batch.tiles,
+            batch.tokens,
+            self.slots,
+            self.first_slots,
+            self.descriptors,
+            x.stride(0),
+            batch.batch_tokens * batch.h_width,
+            batch.h_width,
+            self.row_stride,
+            batch.capacity,
+            self.slots.stride(0),
+            self.descriptors.stride(0),
+            self.in_features,
+            WIDTH=self.width,
+            VECTOR=GRANULE if aligned else 1,
+            SPLITS=step.splits,
+            LANES=tile.lanes,
+            BLOCK_T=step.block_tokens,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+    def expand_(self, out: torch.Tensor, batch: BatchMetadata) -> None:
+        """After ``shrink``: add ``scaling * h B^T`` of every slice to ``out`` [batch_tokens, outputs], in place."""
+        check_activations("out", out, self.out_offsets[-1], self.planes[0].dtype, batch)
+        if self.debug:
+            check_addresses(self, batch)
+        if not batch.grid_tiles:
+            return
+        step = batch.step
+        tile = tiles.expand_tile(batch.arch, step.block_tokens, self.rank, self.out_offsets[-1])
+        starts = (0, *self.out_ends)
+        chunks = sum(-(-(starts[i + 1] - starts[i]) // tile.block_o) for i in range(MAX_SLICES))
+        expand_kernel[(batch.grid_tiles * chunks,)](
+            out,
+            batch.h,
+            *self.planes,
+            batch.tiles,
+            batch.tokens,
+            self.slots,
+            self.first_slots,
+            self.descriptors,
+            self.scalings,
+            out.stride(0),
+            batch.batch_tokens * batch.h_width,
+            batch.h_width,
+            self.row_stride,
+            batch.capacity,
+            self.slots.stride(0),
+            self.descriptors.stride(0),
+            self.scalings.stride(0),
+            WIDTH=self.width,
+            VECTOR=GRANULE if self._planes_aligned else 1,
+            SPLITS=step.splits,
+            OUT_1=self.out_ends[0],
+            OUT_2=self.out_ends[1],
+            OUT_3=self.out_ends[2],
+            BLOCK_T=step.block_tokens,
+            BLOCK_O=tile.block_o,
+            BLOCK_R=tile.block_r,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+    def add_delta_(self, out: torch.Tensor, x: torch.Tensor, batch: BatchMetadata) -> None:
+        """Shrink and expand on the current stream."""
+        self.shrink(x, batch)
+        self.expand_(out, batch)

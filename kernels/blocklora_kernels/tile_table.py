@@ -1,0 +1,40 @@
+"""Tiles by architecture. Data only: ``benchmark/kernels/tune.py`` rewrites this file on a GPU, ``tiles.py`` reads it.
+
+An architecture ("sm_90") without an entry uses "default". In each list the first entry whose limits hold is taken;
+a limit of None always holds.
+
+STEPS   (tokens of the batch, block_tokens, splits)
+SHRINK  (block_tokens, rank, input width, block_n, block_k, lanes, warps, stages)
+EXPAND  (block_tokens, rank, output width, block_o, block_r, warps, stages)
+
+"default" is reasoned, not measured (docs/kernels.md says how).
+"""
+
+STEPS: dict[str, list[tuple[int | None, int, int]]] = {
+    "default": [
+        (16, 16, 16),
+        (256, 16, 8),
+        (4096, 64, 4),
+        (8192, 64, 2),
+        (None, 64, 1),
+    ],
+}
+
+SHRINK: dict[str, list[tuple[int, int | None, int | None, int, int, int, int, int]]] = {
+    "default": [
+        (16, None, 1024, 16, 64, 4, 4, 4),
+        (16, 16, None, 16, 128, 4, 4, 4),
+        (16, None, None, 16, 128, 8, 4, 4),
+        (64, 16, None, 32, 64, 2, 4, 4),
+        (64, None, None, 64, 64, 2, 4, 4),
+    ],
+}
+
+EXPAND: dict[str, list[tuple[int, int | None, int | None, int, int, int, int]]] = {
+    "default": [
+        (16, 16, None, 64, 16, 4, 2),
+        (16, None, None, 64, 32, 4, 3),
+        (64, 16, None, 128, 16, 4, 2),
+        (64, None, None, 128, 32, 4, 3),
+    ],
+}
