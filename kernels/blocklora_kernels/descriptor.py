@@ -40,7 +40,7 @@ class Address(NamedTuple):
 class Blocks(NamedTuple):
     """Blocks along the long axis of a factor (see the module's text); dense is ``Blocks(1, size, 0)``."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls on blocks
     size: int
     offset: int
 

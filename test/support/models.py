@@ -61,7 +61,13 @@ def build_model(folder: Path, family: str, *, kv_heads: int = 2, layers: int = 2
     All sizes divide by 1, 2, 3, 4 and 8, the TP sizes and block counts of the tests.
     """
     torch.manual_seed(seed)
-    extra = {"pad_token_id": 0} if family == "phi3" else {}
+    extra = {
+        "phi3": {"pad_token_id": 0},
+        "gemma2": {
+            "hidden_act": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 12,
+        },  # hidden_act as real checkpoints have
+    }.get(family, {})
     config = CONFIGS[family](
         vocab_size=VOCAB,
         hidden_size=96,

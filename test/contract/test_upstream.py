@@ -1,0 +1,88 @@
+"""Stock SGLang is as expected, is left alone when we are off, and is refused when it is another release."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from sglang_blocklora import SGLANG_VERSION
+from sglang_blocklora.settings import SETTINGS_VARIABLE, SWITCH_VARIABLE, Settings
+
+PREPARE = "from sglang_blocklora import cpu_only; cpu_only.prepare(1)\n"
+LOAD = "from sglang.srt.plugins import load_plugins; load_plugins()\n"
+STATE = """
+import json, sys
+from sglang.srt.plugins.hook_registry import HookRegistry
+import sglang.srt.lora.lora_manager as m, sglang.srt.entrypoints.openai.serving_base as s
+import sglang.srt.model_executor.model_runner as r
+print("STATE" + json.dumps({
+    "patched": sorted(HookRegistry._patched),
+    "imported": sorted(n for n in sys.modules if n.startswith("blocklora_patches")),
+    "manager": m.LoRAManager.__name__,
+    "runner": r.LoRAManager.__name__,
+    "wrapped": hasattr(s.OpenAIServingBase._resolve_lora_path, "__wrapped__"),
+}))
+"""
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if k not in (SETTINGS_VARIABLE, SWITCH_VARIABLE)}
+    return subprocess.run(
+        [sys.executable, "-c", PREPARE + code], env=kept | environment, capture_output=True, text=True, check=False
+    )
+
+
+def state(**environment: str) -> dict:
+    result = run(LOAD + STATE, **environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.split("STATE")[1])
+
+
+@pytest.fixture
+def settings() -> dict[str, str]:
+    return {SETTINGS_VARIABLE: json.dumps({"adapter_memory_mb": 1})}
+
+
+def test_every_upstream_symbol_is_as_expected() -> None:
+    result = run("from blocklora_patches.contract import mismatches; print(mismatches())")
+    assert result.stdout.splitlines()[-1:] == ["[]"], result.stdout + result.stderr[-2000:]
+
+
+def test_every_hook_takes_when_our_launcher_started_the_process(settings: dict[str, str]) -> None:
+    on = state(**settings)
+    assert on["manager"] == on["runner"] == "BlockLoRAManager"
+    assert on["wrapped"]
+    assert len(on["patched"]) == 5
+
+
+@pytest.mark.parametrize("switched_off", [False, True])
+def test_off_means_that_nothing_is_patched_or_imported(settings: dict[str, str], switched_off: bool) -> None:
+    """Installed but started by stock SGLang, or switched off: only the entry point itself is imported."""
+    off = state(**(settings | {SWITCH_VARIABLE: "0"} if switched_off else {}))
+    assert off["patched"] == []
+    assert off["manager"] == off["runner"] == "LoRAManager"
+    assert not off["wrapped"]
+    assert off["imported"] == ["blocklora_patches", "blocklora_patches.plugin"]
+
+
+def test_another_release_stops_at_once_with_the_version_that_is_needed(settings: dict[str, str]) -> None:
+    code = "import blocklora_patches.contract as c\nc.version = lambda name: '0.5.22'\n" + LOAD
+    result = run(code, **settings)
+    assert result.returncode != 0
+    assert f"sglang=={SGLANG_VERSION}" in result.stderr
+    assert "0.5.22" in result.stderr
+
+
+def test_a_changed_symbol_stops_with_its_name(settings: dict[str, str]) -> None:
+    code = "import sglang.srt.lora.lora_manager as m\nm.LoRAManager.fetch_new_loras = lambda self, other: None\n" + LOAD
+    result = run(code, **settings)
+    assert result.returncode != 0
+    assert "fetch_new_loras: expected parameters ('self', 'new_loras', 'running_loras')" in result.stderr
+
+
+def test_settings_survive_the_trip(settings: dict[str, str]) -> None:
+    code = "from sglang_blocklora.settings import Settings; print(Settings.active())"
+    assert run(code, **settings).stdout.strip() == str(Settings(adapter_memory_mb=1))

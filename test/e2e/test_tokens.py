@@ -1,0 +1,29 @@
+"""Greedy tokens equal PEFT's own ``generate``: real server over HTTP, float32, mixed concurrent batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import NEW_TOKENS
+from support.server import running
+
+# (family, KV heads, TP size); 2 KV heads on 4 and 8 ranks are replicated. ``make test`` runs the unmarked ones.
+REPRESENTATIVE = [("qwen2", 2, 4), ("qwen3", 3, 3), ("mistral", 2, 1)]  # Llama at TP 2: test_serving.py
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3")
+REST = [
+    *((family, 3 if tp == 3 else 2, tp) for family in FAMILIES for tp in (1, 2, 3, 4)),
+    ("llama", 2, 8),
+]
+MATRIX = REPRESENTATIVE + [
+    pytest.param(*entry, marks=pytest.mark.matrix) for entry in REST if entry not in REPRESENTATIVE
+]
+
+
+@pytest.mark.parametrize(("family", "kv_heads", "tp"), MATRIX)
+def test_tokens_equal_peft(case, tmp_path: Path, family: str, kv_heads: int, tp: int) -> None:
+    chosen = case(family, kv_heads)
+    with running(chosen.model, "--tp", str(tp), *chosen.lora_paths, log=tmp_path / "log") as server:
+        for warmth in ("cold", "warm prefix cache"):
+            found = server.many(chosen.requests(), NEW_TOKENS)
+            assert found == chosen.answers(), warmth

@@ -1,0 +1,111 @@
+"""The launcher's own part: flags, settings, model names, import direction. Nothing here imports SGLang."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sglang_blocklora import cpu_only, launch_server, naming
+from sglang_blocklora.settings import SETTINGS_VARIABLE, SWITCH_VARIABLE, Settings
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_defaults_for_adapters_are_added_and_the_users_flags_win() -> None:
+    settings, argv = launch_server.parse(["--model-path", "m", "--max-loras-per-batch=5", "--adapter-memory-mb", "7"])
+    assert settings == Settings(adapter_memory_mb=7)
+    assert argv[:3] == ["--model-path", "m", "--max-loras-per-batch=5"]
+    assert argv.count("--enable-lora") == 1
+    assert "--max-loras-per-batch" not in argv
+    assert "--adapter-memory-mb" not in argv
+
+
+@pytest.mark.parametrize("flags", [["--adapter-root", "/nowhere"], ["--adapter-memory-mb", "0"]])
+def test_impossible_flags_stop_with_a_message(flags: list[str]) -> None:
+    with pytest.raises(SystemExit, match=flags[0]):
+        launch_server.parse(flags)
+
+
+def test_settings_reach_other_processes_and_the_switch_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SETTINGS_VARIABLE, raising=False)
+    assert Settings.active() is None
+    monkeypatch.setenv(SETTINGS_VARIABLE, "")
+    settings = Settings(3, "/root")
+    settings.export()
+    assert Settings.active() == settings
+    monkeypatch.setenv(SWITCH_VARIABLE, "0")
+    assert Settings.active() is None
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter"),
+    [("base", None), ("default", None), ("a", "a"), ("base:a", "a"), ("default:a", "a"), ("x:y", "x:y")],
+)
+def test_model_names(model: str, adapter: str | None) -> None:
+    assert naming.resolve_model(model, "base", "default", ["a", "x:y"]) == adapter
+
+
+@pytest.mark.parametrize("model", ["", "b", "base:b", "other:a", "a:base", "base:"])
+def test_unknown_model_names_list_the_known_ones(model: str) -> None:
+    with pytest.raises(naming.UnknownModel, match=r"Base model: base\. Adapters: a, x:y\."):
+        naming.resolve_model(model, "base", "default", ["x:y", "a"])
+
+
+@pytest.mark.parametrize(("tp", "cores", "expected"), [(1, 4, "0,1,2,3"), (2, 4, "0,1|2,3"), (3, 2, "0|1|0")])
+def test_cores_are_dealt_out_among_ranks(monkeypatch: pytest.MonkeyPatch, tp: int, cores: int, expected: str) -> None:
+    monkeypatch.setattr(cpu_only, "is_cpu_only", lambda: True)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    for name in ("SGLANG_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS", "SGLANG_USE_CPU_ENGINE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    flags = cpu_only.prepare(tp)
+    assert flags["--device"] == ["cpu"]
+    assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == expected
+    assert os.environ["OMP_NUM_THREADS"] == str(max(1, cores // tp))
+
+
+def test_nothing_is_prepared_where_there_is_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_only, "is_cpu_only", lambda: False)
+    monkeypatch.setattr(cpu_only, "install_shims", lambda: pytest.fail("a shim on a machine with an accelerator"))
+    before = dict(os.environ)
+    assert cpu_only.prepare(2) == {}
+    assert dict(os.environ) == before
+
+
+ALLOWED = {
+    "kernels": {"blocklora_kernels"},
+    "python": {"blocklora_kernels", "sglang_blocklora"},
+    "patches": {"blocklora_kernels", "sglang_blocklora", "blocklora_patches", "sglang"},
+}
+# These two reach SGLang, through patches/ only.
+DOORS = {"python/sglang_blocklora/launch_server.py", "python/sglang_blocklora/frontend.py"}
+
+
+@pytest.mark.parametrize("root", ALLOWED)
+def test_imports_go_one_way(root: str) -> None:
+    ours = {"blocklora_kernels", "sglang_blocklora", "blocklora_patches", "sglang"}
+    for path in (REPOSITORY / root).rglob("*.py"):
+        name = path.relative_to(REPOSITORY).as_posix()
+        allowed = ALLOWED[root] | ({"blocklora_patches"} if name in DOORS else set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [node.module or ""]
+            for module in modules:
+                package = module.split(".")[0]
+                assert package not in ours - allowed, f"{name} imports {module}"
+
+
+def test_the_mechanism_imports_without_sglang() -> None:
+    code = (
+        "import sys; sys.modules['sglang'] = None\n"
+        "import sglang_blocklora.adapters.loading, sglang_blocklora.memory.pool, sglang_blocklora.batch.torch_step\n"
+        "import sglang_blocklora.launch_server, blocklora_kernels.reference"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

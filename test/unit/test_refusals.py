@@ -1,0 +1,235 @@
+"""What is wrong with an adapter is refused with one message: adapter, module, found, expected, what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sglang_blocklora.adapters.errors import AdapterError
+from sglang_blocklora.adapters.loading import attempt, merge
+from sglang_blocklora.adapters.shard import load_shard
+from support.toy import ToyModel, write_adapter
+
+MODEL = ToyModel()
+Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+Q_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+
+
+def config(**changes):
+    def edit(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return edit
+
+
+def bd(**changes):
+    def edit(folder: Path) -> None:
+        raw = json.loads((folder / "adapter_config.json").read_text())
+        config(use_bdlora=raw["use_bdlora"] | changes)(folder)
+
+    return edit
+
+
+def weights(change):
+    def edit(folder: Path) -> None:
+        path = folder / "adapter_model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+
+    return edit
+
+
+def put(name: str, tensor: torch.Tensor):
+    return weights(lambda tensors: tensors.__setitem__(name, tensor))
+
+
+def set_value(name: str, value: float):
+    return weights(lambda tensors: tensors[name].__setitem__((0, 0), value))
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def to_pickle(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def drop(name: str):
+    return weights(lambda tensors: tensors.pop(name))
+
+
+PREFIX = "base_model.model.model.layers.0"
+# kind: (how to break a right block-diagonal adapter with n = 2 and r = 6, a piece of the message)
+CASES = {
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), "no readable"),
+    "not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "not JSON"),
+    "JSON, not an object": (lambda f: (f / "adapter_config.json").write_text("[]"), "a JSON object"),
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
+    "pickle": (to_pickle, "unpickling"),
+    "truncated": (truncate, "cannot be read"),
+    "empty file": (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), "cannot be read"),
+    "not LoRA": (config(peft_type="IA3"), "'IA3'"),
+    "DoRA": (config(use_dora=True), "DoRA"),
+    "lora_bias": (config(lora_bias=True), "lora_bias"),
+    "bias": (config(bias="all"), "base biases"),
+    "modules_to_save": (config(modules_to_save=["lm_head"]), "modules_to_save"),
+    "pissa": (config(init_lora_weights="pissa_niter_4"), "init_lora_weights"),
+    "rank of 0": (config(r=0), "positive integer"),
+    "rank of true": (config(r=True), "positive integer"),
+    "alpha not a number": (config(lora_alpha="16"), "finite number"),
+    "bad pattern": (config(rank_pattern={"(": 4}), "regular expression"),
+    "nblocks of 0": (bd(nblocks=0), "positive integer"),
+    "in both lists": (bd(target_modules_bd_a=["proj"]), "both target_modules_bd_a"),
+    "in no list": (bd(target_modules_bd_b=["q_proj"]), "match_strict"),
+    "r % n": (bd(nblocks=4), "multiples of 4"),
+    "out % n": (bd(nblocks=5), "multiples of 5"),
+    "wrong rank in config": (config(r=8), "lora_A [6, 24]"),
+    "wrong shape": (put(Q_B, torch.zeros(10, 3)), "lora_B [10, 3]"),
+    "base model of other sizes": (
+        weights(lambda t: t.update({n: torch.cat([v, v], 1) for n, v in t.items() if "lora_A" in n})),
+        "trained on this base model",
+    ),
+    "rank above the limit": (config(r=128), "--max-lora-rank"),
+    "embeddings": (put("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(2, 2)), "Embeddings"),
+    "lm_head": (
+        weights(lambda t: t.update({f"base_model.model.lm_head.lora_{f}.weight": torch.zeros(2, 2) for f in "AB"})),
+        "lm_head",
+    ),
+    "experts": (
+        weights(
+            lambda t: t.update({f"{PREFIX}.mlp.experts.3.up_proj.lora_{f}.weight": torch.zeros(2, 2) for f in "AB"})
+        ),
+        "MoE experts",
+    ),
+    "layer beyond the last": (
+        weights(
+            lambda t: t.update(
+                {f"base_model.model.model.layers.9.mlp.up_proj.lora_{f}.weight": torch.zeros(2, 2) for f in "AB"}
+            )
+        ),
+        "cannot be adapted",
+    ),
+    "DoRA tensors": (put(f"{PREFIX}.self_attn.q_proj.lora_magnitude_vector", torch.zeros(2)), "DoRA"),
+    "bias tensors": (put(f"{PREFIX}.self_attn.q_proj.lora_B.bias", torch.zeros(2)), "biases"),
+    "one factor missing": (drop(Q_B), "no lora_B"),
+    "NaN": (set_value(Q_A, float("nan")), "NaN or Inf in lora_A"),
+    "Inf": (set_value(Q_B, float("inf")), "NaN or Inf in lora_B"),
+    "integers": (put(Q_A, torch.zeros(6, 24, dtype=torch.int64)), "type I64"),
+    "added tokens": (
+        lambda f: (f / "added_tokens.json").write_text(json.dumps({"<new>": 1000})),
+        "added tokens",
+    ),
+    "added tokens, not JSON": (lambda f: (f / "added_tokens.json").write_text("?"), "not JSON"),
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_refused_with_a_message_that_names_the_adapter(tmp_path: Path, kind: str) -> None:
+    break_it, message = CASES[kind]
+    write_adapter(tmp_path, MODEL, rank=6, nblocks=2)
+    load_shard("mine", tmp_path, MODEL.spec(0, 2), max_rank=64)  # right before it was broken
+    break_it(tmp_path)
+    with pytest.raises(AdapterError) as error:
+        load_shard("mine", tmp_path, MODEL.spec(0, 2), max_rank=64)
+    text = str(error.value)
+    assert text.startswith("adapter 'mine'")
+    assert "found" in text
+    assert "expected" in text
+    assert message in text
+
+
+def test_known_added_tokens_are_no_reason(tmp_path: Path) -> None:
+    write_adapter(tmp_path, MODEL)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<old>": 999}))
+    load_shard("mine", tmp_path, MODEL.spec(0, 2), max_rank=64)
+
+
+def test_match_strict_false_leaves_the_rest_plain(tmp_path: Path) -> None:
+    """o_proj and down_proj match no list and have plain shapes."""
+    deltas = write_adapter(tmp_path, MODEL, rank=6, nblocks=2)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for layer in range(MODEL.layers):
+        for module, (inputs, _) in MODEL.shapes(layer).items():
+            if module.endswith(("o_proj", "down_proj")):
+                tensors[f"base_model.model.{module}.lora_A.weight"] = torch.ones(6, inputs, dtype=torch.float64)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    bd(target_modules_bd_a=None, match_strict=False)(tmp_path)
+    shard = load_shard("mine", tmp_path, MODEL.spec(0, 2), max_rank=64)
+    assert deltas
+    assert shard.nblocks == 2
+    down = shard.descriptors[0][3]
+    assert (down.h_width, down.a_rows, down.blocks.count) == (6, 6, 1)
+
+
+def test_two_modules_for_one_slice_are_refused(tmp_path: Path) -> None:
+    write_adapter(tmp_path, ToyModel(fused=True), rank=6)
+    split = ToyModel()
+    fused_spec, split_spec = ToyModel(fused=True).spec(0, 1), split.spec(0, 1)
+    both = [
+        [
+            type(s)(s.name, s.kind, s.inputs, s.outputs, {**s.sources, **f.sources})
+            for s, f in zip(split_layer, fused_layer, strict=True)
+        ]
+        for split_layer, fused_layer in zip(split_spec.layers, fused_spec.layers, strict=True)
+    ]
+    spec = type(split_spec)(tuple(map(tuple, both)), 40, torch.float64, 1000, 0, 1)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors[Q_A], tensors[Q_B] = torch.zeros(6, 24), torch.zeros(48, 6)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="the same layer"):
+        load_shard("mine", tmp_path, spec, max_rank=64)
+
+
+def test_root_keeps_paths_and_links_in(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    root.mkdir()
+    write_adapter(root / "inside", MODEL)
+    write_adapter(outside, MODEL)
+    (root / "link").symlink_to(outside)
+    write_adapter(root / "linked-file", MODEL)
+    (root / "linked-file" / "adapter_model.safetensors").unlink()
+    (root / "linked-file" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
+    spec = MODEL.spec(0, 1)
+    assert attempt("a", str(root / "inside"), spec, 64, str(root)).error is None
+    for path in (outside, root / "link", root / ".." / "outside", root / "linked-file"):
+        error = attempt("a", str(path), spec, 64, str(root)).error
+        assert error is not None
+        assert "--adapter-root" in error
+        assert attempt("a", str(path), spec, 64, None).error is None
+
+
+def test_a_refusal_on_one_rank_is_a_refusal_on_all(tmp_path: Path) -> None:
+    """NaN in the last rows of q's B: only the last TP rank reads them."""
+    write_adapter(tmp_path, MODEL, nblocks=2)
+    weights(lambda tensors: tensors[Q_B].__setitem__((-1, 0), float("nan")))(tmp_path)
+    outcomes = [attempt("mine", str(tmp_path), MODEL.spec(rank, 4), 64, None) for rank in range(4)]
+    assert [outcome.error is None for outcome in outcomes] == [True, True, True, False]
+    assert "NaN" in (merge(outcomes).error or "")
+
+
+def test_ranks_agree_on_the_largest_size(tmp_path: Path) -> None:
+    """n = 3 over 2 ranks: each touches two blocks, but the row layouts need not be equal."""
+    write_adapter(tmp_path, MODEL, nblocks=3)
+    outcomes = [attempt("mine", str(tmp_path), MODEL.spec(rank, 2), 64, None) for rank in range(2)]
+    assert merge(outcomes).slots == max(outcome.slots for outcome in outcomes)
+
+
+def test_an_unforeseen_error_becomes_an_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that raised would leave the others waiting."""
+
+    def broken(*args):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("sglang_blocklora.adapters.loading.load_shard", broken)
+    write_adapter(tmp_path, MODEL)
+    error = attempt("mine", str(tmp_path), MODEL.spec(1, 2), 64, None).error
+    assert error is not None
+    assert "MemoryError" in error
+    assert "TP rank 1" in error
