@@ -19,13 +19,14 @@ ADAPTER_DEFAULTS = {
 }
 
 
-def _tp_size(argv: Sequence[str]) -> int:
+def tp_size(argv: Sequence[str]) -> int:
+    """TP ranks that SGLang's flags ask for."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--tensor-parallel-size", "--tp-size", "--tp", type=int, default=1, dest="tp")
     return int(parser.parse_known_args(argv)[0].tp)
 
 
-def _with_defaults(argv: Sequence[str], defaults: Mapping[str, Sequence[str]]) -> list[str]:
+def with_defaults(argv: Sequence[str], defaults: Mapping[str, Sequence[str]]) -> list[str]:
     """``argv`` plus those of ``defaults`` whose flag the user did not give."""
     given = {argument.split("=", 1)[0] for argument in argv}
     extra = [item for flag, values in defaults.items() if flag not in given for item in (flag, *values)]
@@ -45,13 +46,13 @@ def parse(argv: Sequence[str]) -> tuple[settings.Settings, list[str]]:
     if {"-h", "--help"} & set(rest):
         parser.print_help()
         print()
-    return settings.from_arguments(own), _with_defaults(rest, ADAPTER_DEFAULTS)
+    return settings.from_arguments(own), with_defaults(rest, ADAPTER_DEFAULTS)
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the server until it is stopped."""
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-    cpu_flags = cpu_only.prepare(_tp_size(argv))
+    cpu_flags = cpu_only.prepare(tp_size(argv))
     if os.environ.get(settings.SWITCH_VARIABLE) == "0":
         sglang_argv = list(argv)
     else:
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
 
     from blocklora_patches.launch import run_sglang  # imports SGLang, so only after the preparation above
 
-    run_sglang(_with_defaults(sglang_argv, cpu_flags))
+    run_sglang(with_defaults(sglang_argv, cpu_flags))
 
 
 if __name__ == "__main__":
@@ -68,4 +69,4 @@ if __name__ == "__main__":
 else:
     # A process that SGLang spawned imports this module as its main module before it imports SGLang.
     if __name__ == "__mp_main__":
-        cpu_only.prepare(_tp_size(sys.argv[1:]))
+        cpu_only.prepare(tp_size(sys.argv[1:]))

@@ -55,27 +55,37 @@ class AdapterChoice:
     rank_pattern: Mapping[str, int] | None = None
 
 
-def build_model(folder: Path, family: str, *, kv_heads: int = 2, layers: int = 2, seed: int = 0) -> Path:
-    """Save a random float32 model: 24 heads of 12, hidden 96, intermediate 192, a byte-level tokenizer.
+def build_model(
+    folder: Path,
+    family: str,
+    *,
+    heads: int = 24,
+    kv_heads: int = 2,
+    head_dim: int = 12,
+    layers: int = 2,
+    hidden_size: int = 96,
+    intermediate_size: int = 192,
+    seed: int = 0,
+) -> Path:
+    """Save a random float32 model with a byte-level tokenizer.
 
-    All sizes divide by 1, 2, 3, 4 and 8, the TP sizes and block counts of the tests.
+    The default sizes divide by 1, 2, 3, 4 and 8, the TP sizes and block counts of the tests.
     """
     torch.manual_seed(seed)
     extra = {
         "phi3": {"pad_token_id": 0},
-        "gemma2": {
-            "hidden_act": "gelu_pytorch_tanh",
-            "query_pre_attn_scalar": 12,
-        },  # hidden_act as real checkpoints have
+        # hidden_act as real checkpoints have it; a cap so high that it does nothing, because SGLang's torch_native
+        # attention ignores it (the base model's tokens differ from Hugging Face's too).
+        "gemma2": {"hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 12, "attn_logit_softcapping": 1e4},
     }.get(family, {})
     config = CONFIGS[family](
         vocab_size=VOCAB,
-        hidden_size=96,
-        intermediate_size=192,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=layers,
-        num_attention_heads=24,
+        num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=12,
+        head_dim=head_dim,
         max_position_embeddings=512,
         tie_word_embeddings=False,
         initializer_range=0.15,
