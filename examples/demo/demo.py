@@ -1,0 +1,192 @@
+"""``make demo``: serve one small model with three adapters at TP 2 and ask them all the same question.
+
+The server is a real SGLang server; the questions go through the ``openai`` client, where ``model`` names the adapter.
+With ``--serve`` (``make serve``) it stays up until Ctrl-C. Adapters are made by ``train_adapters.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import base_model
+import torch
+from adapter_bytes import bytes_per_rank
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from server import Server, ServerFailed, free_port
+from sglang_blocklora import cpu_only
+
+HERE = Path(__file__).resolve().parent
+ADAPTERS = HERE / "adapters"
+BASE_NAME = "smollm2"
+QUESTION = "What is the capital of France?"
+MAX_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer; ``tokens_per_s`` counts the tokens after the first one, None where there is just one."""
+
+    text: str
+    tokens_per_s: float | None
+
+
+def adapter_folders() -> list[Path]:
+    """Return the folders of the demo's adapters, plain LoRA first, then by number of blocks."""
+    found = [config.parent for config in ADAPTERS.glob("*/adapter_config.json")]
+    if not found:
+        raise SystemExit(f"no adapter in {ADAPTERS}: run `python {HERE / 'train_adapters.py'}`")
+    return sorted(found, key=lambda folder: (shape_of(folder), folder.name))
+
+
+def shape_of(folder: Path) -> tuple[int, int]:
+    """Return (nblocks, rank) of the adapter in ``folder``."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return (config["use_bdlora"] or {"nblocks": 1})["nblocks"], config["r"]
+
+
+def server_flags(model: Path, tp: int) -> list[str]:
+    """Return SGLang's flags: the model, TP size, adapters, and limits that keep a small machine small."""
+    dtype = "float32" if cpu_only.is_cpu_only() else "bfloat16"
+    return [
+        *("--model-path", str(model), "--served-model-name", BASE_NAME, "--tp", str(tp), "--dtype", dtype),
+        *("--context-length", "2048", "--max-total-tokens", "8192", "--adapter-memory-mb", "64"),
+        *("--lora-paths", *(f"{folder.name}={folder}" for folder in adapter_folders())),
+    ]
+
+
+def default_tp() -> int:
+    """Return 2, or 1 on a machine with a single GPU."""
+    return 2 if cpu_only.is_cpu_only() else min(2, torch.accelerator.device_count())
+
+
+def connect(url: str) -> Any:
+    """Return an ``openai`` client of the server at ``url``, reached directly whatever proxy is configured."""
+    import httpx
+    import openai
+
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", http_client=httpx.Client(trust_env=False, timeout=120))
+
+
+def ask(client: Any, model: str, question: str) -> Reply:
+    """Ask ``model`` (the base model's or an adapter's name) and measure how fast the answer streams in."""
+    stream = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+        max_tokens=MAX_TOKENS,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    pieces: list[str] = []
+    arrivals: list[float] = []
+    tokens = 0
+    for chunk in stream:
+        if chunk.usage is not None:
+            tokens = chunk.usage.completion_tokens
+        if chunk.choices and chunk.choices[0].delta.content:
+            pieces.append(chunk.choices[0].delta.content)
+            arrivals.append(time.monotonic())
+    if not pieces:
+        raise ServerFailed(f"Model {model!r} gave an empty answer to {question!r}.")
+    seconds = arrivals[-1] - arrivals[0]
+    return Reply("".join(pieces), (tokens - 1) / seconds if tokens > 1 and seconds > 0 else None)
+
+
+def answers_table(client: Any, tp: int, question: str, console: Console) -> Table:
+    """Ask the base model and every adapter ``question`` and return a table with one row each."""
+    table = Table(title=f"{question!r} at TP {tp}", show_lines=True, title_justify="left")
+    for header in ("adapter", "n", "rank", "bytes per\nTP rank", "tokens/s"):
+        table.add_column(header, justify="left" if header == "adapter" else "right")
+    table.add_column("answer", min_width=24)
+    folders: list[Path | None] = [None, *adapter_folders()]
+    for folder in folders:
+        name = folder.name if folder else BASE_NAME
+        with console.status(f"asking {name}"):
+            reply = ask(client, name, question)
+        cells = ["-", "-", "-"]
+        if folder:
+            nblocks, rank = shape_of(folder)
+            cells = [str(nblocks), str(rank), f"{bytes_per_rank(folder, tp):,}"]
+        speed = f"{reply.tokens_per_s:.1f}" if reply.tokens_per_s else "-"
+        table.add_row(name if folder else f"{name}\n(base)", *cells, speed, escape(reply.text))
+    return table
+
+
+def print_usage(url: str, console: Console) -> None:
+    """Print how to reach the running server with curl and with the ``openai`` client."""
+    name = adapter_folders()[-1].name
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": QUESTION}], "temperature": 0})
+    lines = [
+        f"Models: {', '.join([BASE_NAME, *(folder.name for folder in adapter_folders())])}. Stop with Ctrl-C.",
+        "",
+        f"curl {url}/v1/models",
+        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+        "",
+        "from openai import OpenAI",
+        f'client = OpenAI(base_url="{url}/v1", api_key="none")',
+        f'question = {{"role": "user", "content": "{QUESTION}"}}',
+        f'reply = client.chat.completions.create(model="{name}", messages=[question], temperature=0)',
+        "print(reply.choices[0].message.content)",
+    ]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    """Build the base model, start the server, then show the table or serve until Ctrl-C; stop all that was started."""
+    model = base_model.build()
+    port = args.port or free_port()
+    tp = args.tp or default_tp()
+    log = model.parent / f"server-{port}.log"
+    console.print(f"starting the server at TP {tp}, log in {log}", highlight=False, soft_wrap=True)
+    with Server(server_flags(model, tp), port, log, console) as server:
+        if args.serve:
+            print_usage(server.url, console)
+            while True:
+                server.check_running()
+                time.sleep(1)
+        console.print(answers_table(connect(server.url), tp, args.question, console))
+
+
+def stop_on_signal(number: int, _frame: object) -> None:
+    """Turn SIGTERM and SIGHUP into an exception, so that what was started is stopped on the way out."""
+    raise SystemExit(128 + number)
+
+
+def main() -> int:
+    """Run the demo; returns 0, 1 on failure, 130 on Ctrl-C (0 with ``--serve``, which ends that way)."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--serve", action="store_true", help="keep the server running until Ctrl-C")
+    parser.add_argument("--port", type=int, help="port of the server (default: a free one)")
+    parser.add_argument("--tp", type=int, choices=(1, 2, 4), help="tensor-parallel size (default: 2, with one GPU 1)")
+    parser.add_argument("--question", default=QUESTION, help="what to ask (default: %(default)s)")
+    args = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop_on_signal)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    started = time.monotonic()
+    try:
+        run(args, console)
+    except KeyboardInterrupt:
+        console.print("stopped")
+        return 0 if args.serve else 130
+    except Exception as error:
+        if not isinstance(error, ServerFailed) and error.__class__.__module__.split(".")[0] != "openai":
+            raise
+        print(error, file=sys.stderr)
+        return 1
+    console.print(f"everything stopped, {time.monotonic() - started:.0f} s in all", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
