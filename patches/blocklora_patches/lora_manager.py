@@ -61,9 +61,7 @@ class BlockLoRAManager(LoRAManager):
         self.device = next(base_model.parameters()).device
         self.lora_refs: dict[str, LoRARef] = {}
         linears = adaptable_linears(base_model)
-        self._spec = build_spec(
-            linears, set(target_modules or {"all"}), dtype, base_hf_config.vocab_size, tp_rank, tp_size
-        )
+        self._spec = build_spec(linears, base_hf_config, set(target_modules or {"all"}), dtype, tp_rank, tp_size)
         slot_bytes = len(linears) * 2 * self._spec.row_width * dtype.itemsize
         slots = settings.adapter_memory_mb * 2**20 // slot_bytes
         arena = StaticArena(len(linears), slots, self._spec.row_width, dtype, self.device)

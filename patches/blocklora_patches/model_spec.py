@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.utils import get_layer_id
@@ -38,35 +41,57 @@ def adaptable_linears(model: torch.nn.Module) -> list[list[tuple[str, torch.nn.M
     return [layers[index] for index in sorted(layers)]
 
 
+@dataclass(frozen=True)
+class CheckpointSizes:
+    """Widths as the checkpoint has them: SGLang's CPU engine pads its own until they divide by the TP size."""
+
+    q: int
+    kv: int
+    intermediate: int
+
+    @staticmethod
+    def of(config: Any, head_dim: int) -> CheckpointSizes:
+        """From the model's config, in which upstream keeps what it replaced as ``original_...``."""
+        heads = getattr(config, "original_num_attention_heads", config.num_attention_heads)
+        kv_heads = getattr(config, "original_total_num_kv_heads", config.num_key_value_heads)
+        intermediate = getattr(config, "original_intermediate_size", config.intermediate_size)
+        return CheckpointSizes(heads * head_dim, kv_heads * head_dim, intermediate)
+
+
 def build_spec(
     linears: list[list[tuple[str, torch.nn.Module]]],
+    config: Any,
     targets: set[str],
     dtype: torch.dtype,
-    vocab_size: int,
     rank: int,
     size: int,
 ) -> ModelSpec:
     """The spec of ``linears`` on TP rank ``rank`` of ``size``; the row width is that of the model's KV cache.
 
+    config   the base model's Hugging Face config
     targets  Hugging Face module suffixes (q_proj, o_proj, ...) that adapters may have; {"all"} for every one
     """
     qkv = next(m for layer in linears for _, m in layer if isinstance(m, QKVParallelLinear))
-    specs = tuple(tuple(_linear(path, module, targets) for path, module in layer) for layer in linears)
-    return ModelSpec(specs, qkv.kv_proj_shard_size, dtype, vocab_size, rank, size)
+    sizes = CheckpointSizes.of(config, qkv.head_size)
+    specs = tuple(tuple(_linear(path, module, sizes, targets) for path, module in layer) for layer in linears)
+    return ModelSpec(specs, qkv.kv_proj_shard_size, dtype, config.vocab_size, rank, size)
 
 
-def _linear(path: str, module: torch.nn.Module, targets: set[str]) -> LinearSpec:
+def _linear(path: str, module: torch.nn.Module, sizes: CheckpointSizes, targets: set[str]) -> LinearSpec:
     parent, _, name = path.rpartition(".")
     if isinstance(module, RowParallelLinear):
-        share = module.input_size_per_partition
+        inputs = sizes.q if name == "o_proj" else sizes.intermediate
         return LinearSpec(
             path,
             "row",
-            Interval(share * module.tp_rank, share * (module.tp_rank + 1), module.input_size),
+            _share(module.input_size_per_partition, module.tp_rank, inputs),
             (Interval(0, module.output_size, module.output_size),),
             {path: Source((0,), (0,), module.output_size)} if targets & {"all", name} else {},
         )
-    outputs = _qkv_outputs(module) if isinstance(module, QKVParallelLinear) else _merged_outputs(module)
+    if isinstance(module, QKVParallelLinear):
+        outputs = _qkv_outputs(module, sizes)
+    else:
+        outputs = tuple(_share(own, module.tp_rank, sizes.intermediate) for own in module.output_partition_sizes)
     offsets = [sum(o.size for o in outputs[:i]) for i in range(len(outputs))]
     sources = {
         f"{parent}.{part}": Source((i,), (0,), outputs[i].size)
@@ -83,18 +108,12 @@ def _parts(name: str) -> tuple[str, ...]:
     return {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}.get(name, (name,))
 
 
-def _qkv_outputs(module: QKVParallelLinear) -> tuple[Interval, ...]:
+def _share(length: int, index: int, size: int) -> Interval:
+    """Part ``index`` of an axis of ``size`` that is dealt out in parts of ``length``."""
+    return Interval(length * index, length * (index + 1), size)
+
+
+def _qkv_outputs(module: QKVParallelLinear, sizes: CheckpointSizes) -> tuple[Interval, ...]:
     """Query heads are dealt out; KV heads too, or replicated where there are more TP ranks than heads."""
-    q, kv = module.q_proj_shard_size, module.kv_proj_shard_size
-    kv_index = module.tp_rank // module.num_kv_head_replicas
-    kv_size = module.total_num_kv_heads * module.head_size
-    q_out = Interval(q * module.tp_rank, q * (module.tp_rank + 1), module.total_num_heads * module.head_size)
-    kv_out = Interval(kv * kv_index, kv * (kv_index + 1), kv_size)
-    return q_out, kv_out, kv_out
-
-
-def _merged_outputs(module: MergedColumnParallelLinear) -> tuple[Interval, ...]:
-    return tuple(
-        Interval(share * module.tp_rank, share * (module.tp_rank + 1), size)
-        for size, share in zip(module.output_sizes, module.output_partition_sizes, strict=True)
-    )
+    kv = _share(module.kv_proj_shard_size, module.tp_rank // module.num_kv_head_replicas, sizes.kv)
+    return _share(module.q_proj_shard_size, module.tp_rank, sizes.q), kv, kv

@@ -72,11 +72,16 @@ def build_model(
     The default sizes divide by 1, 2, 3, 4 and 8, the TP sizes and block counts of the tests.
     """
     torch.manual_seed(seed)
-    extra = {
+    extra: dict = {"tie_word_embeddings": False} | {
         "phi3": {"pad_token_id": 0},
-        # hidden_act as real checkpoints have it; a cap so high that it does nothing, because SGLang's torch_native
-        # attention ignores it (the base model's tokens differ from Hugging Face's too).
-        "gemma2": {"hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 12, "attn_logit_softcapping": 1e4},
+        # hidden_act and tied embeddings as in real checkpoints; a cap so high that it does nothing, because SGLang's
+        # torch_native attention ignores it (the base model's tokens differ from Hugging Face's too).
+        "gemma2": {
+            "hidden_act": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 12,
+            "attn_logit_softcapping": 1e4,
+            "tie_word_embeddings": True,
+        },
     }.get(family, {})
     config = CONFIGS[family](
         vocab_size=VOCAB,
@@ -87,7 +92,6 @@ def build_model(
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=512,
-        tie_word_embeddings=False,
         initializer_range=0.15,
         bos_token_id=None,
         eos_token_id=None,
@@ -99,6 +103,10 @@ def build_model(
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # initialised to zero, which would hide a bias that is lost
                 parameter.normal_(std=0.3)
+            if family == "gemma2" and name.endswith(
+                ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+            ):
+                parameter.fill_(5.0)  # tied random embeddings would otherwise repeat one token for ever
     model.save_pretrained(folder)
     _save_tokenizer(folder)
     return folder

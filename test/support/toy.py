@@ -15,7 +15,7 @@ ROW_MODULES = ("o_proj", "down_proj")
 
 @dataclass(frozen=True)
 class ToyModel:
-    """Sizes of a Llama-like decoder; every size divides by every TP size the tests use, as SGLang demands."""
+    """Sizes of a Llama-like decoder. Where one does not divide by the TP size the last ranks hold padding."""
 
     layers: int = 2
     hidden: int = 24
@@ -51,8 +51,8 @@ class ToyModel:
     def _layer(self, layer: int, rank: int, size: int) -> tuple[LinearSpec, ...]:
         attn, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        share = lambda total: Interval(total // size * rank, total // size * (rank + 1), total)  # noqa: E731
-        if size > self.kv_heads:  # replicated KV heads
+        share = lambda total: Interval(-(-total // size) * rank, -(-total // size) * (rank + 1), total)  # noqa: E731
+        if size > self.kv_heads and size % self.kv_heads == 0:  # replicated KV heads
             head = rank // (size // self.kv_heads)
             kv_share = Interval(head * self.head_dim, (head + 1) * self.head_dim, kv)
         else:

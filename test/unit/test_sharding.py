@@ -45,7 +45,8 @@ def combined(folder: Path, model: ToyModel, size: int) -> dict[str, torch.Tensor
                 total = torch.zeros(linear.outputs[0].size, linear.inputs.size, dtype=torch.float64)
                 for part, spec in zip(parts, specs, strict=True):
                     own = spec.layers[layer][index].inputs
-                    total[:, own.start : own.stop] += part
+                    total[:, own.start : own.stop] += part[:, : max(own.size - own.start, 0)]
+                    assert not part[:, max(own.size - own.start, 0) :].any(), "a delta from padding"
                 (module,) = linear.sources
                 result[module] = total
                 continue
@@ -56,7 +57,9 @@ def combined(folder: Path, model: ToyModel, size: int) -> dict[str, torch.Tensor
                     for slice_index, offset in zip(source.slices, source.offsets, strict=True):
                         interval = own.outputs[slice_index]
                         start, stop = own.out_offsets[slice_index : slice_index + 2]
-                        total[offset + interval.start : offset + interval.stop] = part[start:stop]
+                        real = interval.shifted(offset, source.size)
+                        total[real.start : real.stop] = part[start : start + real.length]
+                        assert not part[start + real.length : stop].any(), "a delta on padding"
                 result[module] = total
     return result
 
@@ -80,7 +83,7 @@ def test_every_block_count_at_every_tp_size(nblocks: int | None, size: int) -> N
 
 @settings(max_examples=120, deadline=None)
 @given(
-    size=st.sampled_from([1, 2, 3, 4, 6, 8, 12]),
+    size=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 12]),
     nblocks=st.sampled_from([None, 1, 2, 3, 4, 6, 8]),
     multiple=st.integers(1, 5),
     orientation=st.sampled_from(["right", "wrong"]),
@@ -91,8 +94,6 @@ def test_every_block_count_at_every_tp_size(nblocks: int | None, size: int) -> N
     seed=st.integers(0, 99),
 )
 def test_law(size, nblocks, multiple, orientation, kv_heads, fused, use_rslora, targets, seed) -> None:
-    if max(size, kv_heads) % min(size, kv_heads):
-        return  # SGLang refuses these models at this TP size
     head_dim = 24 if kv_heads < 8 else 2  # so that every block count divides the K and V outputs
     model = ToyModel(layers=1, heads=24, kv_heads=kv_heads, head_dim=head_dim, fused=fused)
     if fused:

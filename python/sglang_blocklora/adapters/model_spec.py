@@ -11,7 +11,11 @@ import torch
 
 @dataclass(frozen=True)
 class Interval:
-    """Positions ``[start, stop)`` of an axis of ``size`` that this TP rank holds."""
+    """Positions ``[start, stop)`` of an axis of ``size`` that this TP rank holds.
+
+    ``stop``, and even ``start``, may lie beyond ``size``: SGLang's CPU engine pads heads and the intermediate size with
+    zeros until they divide by the TP size. The checkpoint has nothing for those positions, and no adapter touches them.
+    """
 
     start: int
     stop: int
@@ -19,7 +23,12 @@ class Interval:
 
     @property
     def length(self) -> int:
+        """Positions on this TP rank, padding included."""
         return self.stop - self.start
+
+    def shifted(self, offset: int, size: int) -> Interval:
+        """The unpadded part, on an axis of ``size`` on which this one starts at ``offset``; may be empty."""
+        return Interval(offset + min(self.start, self.size), offset + min(self.stop, self.size), size)
 
 
 @dataclass(frozen=True)

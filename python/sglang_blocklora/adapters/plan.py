@@ -65,5 +65,6 @@ def plan_linear(linear: LinearSpec, shapes: Mapping[str, ModuleShape]) -> Linear
     for module, source in linear.sources.items():
         if module in shapes:
             for index, offset in zip(source.slices, source.offsets, strict=True):
-                parts[index] = SlicePart(module, cut_slice(linear, index, offset, source.size, shapes[module]))
+                cut = cut_slice(linear, index, offset, source.size, shapes[module])
+                parts[index] = SlicePart(module, cut) if cut else None
     return LinearPlan(linear, tuple(parts))

@@ -102,14 +102,21 @@ def _copy_factors(
             continue
         cut, shape = part.cut, shapes[part.module]
         read = partial(checkpoint.read, part.module)
-        a[a_row : a_row + cut.a_rows].copy_(read_a(plan.linear, cut, shape, read))
+        _put(a[a_row : a_row + cut.a_rows], read_a(plan.linear, cut, shape, read))
         a_row += cut.a_rows
-        _matrix(planes, address, interval.length, cut.block_rank).copy_(read_b(plan.linear, cut, shape, read))
+        _put(_matrix(planes, address, interval.length, cut.block_rank), read_b(plan.linear, cut, shape, read))
 
 
 def _matrix(planes: torch.Tensor, address: Address, rows: int, columns: int) -> torch.Tensor:
     start = address.row * planes.shape[2] + address.column
     return planes[address.plane].view(-1)[start : start + rows * columns].view(rows, columns)
+
+
+def _put(place: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy ``values`` into ``place``, zeros where ``place`` is padded."""
+    if place.shape != values.shape:
+        place.zero_()
+    place[: values.shape[0], : values.shape[1]].copy_(values)
 
 
 def _scalings(plan: LinearPlan, config: AdapterConfig) -> tuple[float, ...]:

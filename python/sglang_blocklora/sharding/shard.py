@@ -53,7 +53,8 @@ class SliceCut:
 
     rank        local rank: rows of A (columns of h) that the TP rank holds
     first_rank  which row of the full A they start at
-    positions   the rank's interval of the split axis: output rows of B (column) or input columns of A (row)
+    positions   the rank's interval of the split axis in the module, padding left out: output rows of B (column) or
+                input columns of A (row)
     a, b        blocks of the local factors, ``Blocks(1, length, 0)`` where dense
     a_rows      rows of the local A in memory; block_rank: columns of the local B in memory
     """
@@ -68,17 +69,19 @@ class SliceCut:
     block_rank: int
 
 
-def cut_slice(linear: LinearSpec, slice_index: int, offset: int, size: int, shape: ModuleShape) -> SliceCut:
-    """Which part of a module the TP rank holds for one slice of ``linear``.
+def cut_slice(linear: LinearSpec, slice_index: int, offset: int, size: int, shape: ModuleShape) -> SliceCut | None:
+    """Which part of a module the TP rank holds for one slice of ``linear``; None where it holds only padding.
 
     offset, size  the slice's first row in the module and the module's rows (``Source``); unused on row linears
     """
     output = linear.outputs[slice_index]
     n = shape.split_blocks(linear.kind)
     if linear.kind == "column":
-        positions = Interval(offset + output.start, offset + output.stop, size)
+        positions = output.shifted(offset, size)
     else:
-        positions = linear.inputs
+        positions = linear.inputs.shifted(0, linear.inputs.size)
+    if positions.length == 0:
+        return None
     touched = touched_blocks(positions, n)
     block_rank = shape.rank // n
     rank = touched.blocks.count * block_rank
@@ -90,7 +93,7 @@ def cut_slice(linear: LinearSpec, slice_index: int, offset: int, size: int, shap
 
 
 def read_a(linear: LinearSpec, cut: SliceCut, shape: ModuleShape, read: Read) -> torch.Tensor:
-    """The local A [a_rows, local inputs], reading no more of the checkpoint than the TP rank needs."""
+    """The local A [a_rows, local inputs without padding], reading no more than the TP rank needs."""
     if linear.kind == "column":
         if shape.structure == "block_a":
             return block_diagonal(read("A", None, None), shape.nblocks)
@@ -108,7 +111,7 @@ def read_a(linear: LinearSpec, cut: SliceCut, shape: ModuleShape, read: Read) ->
 
 
 def read_b(linear: LinearSpec, cut: SliceCut, shape: ModuleShape, read: Read) -> torch.Tensor:
-    """The local B [local outputs, block_rank], reading no more of the checkpoint than the TP rank needs."""
+    """The local B [local outputs without padding, block_rank], reading no more than the TP rank needs."""
     if linear.kind == "column":
         return read("B", slice(cut.positions.start, cut.positions.stop), None)
     if shape.structure == "block_b":
