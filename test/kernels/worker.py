@@ -18,7 +18,7 @@ import numpy as np
 
 # Small tiles: many tiles, chunks, lanes and splits at sizes that the interpreter can afford.
 SMALL_TILES = {
-    "STEPS": {"default": [(24, 16, 3), (None, 32, 2)]},
+    "STEPS": {"default": [(24, 16, 4), (None, 32, 2)]},
     "SHRINK": {"default": [(16, None, None, 16, 32, 2, 4, 1), (32, None, None, 16, 32, 2, 4, 1)]},
     "EXPAND": {"default": [(16, None, None, 32, 16, 4, 1), (32, None, None, 32, 16, 4, 1)]},
 }

@@ -63,7 +63,7 @@ def build_model(
     kv_heads: int = 2,
     head_dim: int = 12,
     layers: int = 2,
-    hidden_size: int = 96,
+    hidden_size: int = 288,  # heads times head_dim: SGLang's Qwen2 does not read head_dim
     intermediate_size: int = 192,
     seed: int = 0,
 ) -> Path:
