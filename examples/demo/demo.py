@@ -13,9 +13,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import base_model
+import httpx
+import openai
 import torch
 from adapter_bytes import bytes_per_rank
 from rich.console import Console
@@ -68,15 +69,12 @@ def default_tp() -> int:
     return 2 if cpu_only.is_cpu_only() else min(2, torch.accelerator.device_count())
 
 
-def connect(url: str) -> Any:
+def connect(url: str) -> openai.OpenAI:
     """Return an ``openai`` client of the server at ``url``, reached directly whatever proxy is configured."""
-    import httpx
-    import openai
-
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", http_client=httpx.Client(trust_env=False, timeout=120))
 
 
-def ask(client: Any, model: str, question: str) -> Reply:
+def ask(client: openai.OpenAI, model: str, question: str) -> Reply:
     """Ask ``model`` (the base model's or an adapter's name) and measure how fast the answer streams in."""
     stream = client.chat.completions.create(
         model=model,
@@ -101,7 +99,7 @@ def ask(client: Any, model: str, question: str) -> Reply:
     return Reply("".join(pieces), (tokens - 1) / seconds if tokens > 1 and seconds > 0 else None)
 
 
-def answers_table(client: Any, tp: int, question: str, console: Console) -> Table:
+def answers_table(client: openai.OpenAI, tp: int, question: str, console: Console) -> Table:
     """Ask the base model and every adapter ``question`` and return a table with one row each."""
     table = Table(title=f"{question!r} at TP {tp}", show_lines=True, title_justify="left")
     for header in ("adapter", "n", "rank", "bytes per\nTP rank", "tokens/s"):
@@ -142,8 +140,8 @@ def print_usage(url: str, console: Console) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Build the base model, start the server, then show the table or serve until Ctrl-C; stop all that was started."""
+    port = free_port(args.port)
     model = base_model.build()
-    port = args.port or free_port()
     tp = args.tp or default_tp()
     log = model.parent / f"server-{port}.log"
     console.print(f"starting the server at TP {tp}, log in {log}", highlight=False, soft_wrap=True)
@@ -153,7 +151,10 @@ def run(args: argparse.Namespace, console: Console) -> None:
             while True:
                 server.check_running()
                 time.sleep(1)
-        console.print(answers_table(connect(server.url), tp, args.question, console))
+        try:
+            console.print(answers_table(connect(server.url), tp, args.question, console))
+        except (openai.OpenAIError, httpx.HTTPError) as error:
+            raise ServerFailed(f"A request failed: {error!r}\n{server.tail()}") from error
 
 
 def stop_on_signal(number: int, _frame: object) -> None:
@@ -165,7 +166,7 @@ def main() -> int:
     """Run the demo; returns 0, 1 on failure, 130 on Ctrl-C (0 with ``--serve``, which ends that way)."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--serve", action="store_true", help="keep the server running until Ctrl-C")
-    parser.add_argument("--port", type=int, help="port of the server (default: a free one)")
+    parser.add_argument("--port", type=int, default=0, help="port of the server (default: a free one)")
     parser.add_argument("--tp", type=int, choices=(1, 2, 4), help="tensor-parallel size (default: 2, with one GPU 1)")
     parser.add_argument("--question", default=QUESTION, help="what to ask (default: %(default)s)")
     args = parser.parse_args()
@@ -179,9 +180,7 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("stopped")
         return 0 if args.serve else 130
-    except Exception as error:
-        if not isinstance(error, ServerFailed) and error.__class__.__module__.split(".")[0] != "openai":
-            raise
+    except ServerFailed as error:
         print(error, file=sys.stderr)
         return 1
     console.print(f"everything stopped, {time.monotonic() - started:.0f} s in all", highlight=False)

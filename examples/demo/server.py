@@ -24,16 +24,27 @@ TAIL_LINES = 25
 POLL_S = 0.25
 # Where there is no terminal to draw a spinner on, one line this often.
 PLAIN_PROGRESS_S = 10
+# Lines of the log that say nothing about why a server failed: our own polling, and a binding's farewell.
+NOISE = ('"GET /health', "nanobind", " - leaked ", " - ... skipped remainder", "reference counting issue")
 
 
 class ServerFailed(Exception):
     """The server stopped, or did not become ready; the message holds the end of its log."""
 
 
-def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nothing listens on now."""
+def free_port(wanted: int = 0) -> int:
+    """Return ``wanted``, or any TCP port of 127.0.0.1 where it is 0, that nothing listens on now.
+
+    Raises ``ServerFailed`` where ``wanted`` is taken: SGLang would load its model first and then hang.
+    """
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError as error:
+            raise ServerFailed(
+                f"Port {wanted} cannot be used ({error.strerror}): choose another with --port."
+            ) from error
         return int(probe.getsockname()[1])
 
 
@@ -41,7 +52,7 @@ class Server:
     """``python -m sglang_blocklora.launch_server`` with ``flags``, for the length of a ``with`` block.
 
     The server runs in a process group of its own, so a Ctrl-C reaches only us, and whatever way the block is left, the
-    whole group is stopped. Its output goes to ``log``, which is deleted when the block ends without an exception.
+    whole group is stopped. Its output goes to ``log``, which is kept where something failed and deleted otherwise.
     """
 
     def __init__(self, flags: Sequence[str], port: int, log: Path, console: Console) -> None:
@@ -70,14 +81,14 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-        if kind is None or kind is KeyboardInterrupt:
+        if kind is None or not issubclass(kind, Exception):
             self.log.unlink(missing_ok=True)
 
     def check_running(self) -> None:
         """Raise ``ServerFailed`` where the server has ended by itself."""
         code = self.process.poll() if self.process else None
         if code is not None:
-            raise ServerFailed(f"The server ended with exit code {code}.\n{self._tail()}")
+            raise ServerFailed(f"The server ended with exit code {code}.\n{self.tail()}")
 
     def stop(self) -> None:
         """Stop the server and every process it started; what ignores SIGTERM for 10 s is killed."""
@@ -105,7 +116,7 @@ class Server:
                 self.check_running()
                 now = time.monotonic()
                 if now - started > START_LIMIT_S:
-                    raise ServerFailed(f"The server was not ready after {START_LIMIT_S} s.\n{self._tail()}")
+                    raise ServerFailed(f"The server was not ready after {START_LIMIT_S} s.\n{self.tail()}")
                 lines = self._log_lines()
                 last = lines[-1] if lines else ""
                 text = escape(f"starting the server, {now - started:.0f} s: {last}"[: self.console.width - 4])
@@ -127,11 +138,13 @@ class Server:
     def _log_lines(self) -> list[str]:
         """Return the last lines of the log that are not empty, oldest first."""
         with self.log.open("rb") as handle:
-            handle.seek(max(0, handle.seek(0, os.SEEK_END) - 16384))
+            handle.seek(max(0, handle.seek(0, os.SEEK_END) - 65536))
             text = handle.read().decode(errors="replace")
-        return [line for line in text.splitlines() if line.strip()][-TAIL_LINES:]
+        lines = [line for line in text.splitlines() if line.strip() and not any(noise in line for noise in NOISE)]
+        return lines[-TAIL_LINES:]
 
-    def _tail(self) -> str:
+    def tail(self) -> str:
+        """Return the command and the end of the log, for a message."""
         return "\n".join([f"Command: {' '.join(self.command)}", f"End of {self.log}:", *self._log_lines()])
 
 
