@@ -92,6 +92,7 @@ SYMBOLS: dict[str, tuple[str, ...] | None] = {
     ),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.unload_lora_adapter": ("self", "obj", "_"),
     "sglang.srt.entrypoints.openai.protocol.DEFAULT_MODEL_NAME": None,
+    "sglang.srt.model_executor.runner.get_is_capture_mode": (),
     "sglang.srt.runtime_context.get_parallel": (),
     "sglang.srt.server_args.prepare_server_args": ("argv",),
     "sglang.launch_server.run_server": ("server_args",),

@@ -7,16 +7,11 @@ or skipped all-reduce, with none of upstream's forward code repeated.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
-
-
-class Step(Protocol):
-    """What adds the deltas of the current batch (``sglang_blocklora.batch``)."""
-
-    def add_delta_(self, layer: int, linear: int, out: torch.Tensor, x: torch.Tensor) -> None: ...
+from sglang_blocklora.batch.step import Step
 
 
 class AdaptedLinearMethod(LinearMethodBase):

@@ -11,10 +11,13 @@ from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.runner import get_is_capture_mode
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel
 from sglang_blocklora.adapters.loading import Outcome, attempt, merge
+from sglang_blocklora.batch.step import Step
 from sglang_blocklora.batch.torch_step import TorchStep
+from sglang_blocklora.batch.triton_step import TritonStep
 from sglang_blocklora.memory.pool import AdapterPool, LoadedAdapter
 from sglang_blocklora.memory.static_arena import StaticArena
 from sglang_blocklora.settings import Settings
@@ -66,7 +69,14 @@ class BlockLoRAManager(LoRAManager):
         slots = settings.adapter_memory_mb * 2**20 // slot_bytes
         arena = StaticArena(len(linears), slots, self._spec.row_width, dtype, self.device)
         self.pool = AdapterPool(arena, max_loras_per_batch)
-        self._step = TorchStep(self._spec, self.pool)
+        use_triton = settings.adapter_kernels == "triton" or (
+            settings.adapter_kernels == "auto" and self.device.type == "cuda"
+        )
+        self._step: Step = (
+            TritonStep(self._spec, self.pool, self._max_rank, self.device)
+            if use_triton
+            else TorchStep(self._spec, self.pool)
+        )
         for layer, modules in enumerate(linears):
             for index, (_, module) in enumerate(modules):
                 module.quant_method = AdaptedLinearMethod(module.quant_method, self._step, layer, index)
@@ -131,14 +141,19 @@ class BlockLoRAManager(LoRAManager):
 
     def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
         """Group the batch's tokens by adapter. Requests without one take no part."""
-        if not any(forward_batch.lora_ids):
-            self._step.reset()
-            return
-        decode = forward_batch.forward_mode.is_decode()
-        self._step.prepare(forward_batch.lora_ids, None if decode else forward_batch.extend_seq_lens_cpu)
+        if get_is_capture_mode():
+            self._step.prepare_capture(len(forward_batch.lora_ids))
+        elif forward_batch.forward_mode.is_decode():
+            self._step.prepare(forward_batch.lora_ids, None)
+        else:
+            self._step.prepare(forward_batch.lora_ids, forward_batch.extend_seq_lens_cpu)
 
     def reset_lora_batch(self) -> None:
         self._step.reset()
+
+    def init_cuda_graph_batch_info(self, max_bs_in_cuda_graph: int, num_tokens_per_req: int) -> None:
+        """Called before decode graphs are captured; ``num_tokens_per_req`` is 1 without speculative decoding."""
+        self._step.init_graphs(max_bs_in_cuda_graph * num_tokens_per_req)
 
     def init_cuda_graph_moe_buffers(self, max_bs: int, max_loras: int, compute_dtype: Any, moe_layer: Any) -> None:
         """MoE layers are not adapted."""

@@ -19,10 +19,12 @@ SWITCH_VARIABLE = "SGLANG_BLOCKLORA"
 class Settings:
     """adapter_memory_mb  MiB per TP rank of the arena for adapter weights
     adapter_root       adapters may only be loaded from below this folder; None: from anywhere
+    adapter_kernels    "torch", "triton", or "auto": triton on a GPU, torch elsewhere
     """
 
     adapter_memory_mb: int = 1024
     adapter_root: str | None = None
+    adapter_kernels: str = "auto"
 
     def export(self) -> None:
         """Make the settings known to this process and all it starts."""
@@ -52,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="load adapters only from below this folder, symbolic links followed (default: from anywhere)",
     )
+    group.add_argument(
+        "--adapter-kernels",
+        choices=["auto", "torch", "triton"],
+        default=Settings.adapter_kernels,
+        help="who computes the deltas; auto: triton on a GPU, torch elsewhere (default: %(default)s)",
+    )
 
 
 def from_arguments(arguments: argparse.Namespace) -> Settings:
@@ -61,4 +69,4 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
         raise SystemExit(f"--adapter-root {root} is not a folder")
     if arguments.adapter_memory_mb < 1:
         raise SystemExit(f"--adapter-memory-mb {arguments.adapter_memory_mb} must be at least 1")
-    return Settings(arguments.adapter_memory_mb, str(root.resolve()) if root else None)
+    return Settings(arguments.adapter_memory_mb, str(root.resolve()) if root else None, arguments.adapter_kernels)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from blocklora_kernels import reference
-from blocklora_kernels.segments import Segments
 
 from sglang_blocklora.adapters.model_spec import ModelSpec
+from sglang_blocklora.batch.grouping import group_by_adapter
+from sglang_blocklora.batch.step import Step
 from sglang_blocklora.memory.pool import AdapterPool, Resident
 
 # [layer][linear], None where the adapter leaves the linear alone.
 AdapterFactors = tuple[tuple[reference.LinearFactors | None, ...], ...]
 
 
-class TorchStep:
+class TorchStep(Step):
     """Adds adapters' deltas to the outputs of linears, for the batch given to ``prepare``.
 
     Factors of a resident adapter are resolved once: views of the arena where its slots are adjacent.
@@ -29,26 +29,24 @@ class TorchStep:
         self._segments: list[tuple[slice | torch.Tensor, AdapterFactors]] = []
 
     def prepare(self, keys: Sequence[str | None], token_counts: Sequence[int] | None) -> None:
-        """Set the batch: each request's adapter (None, or one that is not resident: the base model) and its tokens.
-
-        token_counts  tokens of each request in batch order; None: one each (decode)
-        """
         resident = self._pool.resident
         used = sorted({key for key in keys if key is not None and key in resident})
         index = {key: i for i, key in enumerate(used)}
-        adapters = np.array([-1 if key is None else index.get(key, -1) for key in keys], dtype=np.int32)
-        counts = None if token_counts is None else np.asarray(token_counts)
-        segments = Segments.build(adapters, counts)
+        segments = group_by_adapter([index.get(key, -1) if key else -1 for key in keys], token_counts)
         self._segments = [
             (segments.rows(g), self._resolve(used[adapter])) for g, adapter in enumerate(segments.adapters)
         ]
 
     def reset(self) -> None:
-        """No adapter until the next ``prepare``."""
         self._segments = []
 
+    def init_graphs(self, max_tokens: int) -> None:
+        raise ValueError("the torch path cannot run in CUDA graphs: start with --disable-cuda-graph")
+
+    def prepare_capture(self, tokens: int) -> None:
+        raise ValueError("the torch path cannot run in CUDA graphs: start with --disable-cuda-graph")
+
     def add_delta_(self, layer: int, linear: int, out: torch.Tensor, x: torch.Tensor) -> None:
-        """Add the batch's deltas to ``out`` [tokens, local outputs] of one linear; ``x`` is [tokens, local inputs]."""
         for rows, factors in self._segments:
             own = factors[layer][linear]
             if own is not None:

@@ -1,0 +1,30 @@
+"""What adds the deltas of the current batch: the torch path and the Triton path do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+
+class Step(Protocol):
+    """One lives in each TP rank's process; ``prepare`` comes before each forward pass."""
+
+    def prepare(self, keys: Sequence[str | None], token_counts: Sequence[int] | None) -> None:
+        """Set the batch: each request's adapter (None, or one that is not resident: the base model) and its tokens.
+
+        token_counts  tokens of each request in batch order; None: one each (a decode batch)
+        """
+
+    def add_delta_(self, layer: int, linear: int, out: torch.Tensor, x: torch.Tensor) -> None:
+        """Add the batch's deltas to ``out`` [tokens, local outputs] of one linear; ``x`` is [tokens, local inputs]."""
+
+    def reset(self) -> None:
+        """No adapter until the next ``prepare``."""
+
+    def init_graphs(self, max_tokens: int) -> None:
+        """Make ready for CUDA graphs of decode batches of up to ``max_tokens`` tokens."""
+
+    def prepare_capture(self, tokens: int) -> None:
+        """Set the batch of a CUDA graph that is about to be captured: ``tokens`` rows, any adapters when replayed."""

@@ -1,0 +1,128 @@
+"""The GPU path: deltas of one forward pass with one launch of shrink and one of expand for the whole mixed batch."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from blocklora_kernels.batch import BatchMetadata
+from blocklora_kernels.descriptor import DESCRIPTOR_FIELDS, MAX_SLICES
+from blocklora_kernels.ops import LoraLinear
+from blocklora_kernels.table import AdapterTable
+
+from sglang_blocklora.adapters.model_spec import ModelSpec
+from sglang_blocklora.adapters.shard import AdapterShard
+from sglang_blocklora.batch.grouping import group_by_adapter
+from sglang_blocklora.batch.step import Step
+from sglang_blocklora.memory.pool import AdapterPool, Resident
+
+# Local rank of a slice that the tile table is asked for; it decides speed only.
+USUAL_RANK = 64
+
+
+class TritonStep(Step):
+    """Adds adapters' deltas to the outputs of linears, for the batch given to ``prepare``.
+
+    Everything the kernels read lies in buffers that keep their addresses, so a captured CUDA graph replays with other
+    adapters: entries of resident adapters in an ``AdapterTable``, the batch's tiles in ``BatchMetadata``, one for
+    captured decode batches and one, grown when needed, for all others. Device work is ordered by the current stream.
+    """
+
+    def __init__(self, spec: ModelSpec, pool: AdapterPool, max_rank: int, device: torch.device) -> None:
+        """``max_rank`` is the largest full LoRA rank that is accepted: it bounds the columns of h."""
+        self._spec = spec
+        self._pool = pool
+        self._device = device
+        self._h_width = max_rank * max(len(linear.outputs) for layer in spec.layers for linear in layer)
+        planes = pool.arena.planes
+        # Twice the adapters of a batch: entries of adapters that were resident lately stay written.
+        self._entries = 2 * pool.max_adapters_per_batch
+        self._table = AdapterTable(
+            len(spec.layers), max(map(len, spec.layers)), self._entries, planes.shape[2], planes.shape[2], device
+        )
+        self._index: dict[str, tuple[int, Resident]] = {}
+        self._linears = [
+            [
+                LoraLinear(
+                    tuple(planes[i]),
+                    self._table.slots,
+                    self._table.first_slots,
+                    self._table.descriptors[i, j],
+                    self._table.scalings[i, j],
+                    linear.inputs.length,
+                    linear.out_offsets,
+                    USUAL_RANK,
+                )
+                for j, linear in enumerate(layer)
+            ]
+            for i, layer in enumerate(spec.layers)
+        ]
+        self._graph_sizes: list[int] = []
+        self._graph: BatchMetadata | None = None
+        self._eager = self._new_metadata(4096)
+        self._batch: BatchMetadata | None = None
+
+    def init_graphs(self, max_tokens: int) -> None:
+        self._graph = self._new_metadata(max_tokens)
+
+    def prepare_capture(self, tokens: int) -> None:
+        assert self._graph is not None, "init_graphs comes before the capture"
+        if tokens not in self._graph_sizes:
+            self._graph_sizes = sorted([*self._graph_sizes, tokens])
+        self._graph.update(group_by_adapter([], None), tokens, fixed_grid=True)
+        self._batch = self._graph
+
+    def prepare(self, keys: Sequence[str | None], token_counts: Sequence[int] | None) -> None:
+        entries = self._write_entries({key for key in keys if key is not None and key in self._pool.resident})
+        segments = group_by_adapter([entries.get(key, -1) if key else -1 for key in keys], token_counts)
+        tokens = len(keys) if token_counts is None else int(sum(token_counts))
+        position = bisect_left(self._graph_sizes, tokens)
+        if token_counts is None and self._graph is not None and position < len(self._graph_sizes):
+            # A graph may replay this batch, or not: upstream decides later. Metadata with the graph's tiles serve both.
+            self._graph.update(segments, tokens, graph_tokens=self._graph_sizes[position])
+            self._batch = self._graph
+            return
+        if not len(segments.adapters):
+            self._batch = None
+            return
+        if tokens > self._eager.max_tokens:
+            self._eager = self._new_metadata(1 << (tokens - 1).bit_length())
+        self._eager.update(segments, tokens)
+        self._batch = self._eager
+
+    def reset(self) -> None:
+        self._batch = None
+
+    def add_delta_(self, layer: int, linear: int, out: torch.Tensor, x: torch.Tensor) -> None:
+        if self._batch is not None:
+            self._linears[layer][linear].add_delta_(out, x, self._batch)
+
+    def _new_metadata(self, max_tokens: int) -> BatchMetadata:
+        return BatchMetadata(max_tokens, self._pool.max_adapters_per_batch, self._h_width, self._device)
+
+    def _write_entries(self, keys: set[str]) -> dict[str, int]:
+        """Table entry of every key, written where the adapter was made resident since; others' entries are reused."""
+        resident = self._pool.resident
+        self._index = {key: own for key, own in self._index.items() if resident.get(key) is own[1]}
+        free = sorted(set(range(self._entries)) - {entry for entry, _ in self._index.values()})
+        for key in sorted(keys - self._index.keys()):
+            if not free:
+                victim = next(known for known in self._index if known not in keys)
+                free.append(self._index.pop(victim)[0])
+            entry = free.pop(0)
+            self._table.write(entry, resident[key].slots.numpy(), *self._pack(resident[key].adapter.shard))
+            self._index[key] = (entry, resident[key])
+        return {key: self._index[key][0] for key in keys}
+
+    def _pack(self, shard: AdapterShard) -> tuple[np.ndarray, np.ndarray]:
+        """Descriptors [layers, linears, fields] and scalings [layers, linears, slices] as the table wants them."""
+        layers, linears = self._table.descriptors.shape[:2]
+        descriptors = np.zeros((layers, linears, DESCRIPTOR_FIELDS), np.int32)
+        scalings = np.zeros((layers, linears, MAX_SLICES), np.float32)
+        for i, layer in enumerate(shard.descriptors):
+            for j, descriptor in enumerate(layer):
+                descriptors[i, j] = descriptor.pack()
+                scalings[i, j, : len(shard.scalings[i][j])] = shard.scalings[i][j]
+        return descriptors, scalings
