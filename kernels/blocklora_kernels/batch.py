@@ -43,13 +43,16 @@ class BatchMetadata:
         for name, value in (("max_tokens", max_tokens), ("max_segments", max_segments), ("h_width", h_width)):
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
+        self.arch = tiles.architecture(device)
+        elements = tiles.scratch_rows(self.arch, max_tokens) * h_width
+        if elements >= 2**31:
+            raise ValueError(f"max_tokens, h_width: {max_tokens}, {h_width} need {elements} elements, expected < 2**31")
         self.max_tokens = max_tokens
         self.max_segments = max_segments
         self.h_width = h_width
         self.device = device
-        self.arch = tiles.architecture(device)
         self.capacity = max_segments + max_tokens // tiles.step(self.arch, 1).block_tokens
-        self.h = torch.empty(tiles.scratch_rows(self.arch, max_tokens) * h_width, dtype=torch.float32, device=device)
+        self.h = torch.empty(elements, dtype=torch.float32, device=device)
         size = 1 + 3 * self.capacity + max_tokens
         self._buffer = torch.zeros(size, dtype=torch.int32, device=device)
         self.tiles = self._buffer[: 1 + 3 * self.capacity]
@@ -57,23 +60,27 @@ class BatchMetadata:
         on_gpu = device.type == "cuda"
         # Two host buffers in turn: the copy of one step may still be queued while the next step is built.
         self._hosts = [torch.zeros(size, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2)]
-        self._copied = [torch.cuda.Event() for _ in self._hosts] if on_gpu else []  # type: ignore[no-untyped-call]
+        self._copied = [torch.cuda.Event() for _ in self._hosts] if on_gpu else []
         self._turn = 0
         self.adapters = np.empty(0, np.int32)
         self.batch_tokens = 0
         self.step = tiles.step(self.arch, 1)
         self.grid_tiles = 0
 
-    def update(self, segments: Segments, batch_tokens: int, fixed_grid: bool = False) -> None:
+    def update(
+        self, segments: Segments, batch_tokens: int, fixed_grid: bool = False, graph_tokens: int | None = None
+    ) -> None:
         """Describe the next batch; its launches see it in stream order.
 
         batch_tokens  rows of the batch's activations, padding and base-model tokens included; picks the tiles
         fixed_grid    launch for the most tiles that ``batch_tokens`` tokens can form: needed while a CUDA graph is
-                      captured. A replay needs only ``update`` with the captured ``batch_tokens``.
+                      captured
+        graph_tokens  ``batch_tokens`` of the captured graph that may replay this (smaller or equal) batch: its tiles
+                      are used, so a replay and ordinary launches are both right
         """
         self._check(segments, batch_tokens)
         count, capacity = len(segments.tokens), self.capacity
-        self.step = tiles.step(self.arch, batch_tokens)
+        self.step = tiles.step(self.arch, graph_tokens or batch_tokens)
         segment, first, stop = cut_into_tiles(segments.starts, self.step.block_tokens)
         host = self._next_host()
         packed = host.numpy()

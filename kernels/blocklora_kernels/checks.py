@@ -73,7 +73,7 @@ def check_activations(name: str, value: torch.Tensor, width: int, dtype: torch.d
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{rows} or more, {width}]")
     if value.dtype != dtype:
         raise ValueError(f"{name}: got {value.dtype} of shape {tuple(value.shape)}, expected the arena's {dtype}")
-    if value.stride(1) != 1:
+    if value.numel() and value.stride(1) != 1:
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)} with strides {value.stride()}, expected unit stride along its rows"
         )

@@ -11,12 +11,14 @@ from blocklora_kernels.descriptor import HEAD_FIELDS, SLICE_FIELDS
 
 HEAD = tl.constexpr(HEAD_FIELDS)
 SLICE = tl.constexpr(SLICE_FIELDS)
+NARROW = tl.constexpr(16)  # ranks at a time of a matrix that is not aligned: an address per element costs registers
 
 
 @triton.jit
 def _sum_over_ranks(
     acc,
-    p_h_t,
+    p_h,
+    i_h,
     m_t,
     h_split_stride,
     plane,
@@ -37,9 +39,8 @@ def _sum_over_ranks(
     for r in range(0, block_rank, BLOCK_R):
         i_r = r + tl.arange(0, BLOCK_R)
         m_h = m_t[:, None] & (i_r < block_rank)[None, :]
-        h = tl.load(p_h_t + i_r[None, :], mask=m_h, other=0.0)  # float32 [BLOCK_T, BLOCK_R]
-        for split in tl.static_range(1, SPLITS):
-            h += tl.load(p_h_t + split * h_split_stride + i_r[None, :], mask=m_h, other=0.0)
+        parts = (i_h[:, None] + i_r[None, :])[None, :, :] + tl.arange(0, SPLITS)[:, None, None] * h_split_stride
+        h = tl.sum(tl.load(p_h + parts, mask=m_h[None, :, :], other=0.0), axis=0)  # float32 [BLOCK_T, BLOCK_R]
         i_g = r + tl.arange(0, BLOCK_R // GRANULE) * GRANULE
         element = start + i_o[:, None] * block_rank + i_g[None, :]
         m_b = m_o[:, None] & (i_g < block_rank)[None, :]
@@ -110,7 +111,7 @@ def expand_kernel(
     t_stop = tl.load(p_tiles + 1 + 2 * max_tiles + tile)
     i_t = t_start + tl.arange(0, BLOCK_T)
     m_t = i_t < t_stop
-    p_h_t = p_h + i_t.to(tl.int64)[:, None] * h_stride + h_start  # [BLOCK_T, 1]
+    i_h = i_t * h_stride + h_start  # [BLOCK_T], int32: the scratch has less than 2**31 elements
 
     first_chunk = tl.where(s == 0, 0, tl.where(s == 1, CHUNKS_1, CHUNKS_2))
     out_start = tl.where(s == 0, 0, tl.where(s == 1, OUT_1, OUT_2))
@@ -121,16 +122,16 @@ def expand_kernel(
     acc = tl.full((BLOCK_T, BLOCK_O), 0.0, tl.float32)
     for block in range((offset + o_start) // size, (offset + last) // size + 1):
         m_o = (i_o < width) & ((offset + i_o) // size == block)
-        p_h_block = p_h_t + block * block_rank
+        i_h_block = i_h + block * block_rank
         if aligned:
             acc = _sum_over_ranks(
-                acc, p_h_block, m_t, h_split_stride, plane, slots, first_slot, row_stride, start, i_o, m_o, block_rank,
-                WIDTH, VECTOR, SPLITS, BLOCK_R, p_out.dtype.element_ty,
+                acc, p_h, i_h_block, m_t, h_split_stride, plane, slots, first_slot, row_stride, start, i_o, m_o,
+                block_rank, WIDTH, VECTOR, SPLITS, BLOCK_R, p_out.dtype.element_ty,
             )  # fmt: skip
         else:
             acc = _sum_over_ranks(
-                acc, p_h_block, m_t, h_split_stride, plane, slots, first_slot, row_stride, start, i_o, m_o, block_rank,
-                WIDTH, 1, SPLITS, BLOCK_R, p_out.dtype.element_ty,
+                acc, p_h, i_h_block, m_t, h_split_stride, plane, slots, first_slot, row_stride, start, i_o, m_o,
+                block_rank, WIDTH, 1, SPLITS, NARROW, p_out.dtype.element_ty,
             )  # fmt: skip
 
     token = tl.load(p_tokens + i_t, mask=m_t, other=0).to(tl.int64)

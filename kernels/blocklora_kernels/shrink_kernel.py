@@ -8,6 +8,8 @@ import triton.language as tl
 
 from blocklora_kernels.addressing import granules, load_matrix
 
+NARROW = tl.constexpr(16)  # columns at a time of a matrix that is not aligned: an address per element costs registers
+
 
 @triton.jit
 def _sum_over_columns(
@@ -119,8 +121,8 @@ def shrink_kernel(
         else:
             acc = _sum_over_columns(
                 p_x_t, m_t, plane, slots, first_slot, row_stride, start, i_n, a_rows, in_features, k_start, k_stop,
-                WIDTH, 1, BLOCK_T, BLOCK_N, BLOCK_K,
+                WIDTH, 1, BLOCK_T, BLOCK_N, NARROW,
             )  # fmt: skip
-        p_h_t = p_h + split.to(tl.int64) * h_split_stride + i_t.to(tl.int64)[:, None] * h_stride
+        i_h = split * h_split_stride + i_t * h_stride  # int32: the scratch has less than 2**31 elements
         m_h = m_t[:, None] & (i_n < a_rows)[None, :]
-        tl.store(p_h_t + block * a_rows + i_n[None, :], acc, mask=m_h)
+        tl.store(p_h + i_h[:, None] + block * a_rows + i_n[None, :], acc, mask=m_h)

@@ -22,9 +22,9 @@ class SideStream:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._forked = torch.cuda.Event() if self._stream else None  # type: ignore[no-untyped-call]
-        self._done = torch.cuda.Event() if self._stream else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._forked = torch.cuda.Event() if self._stream else None
+        self._done = torch.cuda.Event() if self._stream else None
 
     @contextmanager
     def fork(self) -> Iterator[None]:

@@ -59,6 +59,7 @@ class Case:
     adapters: np.ndarray
     x: np.ndarray
     out: np.ndarray
+    gap: int  # elements of NaN between the rows of the planes
     expected: np.ndarray = field(default_factory=lambda: np.empty(0))
     budget: np.ndarray = field(default_factory=lambda: np.empty(0))
 
@@ -77,8 +78,8 @@ class Arena:
     """Planes full of NaN, into which matrices are written element by element at places drawn at random."""
 
     def __init__(self, rng: np.random.Generator, width: int, stride: int, slots: int, dtype: str) -> None:
-        self.rng, self.width = rng, width
-        self.planes = [np.full((slots, stride), np.nan, dtype) for _ in range(2)]
+        self.rng, self.width, self.gap = rng, width, stride - width
+        self.planes = [np.full((slots, width), np.nan, dtype) for _ in range(2)]
         self.free = rng.permutation(slots)
 
     def take(self, count: int, contiguous: bool) -> np.ndarray:
@@ -164,7 +165,7 @@ def row_adapter(rng, shape, parts, scalings, dtype, arena, contiguous, alignment
     (part,), (start, stop), full = parts, shape.local[0], shape.full[0]
     if part.rank == 0:
         column = Shape(shape.width, (shape.width,), ((0, shape.width),))
-        return column_adapter(rng, column, parts, scalings[:1], dtype, arena, contiguous, alignment)
+        return column_adapter(rng, column, parts, scalings, dtype, arena, contiguous, alignment)
     n, per_block, size = part.nblocks, part.rank // part.nblocks, full // part.nblocks
     packed, b = draw(rng, (part.rank, size), dtype), draw(rng, (shape.width, part.rank), dtype, 0.3)
     dense = [(dense_blocks(packed, n)[:, start:stop], b.astype(np.float64), scalings[0])]
@@ -209,7 +210,9 @@ def build(
     make = row_adapter if shape.row_parallel else column_adapter
     slots, descriptors = [], []
     for i, parts in enumerate(adapters):
-        own_slots, descriptor, dense = make(rng, shape, parts, scalings[i], dtype, arena, contiguous, alignment)
+        own_slots, descriptor, dense = make(
+            rng, shape, parts, scalings[i, : len(parts)], dtype, arena, contiguous, alignment
+        )
         slots.append(own_slots)
         descriptors.append(descriptor)
         rows = np.flatnonzero(tokens == i)
@@ -225,7 +228,32 @@ def build(
             underflow = SMALLEST[dtype] * (1 + scaling * np.abs(b).sum(1))
             error = (u + steps * 2.0**-24) * size + underflow
             budget[rows, columns] = error * (1 + u) + 2 * u * np.abs(expected[rows, columns])
-    planes = [plane[:, :width] for plane in arena.planes]
     return Case(
-        planes, slots, descriptors, scalings, shape.in_features, shape.out_offsets, tokens, x, out, expected, budget
+        arena.planes,
+        slots,
+        descriptors,
+        scalings,
+        shape.in_features,
+        shape.out_offsets,
+        tokens,
+        x,
+        out,
+        arena.gap,
+        expected,
+        budget,
     )
+
+
+QKV = Shape(72, (96, 48, 48), ((32, 64), (16, 32), (16, 32)))  # TP rank 1 of 3
+GATE_UP = Shape(40, (90, 90), ((30, 75), (30, 75)))
+DOWN = Shape(56, (160,), ((40, 120),), row_parallel=True)
+
+MIXED = {
+    QKV: [[Part(6, 3), Part(4, 2), Part(0)], [Part(17), Part(5), Part(33)], [Part(24, 6), Part(16, 2), Part(1)]],
+    GATE_UP: [[Part(6, 2), Part(9, 3)], [Part(0), Part(40)], [Part(5, 5), Part(30, 15)]],
+    DOWN: [[Part(8, 4)], [Part(20, 10)], [Part(3)]],
+}
+
+
+def zipf(tokens: int, adapters: int, seed: int = 0) -> np.ndarray:
+    return np.minimum(np.random.default_rng(seed).zipf(1.5, tokens) - 1, adapters) - 1  # -1: the base model

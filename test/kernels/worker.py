@@ -92,7 +92,7 @@ def run_case(
         table.write(i, own, descriptors[i][None, None], request["scalings"][i][None, None])
     planes = []
     for plane in request["planes"]:
-        whole = np.full((plane.shape[0], plane.shape[1] + request.get("gap", 0)), np.nan, plane.dtype)
+        whole = np.full((plane.shape[0], plane.shape[1] + request["gap"]), np.nan, plane.dtype)
         whole[:, : plane.shape[1]] = plane
         planes.append(torch.from_numpy(whole)[:, : plane.shape[1]])
     linear = LoraLinear(

@@ -1,0 +1,11 @@
+from collections.abc import Iterator
+
+import pytest
+from kernels.worker import Worker
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Worker]:
+    worker = Worker()
+    yield worker
+    worker.close()

@@ -1,0 +1,146 @@
+"""Metadata of a step, the adapter table and the argument checks: no kernel is launched."""
+
+import numpy as np
+import pytest
+import torch
+from blocklora_kernels import tile_table, tiles
+from blocklora_kernels.batch import BatchMetadata
+from blocklora_kernels.checks import check_activations, check_linear
+from blocklora_kernels.descriptor import DESCRIPTOR_FIELDS, MAX_SLICES
+from blocklora_kernels.segments import Segments
+from blocklora_kernels.side_stream import SideStream
+from blocklora_kernels.table import AdapterTable
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+CPU = torch.device("cpu")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(-1, 7), st.integers(1, 90)), max_size=12))
+def test_tiles_cover_each_token_once(requests):
+    adapters = np.array([a for a, _ in requests], np.int64)
+    counts = np.array([c for _, c in requests], np.int64)
+    per_token = np.repeat(adapters, counts)
+    batch = BatchMetadata(12 * 90, 8, 4, CPU)
+    batch.update(Segments.build(adapters, counts), len(per_token))
+    packed, capacity = batch.tiles.numpy(), batch.capacity
+    count = int(packed[0])
+    assert count == batch.grid_tiles <= batch.most_tiles(len(per_token)) <= capacity
+    seen = np.full(len(per_token), -1)
+    for i in range(count):
+        adapter, start, stop = packed[1 + i], packed[1 + capacity + i], packed[1 + 2 * capacity + i]
+        assert 0 < stop - start <= batch.step.block_tokens
+        rows = batch.tokens.numpy()[start:stop]
+        assert (seen[rows] == -1).all()
+        seen[rows] = adapter
+    np.testing.assert_array_equal(seen, np.where(per_token < 0, -1, per_token))
+
+
+def test_tile_table_serves_every_batch():
+    for arch in tile_table.STEPS:
+        for tokens in (0, 1, 16, 17, 256, 257, 4096, 10**6):
+            step = tiles.step(arch, tokens)
+            assert step.splits & (step.splits - 1) == 0
+            assert step.splits * tokens <= tiles.scratch_rows(arch, max(tokens, 1))
+            for rank in (1, 16, 17, 256):
+                for width in (1, 512, 8192, 10**5):
+                    tiles.shrink_tile(arch, step.block_tokens, rank, width)
+                    tiles.expand_tile(arch, step.block_tokens, rank, width)
+
+
+def test_update_refuses_what_does_not_fit():
+    batch = BatchMetadata(8, 2, 4, CPU)
+    with pytest.raises(ValueError, match="batch_tokens: got 9"):
+        batch.update(Segments.build(np.zeros(3, np.int64)), 9)
+    with pytest.raises(ValueError, match="3 adapters, expected at most max_segments = 2"):
+        batch.update(Segments.build(np.arange(3)), 3)
+    with pytest.raises(ValueError, match="token row 2, expected less than batch_tokens = 2"):
+        batch.update(Segments.build(np.zeros(3, np.int64)), 2)
+    with pytest.raises(ValueError, match="max_segments: got 0"):
+        BatchMetadata(8, 0, 4, CPU)
+    with pytest.raises(ValueError, match=r"expected < 2\*\*31"):
+        BatchMetadata(1 << 20, 1, 1 << 12, CPU)
+
+
+def test_adapter_table():
+    table = AdapterTable(2, 3, 4, 5, 100, CPU)
+    descriptors = np.arange(2 * 3 * DESCRIPTOR_FIELDS, dtype=np.int32).reshape(2, 3, -1)
+    scalings = np.ones((2, 3, MAX_SLICES), np.float32)
+    table.write(1, np.array([7, 8, 9]), descriptors, scalings)
+    table.write(2, np.array([9, 8]), descriptors, scalings)
+    assert table.first_slots.tolist() == [-1, 7, -1, -1]
+    assert table.slots[1, :3].tolist() == [7, 8, 9]
+    np.testing.assert_array_equal(table.descriptors[:, :, 1].numpy(), descriptors)
+    table.clear(1)
+    assert not table.descriptors[:, :, 1].any()
+    assert table.descriptors[:, :, 2].any()
+    with pytest.raises(ValueError, match="slots: got -1 to 3, expected 0 to 99"):
+        table.write(0, np.array([3, -1]), descriptors, scalings)
+    with pytest.raises(ValueError, match="slots: got 3 to 100, expected 0 to 99"):
+        table.write(0, np.array([3, 100]), descriptors, scalings)
+    with pytest.raises(ValueError, match=r"slots: got shape \(6,\)"):
+        table.write(0, np.arange(6), descriptors, scalings)
+    with pytest.raises(ValueError, match="adapter: got 4"):
+        table.write(4, np.arange(5), descriptors, scalings)
+    with pytest.raises(ValueError, match="descriptors: got"):
+        table.write(0, np.arange(5), descriptors[:1], scalings)
+    with pytest.raises(ValueError, match="scalings: got"):
+        table.write(0, np.arange(5), descriptors, scalings[:, :1])
+
+
+def arguments(**changed):
+    found = {
+        "planes": [torch.zeros(10, 64), torch.zeros(10, 64)],
+        "slots": torch.zeros(3, 5, dtype=torch.int32),
+        "first_slots": torch.zeros(3, dtype=torch.int32),
+        "descriptors": torch.zeros(3, DESCRIPTOR_FIELDS, dtype=torch.int32),
+        "scalings": torch.zeros(3, MAX_SLICES),
+        "in_features": 7,
+        "out_offsets": (0, 4, 4, 9),
+    }
+    return found | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"planes": [torch.zeros(10, 64)]}, "planes: got 1 tensors"),
+        ({"planes": [torch.zeros(10, 60)] * 2}, r"planes \(K\): got shape \(10, 60\)"),
+        ({"planes": [torch.zeros(64, 64).t()] * 2}, r"strides \(1, 64\)"),
+        ({"planes": [torch.zeros(10, 64, dtype=torch.int8)] * 2}, "got dtype torch.int8"),
+        ({"planes": [torch.zeros(10, 64), torch.zeros(10, 72)]}, "V has 72"),
+        ({"slots": torch.zeros(3, 5)}, "slots: got torch.float32"),
+        ({"first_slots": torch.zeros(2, dtype=torch.int32)}, r"expected torch.int32 of shape \(3,\)"),
+        ({"descriptors": torch.zeros(3, 9, dtype=torch.int32)}, r"descriptors: .* shape \(3, 35\)"),
+        ({"scalings": torch.zeros(3, 2)}, "scalings: got"),
+        ({"in_features": 0}, "in_features: got 0"),
+        ({"out_offsets": (0, 4, 2)}, r"out_offsets: got \(0, 4, 2\)"),
+        ({"out_offsets": (1, 4)}, "start at 0"),
+    ],
+)
+def test_linear_refuses_what_does_not_fit(changed, message):
+    check_linear(**arguments())
+    with pytest.raises(ValueError, match=message):
+        check_linear(**arguments(**changed))
+
+
+def test_activations_are_checked():
+    batch = BatchMetadata(8, 2, 4, CPU)
+    batch.update(Segments.build(np.zeros(3, np.int64)), 3)
+    check_activations("x", torch.zeros(4, 7), 7, torch.float32, batch)
+    with pytest.raises(ValueError, match=r"x: got shape \(2, 7\), expected \[3 or more, 7\]"):
+        check_activations("x", torch.zeros(2, 7), 7, torch.float32, batch)
+    with pytest.raises(ValueError, match="expected the arena's"):
+        check_activations("x", torch.zeros(3, 7, dtype=torch.float16), 7, torch.float32, batch)
+    with pytest.raises(ValueError, match=r"strides \(1, 3\)"):
+        check_activations("x", torch.zeros(7, 3).t(), 7, torch.float32, batch)
+
+
+def test_side_stream_keeps_order_without_streams():
+    side, seen = SideStream(CPU), []
+    with side.fork():
+        seen.append("shrink")
+    seen.append("base")
+    side.join()
+    assert seen == ["shrink", "base"]
