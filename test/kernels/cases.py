@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from blocklora_kernels.descriptor import Address, Blocks, LinearDescriptor, SliceDescriptor
 
-UNIT_ROUNDOFF = {"float16": 2.0**-11, "float32": 2.0**-24}
-SMALLEST = {"float16": 2.0**-24, "float32": 2.0**-149}
+UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
+SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Arena:
 
     def __init__(self, rng: np.random.Generator, width: int, stride: int, slots: int, dtype: str) -> None:
         self.rng, self.width, self.gap = rng, width, stride - width
-        self.planes = [np.full((slots, width), np.nan, dtype) for _ in range(2)]
+        self.planes = [np.full((slots, width), np.nan, "float32" if dtype == "bfloat16" else dtype) for _ in range(2)]
         self.free = rng.permutation(slots)
 
     def take(self, count: int, contiguous: bool) -> np.ndarray:
@@ -107,14 +107,18 @@ def place(
         addresses.append(Address(plane, start // width, start % width))
     slots = arena.take(max(1, -(-max(ends) // width)), contiguous)
     for matrix, (plane, row, column) in zip(matrices, addresses, strict=True):
-        for i, value in enumerate(matrix.ravel()):
-            e = column + i
-            arena.planes[plane][slots[row + e // width], e % width] = value
+        e = column + np.arange(matrix.size)
+        arena.planes[plane][slots[row + e // width], e % width] = matrix.ravel()
     return slots, addresses
 
 
 def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> np.ndarray:
-    return (rng.standard_normal(shape) * scale).astype(dtype)
+    """Normal values of ``dtype``; numpy has no bfloat16, so those are rounded and held in float32."""
+    values = rng.standard_normal(shape) * scale
+    if dtype == "bfloat16":
+        bits = values.astype(np.float32).view(np.uint32)
+        return ((bits + 0x8000) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    return values.astype(dtype)
 
 
 def dense_blocks(packed: np.ndarray, nblocks: int) -> np.ndarray:

@@ -63,6 +63,14 @@ def test_update_refuses_what_does_not_fit():
         BatchMetadata(1 << 20, 1, 1 << 12, CPU)
 
 
+def test_tiles_of_the_graph_that_replays():
+    batch = BatchMetadata(300, 2, 4, CPU)
+    batch.update(Segments.build(np.zeros(40, np.int64)), 40)
+    assert (batch.step.block_tokens, batch.grid_tiles) == (16, 3)
+    batch.update(Segments.build(np.zeros(40, np.int64)), 40, graph_tokens=300)
+    assert (batch.step.block_tokens, batch.grid_tiles) == (64, 1)
+
+
 def test_adapter_table():
     table = AdapterTable(2, 3, 4, 5, 100, CPU)
     descriptors = np.arange(2 * 3 * DESCRIPTOR_FIELDS, dtype=np.int32).reshape(2, 3, -1)

@@ -37,9 +37,7 @@ class Worker:
         """``out`` after the operations; see ``run_case`` for the options."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        request = {name: value for name, value in vars(case).items() if name not in ("expected", "budget")}
-        request["descriptors"] = [descriptor.pack() for descriptor in case.descriptors]
-        pickle.dump((request, options), self._process.stdin)
+        pickle.dump((as_request(case), options), self._process.stdin)
         self._process.stdin.flush()
         answer, error = pickle.load(self._process.stdout)
         assert error is None, error
@@ -53,6 +51,12 @@ class Worker:
         self._process.stdout.close()
 
 
+def as_request(case: Any) -> dict[str, Any]:
+    """The case without its answer, descriptors packed."""
+    request = {name: value for name, value in vars(case).items() if name not in ("expected", "budget")}
+    return request | {"descriptors": [descriptor.pack() for descriptor in case.descriptors]}
+
+
 def use_tiles(small: bool) -> None:
     """Serve the small tiles of this file, or the project's own."""
     from blocklora_kernels import tile_table, tiles
@@ -61,6 +65,40 @@ def use_tiles(small: bool) -> None:
         setattr(tile_table, name, table)
     for function in (tiles.step, tiles.shrink_tile, tiles.expand_tile):
         function.cache_clear()
+
+
+def set_up(request: dict[str, Any], device: str = "cpu", dtype: Any = None) -> tuple[Any, Any, Any, Any]:
+    """``LoraLinear``, ``BatchMetadata``, x and out of a case on ``device``, cast to ``dtype`` where given."""
+    import torch
+    from blocklora_kernels.batch import BatchMetadata
+    from blocklora_kernels.ops import LoraLinear
+    from blocklora_kernels.table import AdapterTable
+
+    place = torch.device(device)
+    slots, descriptors = request["slots"], np.array(request["descriptors"], np.int32)
+    most_slots = max(len(own) for own in slots)
+    table = AdapterTable(1, 1, len(slots), most_slots, len(request["planes"][0]), place)
+    for i, own in enumerate(slots):
+        table.write(i, own, descriptors[i][None, None], request["scalings"][i][None, None])
+    planes = []
+    for plane in request["planes"]:
+        whole = np.full((plane.shape[0], plane.shape[1] + request["gap"]), np.nan, plane.dtype)
+        whole[:, : plane.shape[1]] = plane
+        planes.append(torch.from_numpy(whole).to(place, dtype)[:, : plane.shape[1]])
+    linear = LoraLinear(
+        planes,
+        table.slots,
+        table.first_slots,
+        table.descriptors[0, 0],
+        table.scalings[0, 0],
+        request["in_features"],
+        request["out_offsets"],
+        rank=16,
+        debug=True,
+    )
+    x, out = (torch.from_numpy(request[name].copy()).to(place, dtype) for name in ("x", "out"))
+    batch = BatchMetadata(max(len(x), 1), max(len(slots), 1), max(1, int(descriptors[:, 0].max())), place)
+    return linear, batch, x, out
 
 
 def run_case(
@@ -78,40 +116,14 @@ def run_case(
     x_padding      elements between the rows of x
     """
     import torch
-    from blocklora_kernels.batch import BatchMetadata
-    from blocklora_kernels.ops import LoraLinear
     from blocklora_kernels.segments import Segments
-    from blocklora_kernels.table import AdapterTable
 
     use_tiles(small)
-    cpu = torch.device("cpu")
-    slots, descriptors = request["slots"], np.array(request["descriptors"], np.int32)
-    most_slots = max(len(own) for own in slots)
-    table = AdapterTable(1, 1, len(slots), most_slots, len(request["planes"][0]), cpu)
-    for i, own in enumerate(slots):
-        table.write(i, own, descriptors[i][None, None], request["scalings"][i][None, None])
-    planes = []
-    for plane in request["planes"]:
-        whole = np.full((plane.shape[0], plane.shape[1] + request["gap"]), np.nan, plane.dtype)
-        whole[:, : plane.shape[1]] = plane
-        planes.append(torch.from_numpy(whole)[:, : plane.shape[1]])
-    linear = LoraLinear(
-        planes,
-        table.slots,
-        table.first_slots,
-        table.descriptors[0, 0],
-        table.scalings[0, 0],
-        request["in_features"],
-        request["out_offsets"],
-        rank=16,
-        debug=True,
-    )
-    x, out = torch.from_numpy(request["x"]), torch.from_numpy(request["out"].copy())
+    linear, batch, x, out = set_up(request)
     if x_padding:
         padded = torch.full((x.shape[0], x.shape[1] + x_padding), torch.nan, dtype=x.dtype)
         padded[:, : x.shape[1]] = x
         x = padded[:, : x.shape[1]]
-    batch = BatchMetadata(max(len(x), 1), max(len(slots), 1), max(1, int(descriptors[:, 0].max())), cpu)
     for adapters in other_batches:
         batch.update(Segments.build(adapters), len(x), fixed_grid)
         linear.add_delta_(out.clone(), x, batch)

@@ -1,0 +1,75 @@
+"""The kernels as a GPU runs them: bfloat16, the table's tiles, CUDA graphs, the side stream. Skipped without a GPU."""
+
+import numpy as np
+import pytest
+import torch
+from blocklora_kernels.segments import Segments
+from blocklora_kernels.side_stream import SideStream
+from kernels.cases import DOWN, GATE_UP, MIXED, QKV, Part, Shape, build, zipf
+from kernels.worker import as_request, set_up
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+# Local shapes of Llama-3.1-8B at TP 8 (qkv and down), block-diagonal and plain adapters.
+QKV_8B = Shape(4096, (4096, 1024, 1024), ((512, 1024), (128, 256), (128, 256)))
+DOWN_8B = Shape(4096, (14336,), ((1792, 3584),), row_parallel=True)
+REAL = {
+    QKV_8B: [[Part(16)] * 3, [Part(32, 8)] * 3, [Part(144, 8), Part(64), Part(0)]],
+    DOWN_8B: [[Part(16)], [Part(32, 8)], [Part(64, 4)]],
+}
+
+
+def on_gpu(case, dtype):
+    return set_up(as_request(case), "cuda", getattr(torch, dtype))
+
+
+def result(out):
+    return out.float().cpu().numpy()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(("alignment", "contiguous"), [(1, False), (8, True), (8, False)])
+@pytest.mark.parametrize("shape", [QKV, GATE_UP, DOWN])
+@pytest.mark.parametrize("tokens", [zipf(21, 3), np.full(37, 1), np.repeat([2, 0, -1, 1], [300, 5, 7, 90])])
+def test_mixed_batch(shape, tokens, alignment, contiguous, dtype):
+    case = build(shape, MIXED[shape], tokens, dtype=dtype, stride=72, alignment=alignment, contiguous=contiguous)
+    linear, batch, x, out = on_gpu(case, dtype)
+    batch.h.fill_(torch.nan)
+    batch.update(Segments.build(tokens), len(x))
+    linear.add_delta_(out, x, batch)
+    case.check(result(out))
+
+
+@pytest.mark.parametrize("shape", REAL)
+@pytest.mark.parametrize("tokens", [zipf(64, 3), np.repeat([2, 0, 1], [600, 100, 300])])
+def test_real_shapes(shape, tokens):
+    case = build(shape, REAL[shape], tokens, dtype="bfloat16", width=128, arena_slots=1 << 15, alignment=8)
+    linear, batch, x, out = on_gpu(case, "bfloat16")
+    batch.update(Segments.build(tokens), len(x))
+    linear.add_delta_(out, x, batch)
+    case.check(result(out))
+
+
+def test_graph_replays_other_batches():
+    batches = [zipf(24, 3, seed) for seed in range(4)] + [np.full(24, -1), np.full(24, 2)]
+    cases = [build(QKV, MIXED[QKV], tokens, dtype="bfloat16") for tokens in batches]
+    linear, batch, x, out = on_gpu(cases[0], "bfloat16")
+    linear.debug = False  # the check copies to the host, which a capture forbids
+    batch.update(Segments.build(np.full(24, -1)), 24, fixed_grid=True)
+    before = out.clone()
+    linear.add_delta_(out, x, batch)  # compiles
+    graph, side = torch.cuda.CUDAGraph(), SideStream(out.device)
+    with torch.cuda.graph(graph):
+        with side.fork():
+            linear.shrink(x, batch)
+        side.join()
+        linear.expand_(out, batch)
+    for case in cases:
+        out.copy_(before)
+        batch.update(Segments.build(case.adapters), 24, graph_tokens=24)
+        graph.replay()
+        first = out.clone()
+        case.check(result(out))
+        out.copy_(before)
+        graph.replay()
+        assert torch.equal(first, out)
