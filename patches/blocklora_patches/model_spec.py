@@ -9,6 +9,7 @@ import torch
 from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.utils import get_layer_id
 from sglang_blocklora.adapters.model_spec import Interval, LinearSpec, ModelSpec, Source
+from sglang_blocklora.memory.layout import ALIGNMENT_ELEMENTS
 
 # Architectures whose linears were compared with PEFT token by token (test/e2e). Another one may order or gate its
 # fused outputs differently, and would then answer wrongly in silence.
@@ -74,7 +75,8 @@ def build_spec(
     qkv = next(m for layer in linears for _, m in layer if isinstance(m, QKVParallelLinear))
     sizes = CheckpointSizes.of(config, qkv.head_size)
     specs = tuple(tuple(_linear(path, module, sizes, targets) for path, module in layer) for layer in linears)
-    return ModelSpec(specs, qkv.kv_proj_shard_size, dtype, config.vocab_size, rank, size)
+    row_width = -(-qkv.kv_proj_shard_size // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS
+    return ModelSpec(specs, row_width, dtype, config.vocab_size, rank, size)
 
 
 def _linear(path: str, module: torch.nn.Module, sizes: CheckpointSizes, targets: set[str]) -> LinearSpec:

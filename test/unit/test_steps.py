@@ -1,0 +1,128 @@
+"""A step of the batch on the torch and the Triton path adds what dense algebra says, for mixed batches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sglang_blocklora.adapters.shard import load_shard
+from sglang_blocklora.batch.step import Step
+from sglang_blocklora.batch.torch_step import TorchStep
+from sglang_blocklora.memory.pool import AdapterPool, LoadedAdapter
+from sglang_blocklora.memory.static_arena import StaticArena
+from support.toy import ToyModel, write_adapter
+
+MODEL = ToyModel(layers=2)
+CHOICES = {
+    "plain": {"rank": 5},
+    "n2": {"rank": 6, "nblocks": 2, "use_rslora": True},
+    "n3": {"rank": 12, "nblocks": 3, "targets": ("q_proj", "v_proj", "o_proj", "down_proj")},
+}
+
+
+def make(folder: Path, rank: int, size: int, step_class: type, slots: int):
+    """A pool with the three adapters on a TP rank, its step, and the adapters' dense deltas."""
+    spec = MODEL.spec(rank, size, torch.float32)
+    arena = StaticArena(MODEL.layers, slots, spec.row_width, spec.dtype, torch.device("cpu"))
+    arena.planes.fill_(float("nan"))
+    pool = AdapterPool(arena, max_adapters_per_batch=3)
+    deltas = {}
+    for seed, (name, options) in enumerate(CHOICES.items()):
+        deltas[name] = write_adapter(folder / name, MODEL, seed=seed, **options)
+        shard = load_shard(name, folder / name, spec, 64)
+        pool.add(name, LoadedAdapter(name, "", shard, shard.slots, False))
+    step = TorchStep(spec, pool) if step_class is TorchStep else step_class(spec, pool, 16, torch.device("cpu"))
+    return spec, pool, step, deltas
+
+
+def check(spec, step: Step, deltas, keys: list[str | None], counts: list[int] | None) -> None:
+    """Every linear's output after the step, against the dense deltas of the rank's rows and columns."""
+    step.prepare(keys, counts)
+    per_token = [key for key, count in zip(keys, counts or [1] * len(keys), strict=True) for _ in range(count)]
+    generator = torch.Generator().manual_seed(len(per_token))
+    for i, layer in enumerate(spec.layers):
+        for j, linear in enumerate(layer):
+            x = torch.randn(len(per_token), linear.inputs.length, generator=generator)
+            base = torch.randn(len(per_token), linear.out_offsets[-1], generator=generator)
+            expected = base.double()
+            for module, source in linear.sources.items():
+                (index,) = source.slices
+                rows, (start, stop) = linear.outputs[index], linear.out_offsets[index : index + 2]
+                for t, key in enumerate(per_token):
+                    if key in deltas and module in deltas[key]:
+                        delta = deltas[key][module][rows.start : rows.stop, linear.inputs.start : linear.inputs.stop]
+                        expected[t, start:stop] += delta @ x[t].double()
+            out = base.clone()
+            step.add_delta_(i, j, out, x)
+            torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-3)
+
+
+def check_batches(folder: Path, step_class: type) -> None:
+    """Prefill, decode, base only, unknown keys, adapters that come and go; on both ranks of TP 2."""
+    for rank in (0, 1):
+        spec, pool, step, deltas = make(folder / str(rank), rank, 2, step_class, slots=40)
+        assert not pool.fits(CHOICES), "all three fit: nothing would come and go"
+        batches: list[tuple[list[str | None], list[int] | None]] = [
+            (["plain", None, "n2", "plain"], [3, 4, 1, 6]),
+            (["n3", "plain", None, "n3"], None),
+            ([None, None], None),
+            ([None], [5]),
+            (["n2", "unloaded", "n2"], [2, 3, 1]),
+            (["n3"], [7]),
+            (["n2", "n3"], None),
+        ]
+        for keys, counts in batches:
+            pool.make_resident(key for key in keys if key)
+            check(spec, step, deltas, keys, counts)
+            pool.check_integrity()
+
+
+def test_torch_step(tmp_path: Path) -> None:
+    check_batches(tmp_path, TorchStep)
+
+
+def test_triton_step_in_the_interpreter(tmp_path: Path) -> None:
+    """In a process of its own: the interpreter is chosen before triton is imported."""
+    code = (
+        "import sys; sys.path[:0] = sys.argv[2:]\n"
+        "from pathlib import Path\n"
+        "import unit_steps\n"
+        "from sglang_blocklora.batch.triton_step import TritonStep\n"
+        "unit_steps.check_batches(Path(sys.argv[1]), TritonStep)\n"
+        "unit_steps.check_graph_metadata(Path(sys.argv[1]) / 'graph', TritonStep)\n"
+    )
+    (tmp_path / "unit_steps.py").write_text(Path(__file__).read_text())
+    paths = [str(tmp_path), str(Path(__file__).parents[1])]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), *paths], env=environment, check=True)
+
+
+def check_graph_metadata(folder: Path, step_class: type) -> None:
+    """A decode batch gets the tiles of the smallest captured graph that holds it, and runs right without the graph."""
+    spec, pool, step, deltas = make(folder, 0, 2, step_class, slots=200)
+    step.init_graphs(8)
+    for size in (8, 2, 4):
+        step.prepare_capture(size)
+        assert step._graph.grid_tiles == step._graph.most_tiles(size)
+    buffer = step._graph._buffer
+    for keys in (["plain", "n2", None], [None], ["n3", "n2", "plain", "n3"], ["plain"] * 8, ["n2"] * 9):
+        pool.make_resident(key for key in keys if key)
+        check(spec, step, deltas, keys, None)
+        adapted = {key for key in keys if key}
+        if len(keys) <= 8:
+            assert step._batch is step._graph
+            assert step._graph._buffer is buffer, "a captured graph would read old addresses"
+            assert int(step._graph.tiles[0]) == len(adapted), "stale tiles would be replayed"
+        else:
+            assert step._batch is step._eager
+
+
+@pytest.mark.parametrize("method", ["init_graphs", "prepare_capture"])
+def test_torch_step_refuses_cuda_graphs(tmp_path: Path, method: str) -> None:
+    _, _, step, _ = make(tmp_path, 0, 1, TorchStep, slots=200)
+    with pytest.raises(ValueError, match="--disable-cuda-graph"):
+        getattr(step, method)(4)
