@@ -18,7 +18,7 @@ import psutil
 from rich.console import Console
 from rich.markup import escape
 
-START_LIMIT_S = 300
+START_LIMIT_S = 600
 STOP_LIMIT_S = 10
 TAIL_LINES = 25
 POLL_S = 0.25
