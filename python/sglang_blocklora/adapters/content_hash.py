@@ -1,0 +1,20 @@
+"""What makes two adapters the same: the bytes of their config and weights."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from sglang_blocklora.adapters.checkpoint import WEIGHTS_NAME
+from sglang_blocklora.adapters.config import CONFIG_NAME
+
+
+def content_hash(folder: Path) -> str:
+    """sha256 (hex) over the lengths and bytes of config and weights; reads both files in pieces. Raises ``OSError``."""
+    digest = hashlib.sha256()
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        path = folder / name
+        digest.update(path.stat().st_size.to_bytes(8, "little"))
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
