@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo serve test test-all lint bench-overhead clean
+.PHONY: demo serve test test-all lint bench-overhead bench-gpu clean
 
 demo: $(VENV)/.demo  ## start a server at TP 2, ask base and every adapter the same question, stop it
 	$(BIN)/python examples/demo/demo.py
@@ -26,6 +26,9 @@ lint: $(VENV)/.installed
 
 bench-overhead: $(VENV)/.demo  ## ms per output token: base, stock SGLang LoRA, block-diagonal
 	$(BIN)/python benchmark/serving/decode_overhead.py
+
+bench-gpu:  ## kernels on a GPU: correctness first, then figures; uses the Python that has torch and SGLang there
+	PYTHON=$(PYTHON) sh benchmark/kernels/run_gpu.sh
 
 $(VENV)/.installed: requirements/torch.txt requirements/cpu.txt requirements/dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; use make PYTHON=...")'

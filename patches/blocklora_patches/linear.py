@@ -37,11 +37,13 @@ class AdaptedLinearMethod(LinearMethodBase):
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The local output [tokens, local outputs], deltas included."""
+        self._step.start(self._layer, self._linear, x)
         out = self.base.apply(layer, x, bias)
         self._step.add_delta_(self._layer, self._linear, out, x)
         return out
 
     def _apply_into(self, layer: torch.nn.Module, x: torch.Tensor, output: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self._step.start(self._layer, self._linear, x)
         out = self.base.apply_into(layer, x, output, **kwargs)
         self._step.add_delta_(self._layer, self._linear, out, x)
         return out

@@ -73,7 +73,7 @@ class BlockLoRAManager(LoRAManager):
             settings.adapter_kernels == "auto" and self.device.type == "cuda"
         )
         self._step: Step = (
-            TritonStep(self._spec, self.pool, self._max_rank, self.device)
+            TritonStep(self._spec, self.pool, self._max_rank, self.device, settings.adapter_overlap)
             if use_triton
             else TorchStep(self._spec, self.pool)
         )

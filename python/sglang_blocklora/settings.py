@@ -20,11 +20,13 @@ class Settings:
     """adapter_memory_mb  MiB per TP rank of the arena for adapter weights
     adapter_root       adapters may only be loaded from below this folder; None: from anywhere
     adapter_kernels    "torch", "triton", or "auto": triton on a GPU, torch elsewhere
+    adapter_overlap    triton only: shrink runs on a second stream, beside the linear's own GEMM
     """
 
     adapter_memory_mb: int = 1024
     adapter_root: str | None = None
     adapter_kernels: str = "auto"
+    adapter_overlap: bool = False
 
     def export(self) -> None:
         """Make the settings known to this process and all it starts."""
@@ -60,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Settings.adapter_kernels,
         help="who computes the deltas; auto: triton on a GPU, torch elsewhere (default: %(default)s)",
     )
+    group.add_argument(
+        "--adapter-overlap",
+        action="store_true",
+        help="triton only: run shrink on a second stream beside the linear's own GEMM (not yet measured on a GPU)",
+    )
 
 
 def from_arguments(arguments: argparse.Namespace) -> Settings:
@@ -69,4 +76,9 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
         raise SystemExit(f"--adapter-root {root} is not a folder")
     if arguments.adapter_memory_mb < 1:
         raise SystemExit(f"--adapter-memory-mb {arguments.adapter_memory_mb} must be at least 1")
-    return Settings(arguments.adapter_memory_mb, str(root.resolve()) if root else None, arguments.adapter_kernels)
+    return Settings(
+        arguments.adapter_memory_mb,
+        str(root.resolve()) if root else None,
+        arguments.adapter_kernels,
+        arguments.adapter_overlap,
+    )

@@ -35,7 +35,8 @@ def make(folder: Path, rank: int, size: int, step_class: type, slots: int):
         deltas[name] = write_adapter(folder / name, MODEL, seed=seed, **options)
         shard = load_shard(name, folder / name, spec, 64)
         pool.add(name, LoadedAdapter(name, "", shard, shard.slots, False))
-    step = TorchStep(spec, pool) if step_class is TorchStep else step_class(spec, pool, 16, torch.device("cpu"))
+    options = () if step_class is TorchStep else (16, torch.device("cpu"), rank == 1)  # overlapped on one rank
+    step = step_class(spec, pool, *options)
     return spec, pool, step, deltas
 
 
@@ -57,6 +58,7 @@ def check(spec, step: Step, deltas, keys: list[str | None], counts: list[int] | 
                         delta = deltas[key][module][rows.start : rows.stop, linear.inputs.start : linear.inputs.stop]
                         expected[t, start:stop] += delta @ x[t].double()
             out = base.clone()
+            step.start(i, j, x)
             step.add_delta_(i, j, out, x)
             torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-3)
 

@@ -17,6 +17,9 @@ class Step(Protocol):
         token_counts  tokens of each request in batch order; None: one each (a decode batch)
         """
 
+    def start(self, layer: int, linear: int, x: torch.Tensor) -> None:
+        """Called before a linear's own GEMM with its input [tokens, local inputs]: work that can run beside it."""
+
     def add_delta_(self, layer: int, linear: int, out: torch.Tensor, x: torch.Tensor) -> None:
         """Add the batch's deltas to ``out`` [tokens, local outputs] of one linear; ``x`` is [tokens, local inputs]."""
 

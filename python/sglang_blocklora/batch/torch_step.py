@@ -46,6 +46,9 @@ class TorchStep(Step):
     def prepare_capture(self, tokens: int) -> None:
         raise ValueError("the torch path cannot run in CUDA graphs: start with --disable-cuda-graph")
 
+    def start(self, layer: int, linear: int, x: torch.Tensor) -> None:
+        """Nothing runs beside the GEMM on a CPU."""
+
     def add_delta_(self, layer: int, linear: int, out: torch.Tensor, x: torch.Tensor) -> None:
         for rows, factors in self._segments:
             own = factors[layer][linear]

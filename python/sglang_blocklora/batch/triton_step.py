@@ -10,6 +10,7 @@ import torch
 from blocklora_kernels.batch import BatchMetadata
 from blocklora_kernels.descriptor import DESCRIPTOR_FIELDS, MAX_SLICES
 from blocklora_kernels.ops import LoraLinear
+from blocklora_kernels.side_stream import SideStream
 from blocklora_kernels.table import AdapterTable
 
 from sglang_blocklora.adapters.model_spec import ModelSpec
@@ -30,8 +31,13 @@ class TritonStep(Step):
     captured decode batches and one, grown when needed, for all others. Device work is ordered by the current stream.
     """
 
-    def __init__(self, spec: ModelSpec, pool: AdapterPool, max_rank: int, device: torch.device) -> None:
-        """``max_rank`` is the largest full LoRA rank that is accepted: it bounds the columns of h."""
+    def __init__(
+        self, spec: ModelSpec, pool: AdapterPool, max_rank: int, device: torch.device, overlap: bool = False
+    ) -> None:
+        """
+        max_rank  largest full LoRA rank that is accepted: it bounds the columns of h
+        overlap   run shrink on a second stream beside the linear's own GEMM
+        """
         self._spec = spec
         self._pool = pool
         self._device = device
@@ -63,6 +69,7 @@ class TritonStep(Step):
         self._graph: BatchMetadata | None = None
         self._eager = self._new_metadata(4096)
         self._batch: BatchMetadata | None = None
+        self._side = SideStream(device) if overlap else None
 
     def init_graphs(self, max_tokens: int) -> None:
         self._graph = self._new_metadata(max_tokens)
@@ -95,9 +102,19 @@ class TritonStep(Step):
     def reset(self) -> None:
         self._batch = None
 
+    def start(self, layer: int, linear: int, x: torch.Tensor) -> None:
+        if self._side is not None and self._batch is not None:
+            with self._side.fork():
+                self._linears[layer][linear].shrink(x, self._batch)
+
     def add_delta_(self, layer: int, linear: int, out: torch.Tensor, x: torch.Tensor) -> None:
-        if self._batch is not None:
-            self._linears[layer][linear].add_delta_(out, x, self._batch)
+        if self._batch is None:
+            return
+        if self._side is None:
+            self._linears[layer][linear].shrink(x, self._batch)
+        else:
+            self._side.join()
+        self._linears[layer][linear].expand_(out, self._batch)
 
     def _new_metadata(self, max_tokens: int) -> BatchMetadata:
         return BatchMetadata(max_tokens, self._pool.max_adapters_per_batch, self._h_width, self._device)
