@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from sglang.srt.runtime_context import get_lora, get_parallel, get_spec
+from sglang.srt.runtime_context import get_disagg, get_exec, get_lora, get_parallel, get_spec
 
 
 def refuse_unsupported() -> None:
     """``ValueError`` naming every flag that is on and not supported, and the way out."""
+    parallel, execution = get_parallel(), get_exec()
+    part_of_batch = "a forward would see only some of the tokens that were grouped by adapter"
     table = (
-        ("--pp-size", get_parallel().pp_size > 1, "a TP rank would hold only some layers of an adapter"),
-        ("--enable-dp-attention", get_parallel().enable_dp_attention, "tokens of one batch differ between ranks"),
+        ("--pp-size", parallel.pp_size > 1, "a TP rank would hold only some layers of an adapter"),
+        ("--enable-dp-attention", parallel.enable_dp_attention, "tokens of one batch differ between ranks"),
+        ("--attn-cp-size", parallel.attn_cp_size > 1, part_of_batch),
+        ("--dcp-size", parallel.attn_dcp_size > 1, part_of_batch),
+        ("--enable-layernorm-sp", parallel.enable_layernorm_sp, part_of_batch),
+        ("--enable-two-batch-overlap", execution.overlap.enable_two_batch_overlap, part_of_batch),
+        ("--enable-pdmux", get_disagg().enable_pdmux, "two batches would run at once"),
+        ("--enable-torch-compile", execution.graph.enable_torch_compile, "the compiled code would keep one batch"),
         ("--enable-lora-overlap-loading", bool(get_lora().enable_lora_overlap_loading), "it drives SGLang's slot pool"),
         (
             "--speculative-algorithm",

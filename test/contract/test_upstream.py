@@ -83,6 +83,45 @@ def test_a_changed_symbol_stops_with_its_name(settings: dict[str, str]) -> None:
     assert "fetch_new_loras: expected parameters ('self', 'new_loras', 'running_loras')" in result.stderr
 
 
+def test_unsupported_modes_are_refused_in_one_message() -> None:
+    """Two modes are on; the real runtime context must have all of them."""
+    code = """
+from types import SimpleNamespace
+import blocklora_patches.unsupported as u
+from sglang.srt.arg_groups.fields import disagg, exec_, lora, parallel, spec
+
+real = {"get_disagg": disagg.Disagg, "get_lora": lora.Lora, "get_spec": spec.Spec, "get_parallel": parallel.Parallel}
+bags = {name: SimpleNamespace(**{f: getattr(bag(), f) for f in bag.__struct_fields__}) for name, bag in real.items()}
+bags["get_exec"] = SimpleNamespace(overlap=exec_.ExecOverlap(), graph=exec_.ExecGraph())
+bags["get_parallel"].attn_dcp_size = 1
+for name, bag in bags.items():
+    setattr(u, name, lambda bag=bag: bag)
+u.refuse_unsupported()
+bags["get_parallel"].pp_size, bags["get_exec"].graph.enable_torch_compile = 2, True
+try:
+    u.refuse_unsupported()
+except ValueError as error:
+    print("REFUSED", error)
+"""
+    result = run(code)
+    refused = result.stdout.rpartition("REFUSED")[2]
+    assert "--pp-size" in refused, result.stderr[-2000:]
+    assert "--enable-torch-compile" in refused
+    assert "--enable-pdmux" not in refused
+
+
+def test_other_architectures_are_refused_at_start_up() -> None:
+    code = """
+import torch
+from blocklora_patches.model_spec import adaptable_linears
+try:
+    adaptable_linears(type("DeepseekV3ForCausalLM", (torch.nn.Module,), {})())
+except ValueError as error:
+    print("REFUSED", error)
+"""
+    assert "does not serve DeepseekV3ForCausalLM; it serves LlamaForCausalLM" in run(code).stdout
+
+
 def test_settings_survive_the_trip(settings: dict[str, str]) -> None:
     code = "from sglang_blocklora.settings import Settings; print(Settings.active())"
     assert run(code, **settings).stdout.strip() == str(Settings(adapter_memory_mb=1))
