@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--tp", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--linears", nargs="+", default=["qkv", "o", "gate_up", "down"])
     parser.add_argument("--contiguous", action="store_true", help="adapters in one run of slots instead of scattered")
-    parser.add_argument("--out", type=Path, default=Path("bench_kernels.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("benchmark/results/kernels_gpu.jsonl"))
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_kernels.py needs a GPU.")
