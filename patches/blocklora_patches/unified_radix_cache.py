@@ -1,0 +1,165 @@
+"""``mem_cache/unified_radix_cache.py``: adapters as prefixes of the radix tree, their weights in its slots.
+
+An adapter that needs S slots is inserted as S pseudo tokens whose values are the slots that hold its weights. The key
+of every request with that adapter is the pseudo tokens followed by its own tokens. So SGLang's locks keep an adapter
+while a request runs, leaves-first eviction drops KV before its adapter, and all of upstream's accounting counts it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import (
+    DecLockRefParams,
+    EvictParams,
+    InsertParams,
+    InsertResult,
+    MatchPrefixParams,
+    MatchResult,
+    zero_match_result,
+)
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang_blocklora.memory.prefix import pseudo_tokens, salted_tokens
+
+LORA_ID_LENGTH = 32  # hex digits that upstream appends to a request's extra key
+
+
+@dataclass(frozen=True)
+class AdapterPrefix:
+    """``tokens`` are the pseudo tokens of an adapter's slots; a multiple of the page size."""
+
+    tokens: array[int]
+
+    @property
+    def slots(self) -> int:
+        return len(self.tokens)
+
+
+class AdapterPrefixCache(UnifiedRadixCache):
+    """The default radix cache, in which an adapter is the first part of every key under it.
+
+    Keys without an adapter are upstream's own. ``match_prefix`` never loads anything: an adapter that is not resident
+    matches nothing. Loading is ``reserve``, writing the weights to the slots it gives, and ``publish``.
+    """
+
+    def __init__(self, params: CacheInitParams) -> None:
+        self._prefixes: dict[str, AdapterPrefix] = {}
+        self._slots: dict[str, torch.Tensor] = {}
+        self._pins: dict[str, tuple[Any, DecLockRefParams]] = {}
+        super().__init__(params)
+
+    def reset(self) -> None:
+        """Everything is dropped, adapters too, pinned ones among them; upstream calls it to flush an idle server."""
+        self._slots.clear()
+        self._pins.clear()
+        super().reset()
+
+    def know(self, lora_id: str, content_hash: str, slots: int) -> None:
+        """Tell how keys of ``lora_id`` look; for good, since a request may outlive its adapter's name by a step."""
+        self._prefixes[lora_id] = AdapterPrefix(pseudo_tokens(content_hash, self.slots_needed(slots)))
+
+    def slots_needed(self, slots: int) -> int:
+        """``slots`` rounded up to whole pages."""
+        return -(-slots // self.page_size) * self.page_size
+
+    def slots_of(self, lora_id: str) -> torch.Tensor | None:
+        """Slots (int64, on the allocator's device) of an adapter that is resident, else None.
+
+        Remembered until something is evicted, because a match walks all S keys.
+        """
+        known = self._slots.get(lora_id)
+        if known is None:
+            prefix = self._prefixes[lora_id]
+            found = super().match_prefix(MatchPrefixParams(key=RadixKey(prefix.tokens))).device_indices
+            if len(found) == prefix.slots:
+                known = self._slots[lora_id] = found
+        return known
+
+    def reserve(self, lora_id: str) -> torch.Tensor | None:
+        """Take free slots for an adapter, evicting what is not in use; None where that is not enough.
+
+        The caller writes the weights to them and then calls ``publish``.
+        """
+        allocator, needed = self.token_to_kv_pool_allocator, self._prefixes[lora_id].slots
+        shortfall = needed - allocator.available_size()
+        if shortfall > self.evictable_size():
+            return None
+        if shortfall > 0:
+            self.evict(EvictParams(num_tokens=shortfall))
+        return allocator.alloc(needed)
+
+    def publish(self, lora_id: str, slots: torch.Tensor) -> None:
+        """Insert an adapter whose weights lie in ``slots``; from now on the tree owns them."""
+        key = RadixKey(self._prefixes[lora_id].tokens)
+        super().insert(InsertParams(key=key, value=slots.to(torch.int64)))
+
+    def pin(self, lora_id: str) -> None:
+        """Lock a resident adapter until ``unpin`` or a flush."""
+        if lora_id not in self._pins:
+            node = (
+                super().match_prefix(MatchPrefixParams(key=RadixKey(self._prefixes[lora_id].tokens))).last_device_node
+            )
+            self._pins[lora_id] = (node, self.inc_lock_ref(node).to_dec_params())
+
+    def unpin(self, lora_id: str) -> None:
+        """Undo ``pin``; nothing where the adapter is not pinned."""
+        if lora_id in self._pins:
+            self.dec_lock_ref(*self._pins.pop(lora_id))
+
+    def evict(self, params: EvictParams):  # type: ignore[no-untyped-def]
+        self._slots.clear()
+        return super().evict(params)
+
+    def evict_for_alloc(self, params: EvictParams):  # type: ignore[no-untyped-def]
+        self._slots.clear()
+        return super().evict_for_alloc(params)
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        lora_id, own_extra = self._split(params.key.extra_key)
+        if lora_id is None:
+            return super().match_prefix(params)
+        prefix = self._prefixes[lora_id]
+        key = self._behind(prefix, params.key, own_extra)
+        result = super().match_prefix(dataclasses.replace(params, key=key))
+        if len(result.device_indices) < prefix.slots:
+            return zero_match_result(self, result)
+        return result._replace(
+            device_indices=result.device_indices[prefix.slots :],
+            full_kv_hit_length=max(result.full_kv_hit_length - prefix.slots, 0),
+        )
+
+    def insert(self, params: InsertParams) -> InsertResult:
+        lora_id, own_extra = self._split(params.key.extra_key)
+        if lora_id is None:
+            return super().insert(params)
+        prefix, slots = self._prefixes[lora_id], self.slots_of(lora_id)
+        if slots is None:
+            raise RuntimeError(f"KV of adapter {lora_id} without its weights: its prefix was not locked")
+        result = super().insert(
+            dataclasses.replace(
+                params,
+                key=self._behind(prefix, params.key, own_extra),
+                value=torch.cat([slots, params.value]),
+                prev_prefix_len=params.prev_prefix_len + prefix.slots,
+            )
+        )
+        return dataclasses.replace(
+            result, prefix_len=result.prefix_len - prefix.slots, total_len=result.total_len - prefix.slots
+        )
+
+    def _split(self, extra_key: str | None) -> tuple[str | None, str | None]:
+        """The adapter and the user's own part of an extra key (upstream appends the adapter's id to it)."""
+        lora_id = (extra_key or "")[-LORA_ID_LENGTH:]
+        if lora_id not in self._prefixes:
+            return None, extra_key
+        return lora_id, (extra_key or "")[:-LORA_ID_LENGTH]
+
+    def _behind(self, prefix: AdapterPrefix, key: RadixKey, own_extra: str | None) -> RadixKey:
+        tokens = array("q", key.raw_token_ids())
+        return RadixKey(prefix.tokens + salted_tokens(tokens, own_extra, key.cache_salt))

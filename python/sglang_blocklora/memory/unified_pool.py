@@ -1,0 +1,139 @@
+"""Adapters in the KV cache's own slots: which are resident is what the radix tree holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+
+from sglang_blocklora.memory.pool import LoadedAdapter, Resident
+
+# A request may run this many steps after its adapter was unloaded: an abort frees the name before the batch ends.
+LINGER_STEPS = 8
+
+
+class PrefixCache(Protocol):
+    """What the pool needs of the radix cache (``AdapterPrefixCache``)."""
+
+    def know(self, lora_id: str, content_hash: str, slots: int) -> None: ...
+    def slots_needed(self, slots: int) -> int: ...
+    def slots_of(self, lora_id: str) -> torch.Tensor | None: ...
+    def reserve(self, lora_id: str) -> torch.Tensor | None: ...
+    def publish(self, lora_id: str, slots: torch.Tensor) -> None: ...
+    def pin(self, lora_id: str) -> None: ...
+    def unpin(self, lora_id: str) -> None: ...
+
+
+class KVArena:
+    """SGLang's K and V buffers seen as rows: ``planes[layer]`` is (K, V), each [slots, W]. Owns nothing."""
+
+    def __init__(self, k_buffers: Sequence[torch.Tensor], v_buffers: Sequence[torch.Tensor]) -> None:
+        """``k_buffers`` and ``v_buffers`` are [slots, KV heads, head dimension] per layer, contiguous."""
+        self.planes = [
+            (k.view(k.shape[0], -1), v.view(v.shape[0], -1)) for k, v in zip(k_buffers, v_buffers, strict=True)
+        ]
+
+    def write(self, slots: torch.Tensor, image: torch.Tensor) -> None:
+        """Copy a packed image [layers, 2, S, W] into ``slots[:S]``; ordered with the current stream's work."""
+        rows = slots[: image.shape[2]]
+        for planes, layer in zip(self.planes, image.to(rows.device), strict=True):
+            for plane, part in zip(planes, layer, strict=True):
+                plane.index_copy_(0, rows, part)
+
+
+class UnifiedPool:
+    """Loaded adapters of one TP rank, resident ones in the KV pool. Keys are SGLang's ``lora_id``.
+
+    ``bind`` comes once the KV pool and the tree exist. Decisions depend on the tree and the order of calls only.
+    """
+
+    def __init__(self, max_adapters_per_batch: int) -> None:
+        self.max_adapters_per_batch = max_adapters_per_batch
+        self.loaded: dict[str, LoadedAdapter] = {}
+        self.resident: dict[str, Resident] = {}
+        self._lingering: dict[str, tuple[LoadedAdapter, int]] = {}
+        self._steps = 0
+        self._cache: PrefixCache | None = None
+        self.total_slots: int | None = None
+
+    def bind_arena(self, arena: KVArena, total_slots: int) -> None:
+        """Set the KV buffers and the number of slots that requests and adapters share."""
+        self.arena = arena
+        self.total_slots = total_slots
+        for adapter in self.loaded.values():
+            reason = self.reason_not_to_add(adapter.slots, adapter.pinned)
+            if reason is not None:
+                raise ValueError(
+                    f"adapter {adapter.name!r}: {reason}. Use --adapter-memory static or a larger KV pool."
+                )
+
+    def bind_cache(self, cache: PrefixCache) -> None:
+        """Set the tree; adapters that are loaded already become known to it."""
+        self._cache = cache
+        for key, adapter in self.loaded.items():
+            cache.know(key, adapter.content_hash, adapter.slots)
+
+    @property
+    def cache(self) -> PrefixCache:
+        """The tree. ``AssertionError`` before ``bind_cache``."""
+        assert self._cache is not None, "adapters cannot be resident before the radix cache exists"
+        return self._cache
+
+    def add(self, key: str, adapter: LoadedAdapter) -> None:
+        """Take a checked adapter into host memory. The caller has asked ``reason_not_to_add``."""
+        self.loaded[key] = adapter
+        if self._cache is not None:
+            self._cache.know(key, adapter.content_hash, adapter.slots)
+
+    def reason_not_to_add(self, slots: int, pinned: bool) -> str | None:
+        """Why an adapter of ``slots`` slots cannot be served here, or None. All fit before the pool's size is known."""
+        if self.total_slots is None:
+            return None
+        taken = slots + (sum(adapter.slots for adapter in self.loaded.values() if adapter.pinned) if pinned else 0)
+        if taken > self.total_slots // 2:
+            what = "pinned adapters would take" if pinned else "it needs"
+            return f"{what} {taken} of the KV pool's {self.total_slots} slots, more than half of it"
+        return None
+
+    def remove(self, key: str) -> None:
+        """Forget an adapter's name. What is cached under its contents stays until it is evicted."""
+        self._lingering[key] = (self.loaded.pop(key), self._steps)
+        self.cache.unpin(key)
+
+    def fits(self, keys: Iterable[str]) -> bool:
+        """Whether the adapters of a batch fit; those that are not resident are loaded, evicting what is not in use."""
+        wanted = sorted(key for key in set(keys) if key in self.loaded)
+        return len(wanted) <= self.max_adapters_per_batch and all(self._load(key) for key in wanted)
+
+    def make_resident(self, keys: Iterable[str]) -> None:
+        """Look up the rows of a batch's adapters, which admission made resident and locks keep so.
+
+        Keys that are not loaded are passed over, unless they were unloaded a few steps ago.
+        ``RuntimeError`` for an adapter without rows: its requests would be answered wrongly.
+        """
+        self._steps += 1
+        self._lingering = {k: v for k, v in self._lingering.items() if self._steps - v[1] <= LINGER_STEPS}
+        for key in sorted(set(keys)):
+            adapter = self.loaded.get(key) or (self._lingering[key][0] if key in self._lingering else None)
+            if adapter is None:
+                self.resident.pop(key, None)
+                continue
+            slots = self.cache.slots_of(key)
+            if slots is None:
+                raise RuntimeError(f"adapter {adapter.name!r} runs but is not resident")
+            known = self.resident.get(key)
+            if known is None or not torch.equal(known.slots, slots.cpu()):
+                self.resident[key] = Resident(adapter, slots.cpu())
+
+    def _load(self, key: str) -> bool:
+        adapter = self.loaded[key]
+        if self.cache.slots_of(key) is None:
+            slots = self.cache.reserve(key)
+            if slots is None:
+                return False
+            self.arena.write(slots, adapter.shard.image)
+            self.cache.publish(key, slots)
+        if adapter.pinned:
+            self.cache.pin(key)
+        return True
