@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Mapping
 from importlib.metadata import version
 
 from sglang_blocklora import SGLANG_VERSION
@@ -100,6 +101,29 @@ SYMBOLS: dict[str, tuple[str, ...] | None] = {
 }
 
 
+# The same for the frontend language, which is checked in a user's own process.
+FRONTEND_SYMBOLS: dict[str, tuple[str, ...] | None] = {
+    "sglang.lang.api.gen": None,
+    "sglang.lang.api.gen_int": None,
+    "sglang.lang.api.gen_string": None,
+    "sglang.lang.api.select": ("name", "choices", "temperature", "choices_method"),
+    "sglang.lang.ir.SglFunction.run": None,
+    "sglang.lang.ir.SglFunction.run_batch": None,
+    "sglang.lang.ir.SglExprList.__init__": ("self", "expr_list"),
+    "sglang.lang.interpreter.StreamExecutor.submit": ("self", "expr"),
+    "sglang.lang.interpreter.StreamExecutor._execute_gen": ("self", "expr"),
+    "sglang.lang.interpreter.StreamExecutor._execute_select": ("self", "expr"),
+    "sglang.lang.interpreter.ProgramState.text_iter": ("self", "var_name"),
+    "sglang.lang.interpreter.ProgramState.text_async_iter": ("self", "var_name", "return_meta_data"),
+    "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint._add_images": ("self", "s", "data"),
+    "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint._assert_success": ("self", "res"),
+    "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint._generate_http_request": ("self", "s", "data"),
+    "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint.cache_prefix": ("self", "prefix_str"),
+    "sglang.lang.global_config.global_config": None,
+    "sglang.utils.http_request": ("url", "json", "stream", "api_key", "verify", "method"),
+}
+
+
 def check_version() -> None:
     """``SystemExit`` unless the installed SGLang is the release this extension is written for."""
     installed = version("sglang")
@@ -110,9 +134,9 @@ def check_version() -> None:
         )
 
 
-def mismatches() -> list[str]:
+def mismatches(symbols: Mapping[str, tuple[str, ...] | None] = SYMBOLS) -> list[str]:
     """One line for each upstream symbol that is not as expected."""
-    found = (_mismatch(path, expected) for path, expected in SYMBOLS.items())
+    found = (_mismatch(path, expected) for path, expected in symbols.items())
     return [line for line in found if line]
 
 

@@ -1,0 +1,34 @@
+"""``lang/ir.py``: a program's ``run`` and ``run_batch`` take ``adapter=``, the default of its calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.lang.global_config import global_config
+from sglang.srt.plugins.hook_registry import HookType
+from sglang_blocklora.adapter_choice import NOT_GIVEN, NotGiven, choice_of_block, chosen
+
+from blocklora_patches.hook import Hook
+from blocklora_patches.lang_backends import bind
+
+
+def _run(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    # A program may have a parameter of its own that is called adapter: then the word is its own.
+    given = NOT_GIVEN if "adapter" in self.arg_names else kwargs.pop("adapter", NOT_GIVEN)
+    choice = chosen(given)
+    if not isinstance(choice, NotGiven):
+        kwargs["backend"] = bind(kwargs.get("backend") or global_config.default_backend, choice)
+    # The choice is in the backend now: blocks around this call say nothing to the calls inside the program.
+    with choice_of_block(NOT_GIVEN):
+        return original(self, *args, **kwargs)
+
+
+HOOKS = tuple(
+    Hook(
+        f"sglang.lang.ir.SglFunction.{name}",
+        _run,
+        HookType.AROUND,
+        "Upstream's programs have no default adapter. Goes when they do.",
+    )
+    for name in ("run", "run_batch")
+)

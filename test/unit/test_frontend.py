@@ -1,0 +1,337 @@
+"""The frontend language against a server that answers every call with the adapter it was asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import warnings
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+ADAPTERS = ("a", "b", "c")
+
+
+@pytest.fixture(scope="module")
+def sgl() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SGLang warns while it is imported
+        from sglang_blocklora import frontend
+    return frontend
+
+
+class Endpoint:
+    """A server that keeps the requests it gets and answers with ``<adapter>``, or base."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.looked_up = 0
+        self.adapter_names = list(ADAPTERS)
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if self.path == "/v1/models":
+                    outer.looked_up += 1
+                    cards = [
+                        {"id": "base", "parent": None},
+                        *({"id": name, "parent": "base"} for name in outer.adapter_names),
+                    ]
+                    self.reply({"object": "list", "data": [card | {"object": "model"} for card in cards]})
+                else:
+                    self.reply({"model_path": "base"})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.requests.append(body | {"path": self.path})
+                if self.path != "/generate":
+                    answer: Any = self.completion(body)
+                elif isinstance(body.get("text"), list):
+                    answer = [self.choice(text, body.get("lora_path")) for text in body["text"]]
+                else:
+                    n = (body["sampling_params"].get("n") or 1) if body["sampling_params"] else 1
+                    text = f"<{body.get('lora_path') or 'base'}>"
+                    answer = {"text": [text] * n if n > 1 else text, "meta_info": {"prompt_tokens": 3}}
+                self.reply(answer, stream=body.get("stream", False))
+
+            def choice(self, text: str, adapter: str | None) -> dict:
+                """The choice that names the request's adapter is the likeliest."""
+                logprob = -1.0 if text.endswith(adapter or "base") else -5.0
+                return {"meta_info": {"input_token_logprobs": [[logprob, 1, "?"]] * 2, "output_token_logprobs": []}}
+
+            def completion(self, body: dict) -> dict:
+                text = f"<{body['model']}>"
+                part = {"index": 0, "finish_reason": "stop"}
+                part |= {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
+                if body.get("stream"):
+                    part["delta"] = {"content": text}
+                usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+                return {"id": "1", "object": "x", "created": 1, "model": "m", "choices": [part], "usage": usage}
+
+            def reply(self, answer: Any, stream: bool = False) -> None:
+                data = json.dumps(answer)
+                payload = f"data: {data}\n\ndata: [DONE]\n\n" if stream else data
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream" if stream else "application/json")
+                self.end_headers()
+                self.wfile.write(payload.encode())
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def adapters(self) -> list[str | None]:
+        return [request.get("lora_path") for request in self.requests]
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    endpoint = Endpoint()
+    yield endpoint
+    endpoint.server.shutdown()
+    endpoint.server.server_close()
+
+
+@pytest.fixture
+def backend(sgl: Any, endpoint: Endpoint) -> Any:
+    return sgl.RuntimeEndpoint(endpoint.url)
+
+
+def test_each_call_names_its_adapter(sgl: Any, backend: Any) -> None:
+    @sgl.function
+    def program(s):
+        s += "x" + sgl.gen("plain")
+        s += sgl.gen("own", adapter="a")
+        with sgl.adapter("b"):
+            s += sgl.gen_int("int")
+            s += sgl.gen_string("string", adapter="c")
+            s += sgl.gen("base", adapter=None)
+            with sgl.adapter(None):
+                s += sgl.gen("inner")
+            s += sgl.gen("after", stop="\n", regex="[a-z]+")
+        s += sgl.gen("last")
+
+    state = program.run(backend=backend)
+    found = {name: state[name] for name in ("plain", "own", "int", "string", "base", "inner", "after", "last")}
+    assert found == {
+        "plain": "<base>",
+        "own": "<a>",
+        "int": "<b>",
+        "string": "<c>",
+        "base": "<base>",
+        "inner": "<base>",
+        "after": "<b>",
+        "last": "<base>",
+    }
+
+
+def test_run_gives_the_default_and_blocks_outside_do_not_override_it(sgl: Any, backend: Any) -> None:
+    @sgl.function
+    def program(s):
+        s += sgl.gen("default") + sgl.gen("base", adapter=None) + sgl.gen("own", adapter="b")
+
+    def answers(**options: Any) -> list[str]:
+        state = program.run(backend=backend, **options)
+        return [state["default"], state["base"], state["own"]]
+
+    assert answers() == ["<base>", "<base>", "<b>"]
+    assert answers(adapter="a") == ["<a>", "<base>", "<b>"]
+    with sgl.adapter("c"):
+        assert answers() == ["<c>", "<base>", "<b>"]
+        assert answers(adapter="a") == ["<a>", "<base>", "<b>"]
+        assert answers(adapter=None) == ["<base>", "<base>", "<b>"]
+    assert answers() == ["<base>", "<base>", "<b>"]
+
+
+def test_run_batch_and_its_shared_prefix_have_the_adapter(sgl: Any, backend: Any, endpoint: Endpoint) -> None:
+    @sgl.function
+    def program(s, question):
+        s += "A prefix of more than sixty-four characters, which run_batch sends ahead once." + question + sgl.gen("x")
+
+    states = program.run_batch([{"question": str(i)} for i in range(5)], backend=backend, adapter="a")
+    assert [state["x"] for state in states] == ["<a>"] * 5
+    assert endpoint.requests[0]["text"].endswith("once.")
+    assert endpoint.adapters() == ["a"] * 6
+
+
+def test_a_programs_own_parameter_called_adapter_stays_its_own(sgl: Any, backend: Any) -> None:
+    @sgl.function
+    def program(s, adapter):
+        s += sgl.gen("x", adapter=adapter)
+
+    assert program.run(adapter="b", backend=backend)["x"] == "<b>"
+
+
+def test_fork_with_an_adapter_per_branch(sgl: Any, backend: Any) -> None:
+    @sgl.function
+    def program(s):
+        s += "question"
+        forks = s.fork(3)
+        for fork, name in zip(forks, ADAPTERS, strict=True):
+            fork += sgl.gen("own", adapter=name) + sgl.gen("default")
+        forks.join()
+
+    state = program.run(backend=backend, adapter="c")
+    assert state["own"] == ["<a>", "<b>", "<c>"]
+    assert state["default"] == ["<c>"] * 3
+
+
+def test_streaming(sgl: Any, backend: Any) -> None:
+    @sgl.function
+    def program(s):
+        s += sgl.gen("first") + sgl.gen("second", adapter="b")
+
+    state = program.run(backend=backend, stream=True, adapter="a")
+    assert "".join(state.text_iter()) == "<a><b>"
+    state = program.run(backend=backend, stream=True)
+
+    async def collect() -> str:
+        return "".join([part async for part in state.text_async_iter()])
+
+    assert asyncio.run(collect()) == "<base><b>"
+
+
+def test_several_answers_and_constraints_reach_the_server(sgl: Any, backend: Any, endpoint: Endpoint) -> None:
+    @sgl.function
+    def program(s):
+        s += sgl.gen("x", adapter="a", n=3, regex="[0-9]+", json_schema='{"type": "string"}')
+
+    assert program.run(backend=backend)["x"] == ["<a>"] * 3
+    sent = endpoint.requests[0]["sampling_params"]
+    assert (sent["n"], sent["regex"], sent["json_schema"]) == (3, "[0-9]+", '{"type": "string"}')
+
+
+@pytest.mark.parametrize("form", ["select", "choices"])
+def test_select_scores_with_the_adapter(sgl: Any, backend: Any, endpoint: Endpoint, form: str) -> None:
+    @sgl.function
+    def program(s):
+        ask = sgl.select if form == "select" else sgl.gen
+        s += "which? " + ask("x", choices=["base", "a", "b"], adapter="b")
+
+    assert program.run(backend=backend)["x"] == "b"
+    assert endpoint.adapters() == ["b", "b"]
+
+
+def test_unknown_adapter_raises_where_it_is_named_with_the_known_names(
+    sgl: Any, backend: Any, endpoint: Endpoint
+) -> None:
+    @sgl.function
+    def program(s):
+        s += "x" + sgl.user("hello" + sgl.gen("x", adapter="nobody"))
+
+    with pytest.raises(sgl.UnknownAdapter, match=r"'nobody' is not loaded at http.*Loaded: a, b, c\."):
+        program.run(backend=backend)
+    with pytest.raises(sgl.UnknownAdapter):
+        program.run_batch([{}, {}], backend=backend, adapter="nobody")
+    assert endpoint.requests == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the program's own thread
+def test_unknown_adapter_in_a_stream_raises_at_its_reader(sgl: Any, backend: Any) -> None:
+    @sgl.function
+    def program(s):
+        s += "x" + sgl.gen("x", adapter="nobody")
+
+    state = program.run(backend=backend, stream=True)
+    with pytest.raises(sgl.UnknownAdapter):
+        list(state.text_iter())
+
+
+def test_adapters_loaded_later_are_found_and_known_ones_are_looked_up_once(
+    sgl: Any, backend: Any, endpoint: Endpoint
+) -> None:
+    @sgl.function
+    def program(s, name):
+        s += sgl.gen("x", adapter=name)
+
+    for name in ("a", "b", "a"):
+        program.run(name=name, backend=backend)
+    assert endpoint.looked_up == 1
+    endpoint.adapter_names.append("new")
+    assert program.run(name="new", backend=backend)["x"] == "<new>"
+    assert endpoint.looked_up == 2
+
+
+def test_a_backend_that_cannot_choose_raises_and_still_answers_for_the_base_model(sgl: Any) -> None:
+    from sglang.lang.backend.base_backend import BaseBackend
+
+    class Other(BaseBackend):
+        def generate(self, s: Any, sampling_params: Any) -> tuple[str, dict]:
+            return "other", {}
+
+    @sgl.function
+    def program(s, name):
+        s += sgl.gen("x", adapter=name)
+
+    with pytest.raises(sgl.AdaptersNotSupported, match="Other cannot choose an adapter"):
+        program.run(name="a", backend=Other())
+    with pytest.raises(sgl.AdaptersNotSupported):
+        program.run(name=None, adapter="a", backend=Other())
+    assert program.run(name=None, backend=Other())["x"] == "other"
+
+
+@pytest.fixture
+def openai_backend(sgl: Any, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> Any:
+    import tiktoken
+
+    # The vocabulary is a download; the backend reads it for select and for integers only.
+    stub = SimpleNamespace(_mergeable_ranks={}, _special_tokens={"<|endoftext|>": 0})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: stub)
+
+    def make(**options: Any) -> Any:
+        return sgl.OpenAI("base", base_url=f"{endpoint.url}/v1", api_key="none", **options)
+
+    return make
+
+
+def test_openai_completions_send_the_adapter_as_model(sgl: Any, openai_backend: Any, endpoint: Endpoint) -> None:
+    @sgl.function
+    def program(s):
+        s += "x" + sgl.gen("base") + sgl.gen("a", adapter="a") + sgl.gen("again")
+
+    backend = openai_backend(is_chat_model=False)
+    state = program.run(backend=backend)
+    assert [state[name] for name in ("base", "a", "again")] == ["<base>", "<a>", "<base>"]
+    assert program.run(backend=backend, adapter="b").text() == "x<b><a><b>"
+    assert backend.token_usage.completion_tokens == 6
+    with pytest.raises(sgl.UnknownAdapter, match="a, b, c"):
+        program.run(backend=backend, adapter="nobody")
+
+
+@pytest.mark.filterwarnings("ignore:The parameter max_tokens")  # upstream's word on every speculative call
+def test_openai_chat_streams_and_speculates(sgl: Any, openai_backend: Any) -> None:
+    @sgl.function
+    def chat(s):
+        s += sgl.user("hello")
+        s += sgl.assistant(sgl.gen("x", adapter="a"))
+
+    backend = openai_backend(is_chat_model=True)
+    assert chat.run(backend=backend)["x"] == "<a>"
+    assert "<a>" in "".join(chat.run(backend=backend, stream=True).text_iter())
+
+    @sgl.function(num_api_spec_tokens=8)
+    def speculative(s, name):
+        s += sgl.user("hello")
+        s += sgl.assistant(sgl.gen("x", stop="\n", adapter=name))
+
+    for adapter in ("b", "c"):
+        assert speculative.run(name=adapter, adapter=adapter, backend=backend)["x"] == f"<{adapter}>"
+    with pytest.raises(sgl.AdaptersNotSupported, match="one adapter"):
+        speculative.run(name="a", adapter="b", backend=backend)
+
+
+def test_the_language_alone_is_patched(sgl: Any) -> None:
+    """No server hook in a user's process, and importing sglang gives the same functions."""
+    import sglang
+    from blocklora_patches import lang
+
+    assert sglang.gen is sgl.gen
+    assert sglang.adapter is sgl.adapter
+    assert all(hook.target.startswith("sglang.lang.") for hook in lang.HOOKS)
