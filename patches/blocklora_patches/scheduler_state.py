@@ -1,0 +1,63 @@
+"""``managers/scheduler.py``: facts about adapters on the scheduler's own control channel, and pinning.
+
+``get_internal_state`` is answered by rank 0; ``set_internal_state`` reaches every TP rank in the same order, so all of
+them pin alike.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from sglang.srt.managers.io_struct import SetInternalStateReqOutput
+from sglang.srt.plugins.hook_registry import HookType
+from sglang_blocklora.reports import pool_facts
+
+from blocklora_patches.hook import Hook
+
+FACTS = "blocklora"
+# Key of a request to pin (1) or unpin (0): this, then the lora_id. Upstream takes names with numbers only.
+PIN = "blocklora_pin:"
+
+
+def _manager(scheduler: Any) -> Any:
+    return scheduler.tp_worker.model_runner.lora_manager
+
+
+def _get_internal_state(result: Any, self: Any, recv_req: Any) -> None:
+    manager = _manager(self)
+    if manager is None:
+        return
+    batches = (self.running_batch, self.cur_batch, self.last_batch)
+    running = {
+        req.rid: req.lora_id for batch in batches if batch is not None for req in batch.reqs if not req.finished()
+    }
+    result.internal_state[FACTS] = pool_facts(
+        manager.pool,
+        manager.slot_bytes,
+        Counter(running.values()),
+        Counter(req.lora_id for req in self.waiting_queue),
+    )
+
+
+def _set_internal_state(original: Any, self: Any, recv_req: Any) -> Any:
+    pins = {key.removeprefix(PIN): value for key, value in recv_req.server_args.items() if key.startswith(PIN)}
+    if not pins:
+        return original(self, recv_req)
+    pool = _manager(self).pool
+    reasons = [pool.set_pinned(key, bool(value)) for key, value in pins.items() if key in pool.loaded]
+    return SetInternalStateReqOutput(updated=len(reasons) == len(pins) and not any(reasons))
+
+
+def _add_request_to_queue(self: Any, req: Any, is_retracted: bool = False) -> None:
+    manager = _manager(self)
+    if manager is not None and req.lora_id in manager.pool.loaded and not is_retracted:
+        manager.pool.load_counts.arrived(req.lora_id, manager.pool.is_resident(req.lora_id))
+
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+HOOKS = (
+    Hook(f"{_SCHEDULER}.get_internal_state", _get_internal_state, HookType.AFTER, "Upstream reports no adapters."),
+    Hook(f"{_SCHEDULER}.set_internal_state", _set_internal_state, HookType.AROUND, "Upstream pins at load time only."),
+    Hook(f"{_SCHEDULER}._add_request_to_queue", _add_request_to_queue, HookType.BEFORE, "Hits and misses per adapter."),
+)
