@@ -1,9 +1,10 @@
-"""Running SGLang's own server from our launcher."""
+"""Running SGLang's own server, or an engine in this process, from our launcher."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from sglang.launch_server import run_server
 from sglang.srt.plugins import load_plugins
@@ -19,3 +20,11 @@ def run_sglang(argv: Sequence[str]) -> None:
         run_server(server_args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+def make_engine(argv: Sequence[str]) -> Any:
+    """An ``Engine`` of this process with the server arguments ``argv``."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    load_plugins()
+    return Engine(server_args=prepare_server_args(list(argv)))

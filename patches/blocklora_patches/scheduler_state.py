@@ -28,7 +28,7 @@ def _get_internal_state(result: Any, self: Any, recv_req: Any) -> None:
     manager = _manager(self)
     if manager is None:
         return
-    batches = (self.running_batch, self.cur_batch, self.last_batch)
+    batches = (self.running_batch, self.last_batch)  # a prefill joins the running batch a step later
     running = {
         req.rid: req.lora_id for batch in batches if batch is not None for req in batch.reqs if not req.finished()
     }

@@ -24,6 +24,13 @@ def is_cpu_only() -> bool:
     return not torch.accelerator.is_available()
 
 
+def prepare_import() -> None:
+    """Make ready to import SGLang on a CPU; nothing on a machine with an accelerator."""
+    if is_cpu_only():
+        os.environ["SGLANG_USE_CPU_ENGINE"] = "1"  # read while SGLang is imported
+        install_shims()
+
+
 def prepare(tp_size: int) -> dict[str, list[str]]:
     """Make ready to import and launch SGLang on a CPU, and return the server flags (flag -> values) that go with it.
 

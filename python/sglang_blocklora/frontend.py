@@ -10,17 +10,38 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_blocklora import cpu_only
+from sglang_blocklora import cpu_only, launch_server
 from sglang_blocklora.adapter_choice import AdaptersNotSupported, AdapterUnavailable, UnknownAdapter, adapter
 
-if cpu_only.is_cpu_only():
-    cpu_only.install_shims()
+cpu_only.prepare_import()
 
-from blocklora_patches import lang  # imports SGLang, so only after the stand-ins above
+from blocklora_patches import lang  # noqa: E402  # imports SGLang, so only after the preparation above
+from blocklora_patches.lang_engine import EngineEndpoint  # noqa: E402
 
 lang.activate()
 
-__all__ = ["AdapterUnavailable", "AdaptersNotSupported", "UnknownAdapter", "adapter"]
+__all__ = ["AdapterUnavailable", "AdaptersNotSupported", "EngineEndpoint", "UnknownAdapter", "adapter", "engine"]
+
+
+def engine(**options: Any) -> Any:
+    """An ``sgl.Engine`` in this process with block-diagonal LoRA.
+
+    options  the launcher's flags with underscores: ``model_path=..., tp=2, lora_paths=["sql=/adapters/sql"],
+             adapter_memory_mb=512``; True for a flag without value
+    Its ``generate`` takes ``adapter=``; ``EngineEndpoint(engine)`` is a backend for programs. As with ``sgl.Engine``
+    the script is guarded by ``if __name__ == "__main__"``, and it imports this module before SGLang.
+    """
+    argv = []
+    for name, value in options.items():
+        values = value if isinstance(value, list | tuple) else [] if value is True else [value]
+        argv += [f"--{name.replace('_', '-')}", *map(str, values)]
+    cpu_flags = cpu_only.prepare(launch_server.tp_size(argv))
+    settings, sglang_argv = launch_server.parse(argv)
+    settings.export()
+
+    from blocklora_patches.launch import make_engine
+
+    return make_engine(launch_server.with_defaults(sglang_argv, {**cpu_flags, "--log-level": ["error"]}))
 
 
 def __getattr__(name: str) -> Any:

@@ -85,9 +85,9 @@ def test_inspect_with_the_base_model_replicates_kv_heads(config_json: Path, tmp_
     assert unknown["tp"][0]["bytes_per_rank"] == [layers * (a_elements + 1 * 4) * 4] * 4
     assert not known["warnings"]
     assert "--base-model" in unknown["warnings"][0]
-    # One KV head a rank: rows of 2 elements. A takes 96 of them, in one plane.
-    assert known["tp"][0]["slots"] == a_elements // 2
-    assert known["tp"][0]["arena_bytes"] == layers * 2 * (a_elements // 2) * 2 * 4
+    # One KV head of 2 a rank, rounded up to rows of 8 elements. A takes 12 of them, in one plane.
+    assert known["tp"][0]["slots"] == a_elements // 8
+    assert known["tp"][0]["arena_bytes"] == layers * 2 * (a_elements // 8) * 8 * 4
 
 
 def test_inspect_warns_of_orientation_and_shared_blocks(tmp_path: Path, capsys) -> None:

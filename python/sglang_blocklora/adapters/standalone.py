@@ -18,6 +18,7 @@ import torch
 from sglang_blocklora.adapters.config import AdapterConfig
 from sglang_blocklora.adapters.errors import AdapterError
 from sglang_blocklora.adapters.model_spec import Interval, LinearSpec, ModelSpec, Source
+from sglang_blocklora.memory.layout import ALIGNMENT_ELEMENTS
 from sglang_blocklora.sharding.shard import Factor
 
 ROW_MODULES = ("o_proj", "down_proj")
@@ -135,7 +136,8 @@ def standalone_spec(
     layers: dict[int, list[LinearSpec]] = {}
     for (layer, path), members in sorted(groups.items()):
         layers.setdefault(layer, []).append(_linear(name, path, members, features, share))
-    row_width = share.kv_heads_local * base.head_dim if base else ANY_ROW_WIDTH
+    kv_width = share.kv_heads_local * base.head_dim if base else ANY_ROW_WIDTH
+    row_width = -(-kv_width // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS  # as a server rounds it
     return ModelSpec(
         tuple(tuple(layers[layer]) for layer in sorted(layers)),
         row_width,
