@@ -1,4 +1,4 @@
-"""``managers/tokenizer_manager.py``: an adapter that was unloaded on request stays unloaded."""
+"""``managers/tokenizer_manager.py``: an adapter that was unloaded on request stays unloaded; errors are kept."""
 
 from __future__ import annotations
 
@@ -13,10 +13,33 @@ async def _unload_lora_adapter(original: Any, self: Any, obj: Any, _: Any = None
     result = await original(self, obj, _)
     if result.success:
         self.lora_ref_cache.pop(obj.lora_name, None)
+        adapter_errors(self).pop(obj.lora_name, None)
     return result
 
 
+async def _load_lora_adapter(original: Any, self: Any, obj: Any, _: Any = None) -> Any:
+    result = await original(self, obj, _)
+    errors = adapter_errors(self)
+    if result.success:
+        errors.pop(obj.lora_name, None)
+    elif obj.lora_name in self.lora_ref_cache:
+        errors[obj.lora_name] = result.error_message
+    return result
+
+
+def adapter_errors(tokenizer_manager: Any) -> dict[str, str]:
+    """Name of a known adapter -> what last went wrong with it."""
+    errors: dict[str, str] = tokenizer_manager.__dict__.setdefault("blocklora_errors", {})
+    return errors
+
+
 HOOKS = (
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.load_lora_adapter",
+        _load_lora_adapter,
+        HookType.AROUND,
+        "GET /adapters tells what last went wrong with an adapter.",
+    ),
     Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.unload_lora_adapter",
         _unload_lora_adapter,
