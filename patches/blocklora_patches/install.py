@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from blocklora_patches import lora_manager, serving_base, serving_responses, tokenizer_manager
+from blocklora_patches import (
+    engine,
+    http_server,
+    lora_manager,
+    scheduler_state,
+    serving_base,
+    serving_responses,
+    tokenizer_manager,
+    tokenizer_metrics,
+)
 from blocklora_patches.apply import apply
 from blocklora_patches.contract import SYMBOLS
 
-HOOKS = (*lora_manager.HOOKS, *serving_base.HOOKS, *serving_responses.HOOKS, *tokenizer_manager.HOOKS)
+HOOKS = (
+    *lora_manager.HOOKS,
+    *scheduler_state.HOOKS,
+    *serving_base.HOOKS,
+    *serving_responses.HOOKS,
+    *tokenizer_manager.HOOKS,
+    *tokenizer_metrics.HOOKS,
+    *http_server.HOOKS,
+    *engine.HOOKS,
+)
 
 
 def install() -> None:

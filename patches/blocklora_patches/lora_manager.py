@@ -104,9 +104,15 @@ class BlockLoRAManager(LoRAManager):
         if agreed.error is not None:
             return self._refuse(agreed.error)
         assert outcome.shard is not None
-        self.pool.add(lora_ref.lora_id, LoadedAdapter(name, path, outcome.shard, agreed.slots, bool(lora_ref.pinned)))
+        adapter = LoadedAdapter(name, path, outcome.shard, agreed.slots, bool(lora_ref.pinned), agreed.content_hash)
+        self.pool.add(lora_ref.lora_id, adapter)
         self.lora_refs[lora_ref.lora_id] = lora_ref
         return self.create_lora_update_result(success=True)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot on this TP rank, over all layers and both planes."""
+        return len(self._spec.layers) * 2 * self._spec.row_width * self._spec.dtype.itemsize
 
     def _exchange(self, outcome: Outcome) -> list[Outcome]:
         if self._spec.tp_size == 1:

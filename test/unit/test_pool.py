@@ -19,7 +19,7 @@ def adapter(number: int, slots: int, pinned: bool = False) -> LoadedAdapter:
     """An adapter whose rows all hold its number."""
     image = torch.full((2, 2, slots, 4), float(number))
     shard = AdapterShard(f"a{number}", 1, 1, image, (), ())
-    return LoadedAdapter(shard.name, "", shard, slots, pinned)
+    return LoadedAdapter(shard.name, "", shard, slots, pinned, "")
 
 
 def new_pool() -> AdapterPool:
@@ -60,7 +60,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.ranks[1].make_resident(reversed(keys))
         for pool in self.ranks:
             for key in set(keys) - {"unknown"}:
-                rows = pool.arena.planes[:, :, pool.resident[key].slots]
+                rows = pool.arena._rows[:, :, pool.resident[key].slots]
                 assert (rows == float(key.removeprefix("key"))).all(), "rows of another adapter"
 
     @invariant()

@@ -28,13 +28,13 @@ def make(folder: Path, rank: int, size: int, step_class: type, slots: int):
     """A pool with the three adapters on a TP rank, its step, and the adapters' dense deltas."""
     spec = MODEL.spec(rank, size, torch.float32)
     arena = StaticArena(MODEL.layers, slots, spec.row_width, spec.dtype, torch.device("cpu"))
-    arena.planes.fill_(float("nan"))
+    arena._rows.fill_(float("nan"))
     pool = AdapterPool(arena, max_adapters_per_batch=3)
     deltas = {}
     for seed, (name, options) in enumerate(CHOICES.items()):
         deltas[name] = write_adapter(folder / name, MODEL, seed=seed, **options)
         shard = load_shard(name, folder / name, spec, 64)
-        pool.add(name, LoadedAdapter(name, "", shard, shard.slots, False))
+        pool.add(name, LoadedAdapter(name, "", shard, shard.slots, False, ""))
     options = () if step_class is TorchStep else (16, torch.device("cpu"), rank == 1)  # overlapped on one rank
     step = step_class(spec, pool, *options)
     return spec, pool, step, deltas

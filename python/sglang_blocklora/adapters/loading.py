@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sglang_blocklora.adapters.content_hash import content_hash
 from sglang_blocklora.adapters.errors import AdapterError
 from sglang_blocklora.adapters.model_spec import ModelSpec
 from sglang_blocklora.adapters.shard import AdapterShard, load_shard
@@ -17,11 +18,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """``error`` is the message of a refusal, or None; ``slots`` the rows needed; ``shard`` stays on its rank."""
+    """What one TP rank, or all of them together, made of an adapter.
+
+    error         message of a refusal, or None
+    slots         rows needed
+    shard         stays on its rank
+    content_hash  sha256 in hex of the adapter's files; TP rank 0 computes it, the only read that is not of its own part
+    """
 
     error: str | None
     slots: int
     shard: AdapterShard | None = None
+    content_hash: str = ""
 
     def without_shard(self) -> Outcome:
         """What the TP ranks tell each other."""
@@ -73,7 +81,7 @@ def _load(name: str, path: str, spec: ModelSpec, max_rank: int, root: str | None
                     "Copy the file into the adapter's folder.",
                 )
     shard = load_shard(name, folder, spec, max_rank)
-    return Outcome(None, shard.slots, shard)
+    return Outcome(None, shard.slots, shard, content_hash(folder) if spec.tp_rank == 0 else "")
 
 
 def merge(outcomes: Sequence[Outcome]) -> Outcome:
@@ -81,4 +89,4 @@ def merge(outcomes: Sequence[Outcome]) -> Outcome:
     for outcome in outcomes:
         if outcome.error is not None:
             return outcome
-    return Outcome(None, max(outcome.slots for outcome in outcomes))
+    return Outcome(None, max(outcome.slots for outcome in outcomes), None, outcomes[0].content_hash)

@@ -10,7 +10,7 @@ from blocklora_kernels import reference
 from sglang_blocklora.adapters.model_spec import ModelSpec
 from sglang_blocklora.batch.grouping import group_by_adapter
 from sglang_blocklora.batch.step import Step
-from sglang_blocklora.memory.pool import AdapterPool, Resident
+from sglang_blocklora.memory.pool import Pool, Resident
 
 # [layer][linear], None where the adapter leaves the linear alone.
 AdapterFactors = tuple[tuple[reference.LinearFactors | None, ...], ...]
@@ -22,7 +22,7 @@ class TorchStep(Step):
     Factors of a resident adapter are resolved once: views of the arena where its slots are adjacent.
     """
 
-    def __init__(self, spec: ModelSpec, pool: AdapterPool) -> None:
+    def __init__(self, spec: ModelSpec, pool: Pool) -> None:
         self._spec = spec
         self._pool = pool
         self._factors: dict[str, tuple[Resident, AdapterFactors]] = {}

@@ -17,7 +17,7 @@ from sglang_blocklora.adapters.model_spec import ModelSpec
 from sglang_blocklora.adapters.shard import AdapterShard
 from sglang_blocklora.batch.grouping import group_by_adapter
 from sglang_blocklora.batch.step import Step
-from sglang_blocklora.memory.pool import AdapterPool, Resident
+from sglang_blocklora.memory.pool import Pool, Resident
 
 # Local rank of a slice that the tile table is asked for; it decides speed only.
 USUAL_RANK = 64
@@ -31,9 +31,7 @@ class TritonStep(Step):
     captured decode batches and one, grown when needed, for all others. Device work is ordered by the current stream.
     """
 
-    def __init__(
-        self, spec: ModelSpec, pool: AdapterPool, max_rank: int, device: torch.device, overlap: bool = False
-    ) -> None:
+    def __init__(self, spec: ModelSpec, pool: Pool, max_rank: int, device: torch.device, overlap: bool = False) -> None:
         """
         max_rank  largest full LoRA rank that is accepted: it bounds the columns of h
         overlap   run shrink on a second stream beside the linear's own GEMM
@@ -43,11 +41,10 @@ class TritonStep(Step):
         self._device = device
         self._h_width = max_rank * max(len(linear.outputs) for layer in spec.layers for linear in layer)
         planes = pool.arena.planes
+        rows = planes[0][0].shape[0]
         # Twice the adapters of a batch: entries of adapters that were resident lately stay written.
         self._entries = 2 * pool.max_adapters_per_batch
-        self._table = AdapterTable(
-            len(spec.layers), max(map(len, spec.layers)), self._entries, planes.shape[2], planes.shape[2], device
-        )
+        self._table = AdapterTable(len(spec.layers), max(map(len, spec.layers)), self._entries, rows, rows, device)
         self._index: dict[str, tuple[int, Resident]] = {}
         self._linears = [
             [

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from sglang_blocklora.adapters.shard import AdapterShard
+from sglang_blocklora.memory.load_counts import LoadCounts
 
 
 class Arena(Protocol):
-    """Where adapter rows live. ``StaticArena`` is one."""
+    """Where adapter rows live. ``planes[layer]`` is (K, V), each [slots, W]."""
 
-    planes: torch.Tensor
+    @property
+    def planes(self) -> Sequence[Sequence[torch.Tensor]]: ...
+    def write(self, slots: torch.Tensor, image: torch.Tensor) -> None: ...
+
+
+class FreeListArena(Arena, Protocol):
+    """An arena that also keeps account of its slots."""
 
     @property
     def total_slots(self) -> int: ...
@@ -23,18 +31,21 @@ class Arena(Protocol):
     def free_slots(self) -> int: ...
     def allocate(self, count: int) -> torch.Tensor | None: ...
     def free(self, slots: torch.Tensor) -> None: ...
-    def write(self, slots: torch.Tensor, image: torch.Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """``slots`` is the count that all TP ranks agreed on (the largest of their shards)."""
+    """``slots`` is the count that all TP ranks agreed on (the largest of their shards).
+
+    content_hash  sha256 in hex of the adapter's files: what its cached KV belongs to
+    """
 
     name: str
     path: str
     shard: AdapterShard
     slots: int
     pinned: bool
+    content_hash: str
 
 
 @dataclass(frozen=True)
@@ -45,17 +56,38 @@ class Resident:
     slots: torch.Tensor
 
 
+class Pool(Protocol):
+    """What holds the loaded adapters of one TP rank: ``AdapterPool`` or ``UnifiedPool``. Keys are ``lora_id``."""
+
+    max_adapters_per_batch: int
+    loaded: dict[str, LoadedAdapter]
+    load_counts: LoadCounts
+
+    @property
+    def arena(self) -> Arena: ...
+    @property
+    def resident(self) -> Mapping[str, Resident]: ...
+    def add(self, key: str, adapter: LoadedAdapter) -> None: ...
+    def reason_not_to_add(self, slots: int, pinned: bool) -> str | None: ...
+    def remove(self, key: str) -> None: ...
+    def is_resident(self, key: str) -> bool: ...
+    def set_pinned(self, key: str, pinned: bool) -> str | None: ...
+    def fits(self, keys: Iterable[str]) -> bool: ...
+    def make_resident(self, keys: Iterable[str]) -> None: ...
+
+
 class AdapterPool:
     """Which adapters are loaded, and which of them are resident. Keys are SGLang's ``lora_id``.
 
     Every decision depends only on the order of calls and on agreed slot counts, so all TP ranks decide alike.
     """
 
-    def __init__(self, arena: Arena, max_adapters_per_batch: int) -> None:
+    def __init__(self, arena: FreeListArena, max_adapters_per_batch: int) -> None:
         self.arena = arena
         self.max_adapters_per_batch = max_adapters_per_batch
         self.loaded: dict[str, LoadedAdapter] = {}
         self.resident: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
+        self.load_counts = LoadCounts()
 
     def add(self, key: str, adapter: LoadedAdapter) -> None:
         """Take a checked adapter into host memory. The caller has asked ``reason_not_to_add``."""
@@ -78,9 +110,24 @@ class AdapterPool:
     def remove(self, key: str) -> None:
         """Forget an adapter and free its slots. ``KeyError`` if it is not loaded."""
         del self.loaded[key]
+        self.load_counts.forget(key)
         resident = self.resident.pop(key, None)
         if resident is not None:
             self.arena.free(resident.slots)
+
+    def is_resident(self, key: str) -> bool:
+        """Whether the adapter is in the arena."""
+        return key in self.resident
+
+    def set_pinned(self, key: str, pinned: bool) -> str | None:
+        """Keep an adapter in the arena once it is there, or stop to. Why not, or None. ``KeyError`` if not loaded."""
+        adapter = self.loaded[key]
+        if pinned and not adapter.pinned and (reason := self.reason_not_to_add(adapter.slots, True)):
+            return reason
+        self.loaded[key] = dataclasses.replace(adapter, pinned=pinned)
+        if key in self.resident:
+            self.resident[key] = Resident(self.loaded[key], self.resident[key].slots)
+        return None
 
     def fits(self, keys: Iterable[str]) -> bool:
         """Whether the adapters of a batch fit the batch limit and, with all pinned ones, the arena."""
@@ -102,7 +149,8 @@ class AdapterPool:
                 self.resident.move_to_end(key)
         for key in wanted:
             if key not in self.resident:
-                self.resident[key] = self._load(self.loaded[key], wanted)
+                with self.load_counts.measure(key):
+                    self.resident[key] = self._load(self.loaded[key], wanted)
 
     def _load(self, adapter: LoadedAdapter, keep: list[str]) -> Resident:
         while (slots := self.arena.allocate(adapter.slots)) is None:

@@ -9,12 +9,14 @@ import torch
 class StaticArena:
     """Rows for adapter weights: per layer a K and a V plane of ``slots`` rows of ``row_width`` elements.
 
-    Owns one tensor ``[layers, 2, slots, W]`` and its free list. A slot is the same row in every layer and plane.
+    Owns one tensor ``[layers, 2, slots, W]`` and its free list. A slot is the same row in every layer and plane;
+    ``planes[layer]`` is (K, V), each [slots, W].
     """
 
     def __init__(self, layers: int, slots: int, row_width: int, dtype: torch.dtype, device: torch.device) -> None:
         # Left uninitialised: rows are written before they are read, and untouched pages cost no memory on a CPU.
-        self.planes = torch.empty(layers, 2, slots, row_width, dtype=dtype, device=device)
+        self._rows = torch.empty(layers, 2, slots, row_width, dtype=dtype, device=device)
+        self.planes = [tuple(layer) for layer in self._rows]
         self._free = np.ones(slots, dtype=bool)
 
     @property
@@ -48,4 +50,4 @@ class StaticArena:
 
     def write(self, slots: torch.Tensor, image: torch.Tensor) -> None:
         """Copy a packed image [layers, 2, S, W] into ``slots[:S]``; ordered with the current stream's work."""
-        self.planes.index_copy_(2, slots[: image.shape[2]].to(self.planes.device), image.to(self.planes.device))
+        self._rows.index_copy_(2, slots[: image.shape[2]].to(self._rows.device), image.to(self._rows.device))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
 
+from sglang_blocklora.memory.load_counts import LoadCounts
 from sglang_blocklora.memory.pool import LoadedAdapter, Resident
 
 # A request may run this many steps after its adapter was unloaded: an abort frees the name before the batch ends.
@@ -52,6 +54,7 @@ class UnifiedPool:
         self.max_adapters_per_batch = max_adapters_per_batch
         self.loaded: dict[str, LoadedAdapter] = {}
         self.resident: dict[str, Resident] = {}
+        self.load_counts = LoadCounts()
         self._lingering: dict[str, tuple[LoadedAdapter, int]] = {}
         self._steps = 0
         self._cache: PrefixCache | None = None
@@ -99,7 +102,24 @@ class UnifiedPool:
     def remove(self, key: str) -> None:
         """Forget an adapter's name. What is cached under its contents stays until it is evicted."""
         self._lingering[key] = (self.loaded.pop(key), self._steps)
+        self.load_counts.forget(key)
         self.cache.unpin(key)
+
+    def is_resident(self, key: str) -> bool:
+        """Whether the tree holds the adapter."""
+        return self._cache is not None and self.cache.slots_of(key) is not None
+
+    def set_pinned(self, key: str, pinned: bool) -> str | None:
+        """Keep an adapter in the tree once it is there, or stop to. Why not, or None. ``KeyError`` if not loaded."""
+        adapter = self.loaded[key]
+        if pinned and not adapter.pinned and (reason := self.reason_not_to_add(adapter.slots, True)):
+            return reason
+        self.loaded[key] = dataclasses.replace(adapter, pinned=pinned)
+        if not pinned:
+            self.cache.unpin(key)
+        elif self.is_resident(key):
+            self.cache.pin(key)
+        return None
 
     def fits(self, keys: Iterable[str]) -> bool:
         """Whether the adapters of a batch fit; those that are not resident are loaded, evicting what is not in use."""
@@ -132,8 +152,9 @@ class UnifiedPool:
             slots = self.cache.reserve(key)
             if slots is None:
                 return False
-            self.arena.write(slots, adapter.shard.image)
-            self.cache.publish(key, slots)
+            with self.load_counts.measure(key):
+                self.arena.write(slots, adapter.shard.image)
+                self.cache.publish(key, slots)
         if adapter.pinned:
             self.cache.pin(key)
         return True

@@ -1,0 +1,117 @@
+"""An engine of the user's own process at TP 2: ``generate(adapter=)`` and programs, in a script as a user writes it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import NEW_TOKENS, Case
+
+SCRIPT = """
+import json, sys
+
+from sglang_blocklora import frontend as sgl
+
+NAMES = ["n2", "plain", None]
+
+
+@sgl.function
+def program(s):
+    s += "hello"
+    branches = s.fork(3)
+    for branch, adapter in zip(branches, NAMES):
+        branch += sgl.gen("x", adapter=adapter)
+    branches.join()
+    s += sgl.gen("several", n=2, adapter="n2")
+
+
+@sgl.function
+def select(s):
+    s += "pick: " + sgl.select("x", choices=["alpha", "omega"], adapter="n2")
+
+
+@sgl.function
+def unknown(s):
+    s += "x" + sgl.gen("x", adapter="nobody")
+
+
+def main():
+    task = json.loads(sys.argv[1])
+    greedy = {"temperature": 0, "max_new_tokens": 8}
+    engine = sgl.engine(model_path=task["model"], tp=2, dtype="float32", max_total_tokens=16384,
+                        adapter_memory_mb=8, lora_paths=task["lora_paths"])
+    found = {}
+    try:
+        def tokens(adapter):
+            sampling = {"temperature": 0, "max_new_tokens": task["new_tokens"], "ignore_eos": True}
+            return engine.generate(input_ids=task["prompt"], sampling_params=sampling, adapter=adapter)["output_ids"]
+
+        found["tokens"] = [tokens(adapter) for adapter in NAMES]
+        found["direct"] = [engine.generate("hello", greedy, lora_path=adapter)["text"] for adapter in NAMES]
+        try:
+            engine.generate("hello", greedy, adapter="nobody")
+        except ValueError as error:
+            found["error"] = str(error)
+        with sgl.EngineEndpoint(engine) as backend:
+            state = program.run(backend=backend, **greedy)
+            found["program"], found["several"] = state["x"], state["several"]
+            found["select"] = select.run(backend=backend)["x"]
+            try:
+                unknown.run(backend=backend)
+            except sgl.UnknownAdapter as error:
+                found["unknown"] = str(error)
+        found["after"] = tokens("n2")
+    finally:
+        engine.shutdown()
+    print("FOUND" + json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.fixture(scope="module")
+def llama(case) -> Case:
+    return case("llama", 2)
+
+
+@pytest.fixture(scope="module")
+def found(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What the script found."""
+    script = tmp_path_factory.mktemp("engine") / "program.py"
+    script.write_text(SCRIPT)
+    task = {
+        "model": str(llama.model),
+        "lora_paths": [f"{name}={llama.adapters[name]}" for name in ("n2", "plain")],
+        "prompt": llama.prompts[0],
+        "new_tokens": NEW_TOKENS,
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, json.dumps(task)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    assert "FOUND" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(done.stdout.split("FOUND")[1])
+
+
+def test_generate_chooses_the_adapter_as_peft_answers(found: dict, llama: Case) -> None:
+    assert found["tokens"] == [llama.expected[name][0] for name in ("n2", "plain", None)]
+    assert "n2" in found["error"]
+
+
+def test_programs_run_on_the_engine(found: dict) -> None:
+    assert found["program"] == found["direct"]
+    assert len(set(found["direct"])) == 3
+    assert found["several"][0] == found["several"][1]
+    assert found["select"] in ("alpha", "omega")
+    assert "Loaded: n2, plain." in found["unknown"]
+
+
+def test_the_engine_is_its_own_again_afterwards(found: dict, llama: Case) -> None:
+    assert found["after"] == llama.expected["n2"][0]

@@ -1,0 +1,265 @@
+"""Adapters over HTTP at TP 2: vLLM's load and unload, the list, pins, keys, and what routers and Prometheus read."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from conftest import NEW_TOKENS, Case
+from prometheus_client.parser import text_string_to_metric_families
+from sglang_blocklora.adapters.content_hash import content_hash
+from sglang_blocklora.adapters.inspection import inspect_adapter
+from sglang_blocklora.adapters.standalone import BaseSizes
+from support.server import Server, running
+
+ADMIN_KEY = "secret"
+LOADED = ("n2", "n4", "plain")
+
+
+@pytest.fixture(scope="module")
+def llama(case) -> Case:
+    return case("llama", 2)
+
+
+@pytest.fixture(scope="module")
+def server(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    flags = ["--tp", "2", "--served-model-name", "tiny", "--adapter-memory-mb", "1", "--max-loras-per-batch", "4"]
+    flags += ["--enable-metrics", "--admin-api-key", ADMIN_KEY, "--max-running-requests", "4"]
+    flags += ["--lora-paths", *(f"{name}={llama.adapters[name]}" for name in LOADED)]
+    with running(llama.model, *flags, log=log) as server:
+        yield server
+        assert "Traceback" not in server.log_text()
+
+
+def call(server: Server, path: str, body: Mapping[str, Any] | None = None, key: str | None = ADMIN_KEY) -> tuple:
+    """Status and answer (decoded where it is JSON) of a POST, or a GET without a body."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(server.url + path, data, headers), timeout=120) as answer:
+            status, text = answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        status, text = error.code, error.read().decode()
+    return status, json.loads(text) if text.startswith(("{", "[")) else text
+
+
+def adapters(server: Server) -> dict[str, dict]:
+    return {one["name"]: one for one in call(server, "/adapters?limit=1000", key=None)[1]["data"]}
+
+
+def test_list_tells_what_each_adapter_is(server: Server, llama: Case) -> None:
+    found = adapters(server)
+    assert set(found) == set(LOADED)
+    for name in LOADED:
+        own = found[name]
+        assert own["path"] == str(llama.adapters[name])
+        assert own["content_hash"] == content_hash(llama.adapters[name])
+        config = json.loads((llama.adapters[name] / "adapter_config.json").read_text())
+        assert own["rank"] == config["r"]
+        assert own["nblocks"] == (config["use_bdlora"] or {"nblocks": 1})["nblocks"]
+        assert (own["running"], own["waiting"], own["pinned"], own["last_error"]) == (0, 0, False, None)
+        # 2 layers, K and V plane, one KV head of 12 float32 numbers on each TP rank, rounded up to 16.
+        assert own["bytes_per_tp_rank"] == own["slots"] * 2 * 2 * 16 * 4
+        (cost,) = inspect_adapter(llama.adapters[name], BaseSizes.read(llama.model), [2], torch.float32).tp
+        assert (own["slots"], own["bytes_per_tp_rank"]) == (cost.slots, cost.arena_bytes)
+        assert max(cost.bytes_per_rank) <= own["bytes_per_tp_rank"]
+
+
+def test_list_is_paged(server: Server) -> None:
+    names, after, pages = [], None, 0
+    while True:
+        query = "/adapters?limit=2" + (f"&after={after}" if after else "")
+        body = call(server, query, key=None)[1]
+        assert body["total"] == len(LOADED)
+        names += [one["name"] for one in body["data"]]
+        after, pages = body["last_id"], pages + 1
+        if not body["has_more"]:
+            break
+    assert names == sorted(LOADED)
+    assert pages == 2
+    assert call(server, "/adapters?limit=0", key=None)[0] == 400
+
+
+def test_residency_and_counts_follow_requests(server: Server, llama: Case) -> None:
+    before = adapters(server)["n2"]
+    for _ in range(2):
+        assert server.tokens(llama.prompts[0], "n2", NEW_TOKENS) == llama.expected["n2"][0]
+    after = adapters(server)["n2"]
+    assert after["tier"] == "resident"
+    assert after["hits"] + after["misses"] == before["hits"] + before["misses"] + 2
+    assert after["hits"] >= before["hits"] + 1
+    assert after["loads"] - after["evictions"] == 1
+
+
+def test_vllm_load_and_unload(server: Server, llama: Case) -> None:
+    body = {"lora_name": "new", "lora_path": str(llama.adapters["n8"])}
+    assert call(server, "/v1/load_lora_adapter", body) == (200, "Success: LoRA adapter 'new' added successfully.")
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        assert "new" in {model.id for model in client.models.list()}
+        answer = client.completions.create(model="new", prompt=llama.prompts[0], max_tokens=4, temperature=0)
+        assert answer.model == "new"
+    assert server.tokens(llama.prompts[0], "new", NEW_TOKENS) == llama.expected["n8"][0]
+    again = call(server, "/v1/load_lora_adapter", body)
+    assert again[0] == 400
+    assert "already been loaded" in again[1]["error"]["message"]
+    assert again[1]["error"].keys() == {"message", "type", "param", "code"}
+    done = call(server, "/v1/unload_lora_adapter", {"lora_name": "new", "lora_int_id": 1})
+    assert done == (200, "Success: LoRA adapter 'new' removed successfully.")
+    assert "new" not in adapters(server)
+    assert call(server, "/v1/unload_lora_adapter", {"lora_name": "new"})[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"lora_name": "x", "lora_path": "/nowhere"}, "no folder"),
+        ({"lora_name": "", "lora_path": "/nowhere"}, "must be provided"),
+        ({"lora_name": "x", "lora_path": "/nowhere", "load_inplace": True}, "load_inplace"),
+    ],
+)
+def test_refused_loads_have_openai_error_bodies_and_take_nothing(server: Server, body: dict, message: str) -> None:
+    status, answer = call(server, "/v1/load_lora_adapter", body)
+    assert status == 400
+    assert message in answer["error"]["message"]
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert set(adapters(server)) == set(LOADED)
+
+
+def test_admin_key_protects_what_changes_something(server: Server, llama: Case) -> None:
+    load = {"lora_name": "x", "lora_path": str(llama.adapters["n8"])}
+    for path, body in (
+        ("/v1/load_lora_adapter", load),
+        ("/load_lora_adapter", load),
+        ("/v1/unload_lora_adapter", {"lora_name": "n2"}),
+        ("/adapters/n2/pin", {}),
+        ("/adapters/n2/unpin", {}),
+    ):
+        for key in (None, "wrong"):
+            assert call(server, path, body, key=key)[0] == 401, path
+    assert call(server, "/adapters", key=None)[0] == 200
+    assert set(adapters(server)) == set(LOADED)
+
+
+def test_pinned_adapters_stay_and_at_most_half_of_the_memory_can_be_pinned(
+    server: Server, llama: Case, tmp_path: Path
+) -> None:
+    assert call(server, "/adapters/nobody/pin", {})[0] == 404
+    assert call(server, "/adapters/n2/pin", {}) == (200, {"name": "n2", "pinned": True})
+    copies = [f"copy{i}" for i in range(8)]
+    try:
+        server.tokens(llama.prompts[0], "n2", 2)
+        for name in copies:
+            shutil.copytree(llama.adapters["n8"], tmp_path / name)
+            assert (
+                call(server, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(tmp_path / name)})[0] == 200
+            )
+        for name in copies:
+            server.tokens(llama.prompts[0], name, 2)
+        found = adapters(server)
+        assert {one["tier"] for one in found.values()} == {"resident", "host"}, "the copies should not all fit"
+        assert found["n2"]["tier"] == "resident"
+        assert found["n2"]["pinned"]
+        assert sum(one["evictions"] for one in found.values()) > 0
+        refused = [name for name in copies if call(server, f"/adapters/{name}/pin", {})[0] == 400]
+        assert refused
+        assert "at most half" in adapters(server)[refused[0]]["last_error"]
+        assert not adapters(server)[refused[0]]["pinned"]
+    finally:
+        for name in copies:
+            call(server, "/v1/unload_lora_adapter", {"lora_name": name})
+    assert call(server, "/adapters/n2/unpin", {}) == (200, {"name": "n2", "pinned": False})
+    assert not adapters(server)["n2"]["pinned"]
+
+
+def series(server: Server, prefix: str) -> dict[tuple[str, tuple], float]:
+    """Samples of ``/metrics`` by name and sorted labels, read by prometheus_client's own parser."""
+    text = call(server, "/metrics", key=None)[1]
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith(prefix)
+    }
+
+
+def test_metrics_count_per_adapter(server: Server, llama: Case) -> None:
+    def value(found: dict, name: str, adapter: str, **labels: str) -> float:
+        key = (f"sglang_blocklora:{name}", tuple(sorted({"adapter": adapter, **labels}.items())))
+        return found.get(key, 0.0)
+
+    before = series(server, "sglang_blocklora:")
+    prompt = [7] * 40
+    for adapter in ("n4", "n4", None):
+        server.tokens(prompt, adapter, 3)
+    after = series(server, "sglang_blocklora:")
+    for adapter, count in (("n4", 2), ("(base)", 1)):
+        gained = {
+            name: value(after, name, adapter) - value(before, name, adapter)
+            for name in (
+                "adapter_requests_total",
+                "adapter_prompt_tokens_total",
+                "adapter_generation_tokens_total",
+                "adapter_time_to_first_token_seconds_count",
+                "adapter_prefix_hit_tokens_total",
+            )
+        }
+        hits = gained.pop("adapter_prefix_hit_tokens_total")
+        assert gained == {
+            "adapter_requests_total": count,
+            "adapter_prompt_tokens_total": 40 * count,
+            "adapter_generation_tokens_total": 3 * count,
+            "adapter_time_to_first_token_seconds_count": count,
+        }
+        assert hits == (39 if adapter == "n4" else 0)  # the second request finds the first one's prompt
+    facts = adapters(server)["n4"]
+    assert value(after, "adapter_loads_total", "n4") == facts["loads"]
+    assert value(after, "adapter_load_seconds_total", "n4") == pytest.approx(facts["load_seconds"])
+    assert value(after, "adapter_evictions_total", "n4") == facts["evictions"]
+    assert after["sglang_blocklora:adapter_slots", (("owner", "n4"),)] == facts["slots"]
+
+
+def lora_requests_info(server: Server) -> tuple[float, int, list[str], list[str]]:
+    """As the gateway's endpoint picker reads it: the sample with the newest value; comma-separated names."""
+    text = call(server, "/metrics", key=None)[1]
+    pattern = re.compile(r"^vllm:lora_requests_info\{(?P<labels>.*)\} (?P<value>\S+)$", re.MULTILINE)
+    samples = []
+    for match in pattern.finditer(text):
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', match["labels"]))
+        assert labels.keys() == {"max_lora", "running_lora_adapters", "waiting_lora_adapters"}
+        names = [[n for n in labels[f"{state}_lora_adapters"].split(",") if n] for state in ("running", "waiting")]
+        samples.append((float(match["value"]), int(labels["max_lora"]), *names))
+    assert "# TYPE vllm:lora_requests_info gauge" in text
+    return max(samples)
+
+
+def test_routers_read_running_and_waiting_adapters(server: Server, llama: Case) -> None:
+    value, max_lora, running_names, waiting_names = lora_requests_info(server)
+    assert abs(value - time.time()) < 60
+    assert (max_lora, running_names, waiting_names) == (4, [], [])
+    # Six long requests on four places: two adapters run and somebody waits.
+    requests = [(llama.prompts[0], ("n2", "n4", "plain")[i % 3]) for i in range(6)]
+    thread = threading.Thread(target=server.many, args=(requests, 200))
+    thread.start()
+    seen_running: set[str] = set()
+    seen_waiting: set[str] = set()
+    while thread.is_alive():
+        _, _, now_running, now_waiting = lora_requests_info(server)
+        seen_running |= set(now_running)
+        seen_waiting |= set(now_waiting)
+    thread.join()
+    assert seen_running == {"n2", "n4", "plain"}
+    assert seen_waiting <= {"n2", "n4", "plain"}
+    assert seen_waiting
+    assert lora_requests_info(server)[2:] == ([], [])
