@@ -40,7 +40,10 @@ def positive(text: str) -> int:
 def build_parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="python -m sglang_blocklora.adapters", description=__doc__, epilog=EXIT_CODES, formatter_class=formatter
+        prog="python -m sglang_blocklora.adapters",
+        description="Look at, size, convert and check adapters without a server.",
+        epilog=EXIT_CODES,
+        formatter_class=formatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
@@ -56,7 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
             parents=[common],
         )
 
-    one = command("inspect", "structure, ranks, parameters and bytes per TP rank", inspect_adapter.__doc__ or "")
+    one = command(
+        "inspect",
+        "structure, ranks, parameters and bytes per TP rank",
+        "What the adapter is, and how many bytes of it each TP rank holds.",
+    )
     one.add_argument("path", type=Path, help="PEFT adapter folder")
     one.add_argument(
         "--base-model", type=Path, help="folder of the base model (its config.json): exact KV heads, slots"
@@ -70,12 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         "The largest block-diagonal rank with no more parameters than a plain adapter, which is how the two are\n"
         "compared fairly: at the same rank a block-diagonal adapter is smaller and weaker.",
     )
-    one.add_argument("path", type=Path, nargs="?", help="adapter whose modules and parameters are the measure")
-    one.add_argument("--nblocks", type=positive, required=True, help="number of blocks, best the TP size")
-    one.add_argument("--base-model", type=Path, help="instead of PATH: folder of the base model (its config.json)")
-    one.add_argument("--rank", type=positive, help="with --base-model: rank of the plain adapter")
-    one.add_argument("--targets", nargs="+", default=list(LLAMA_TARGETS), help="with --base-model: adapted modules")
-    one.add_argument("--parameters", type=positive, help="budget, instead of the plain adapter's parameters")
+    _add_match_rank_arguments(one)
 
     one = command(
         "convert",
@@ -100,6 +102,15 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--base-model", type=Path, help="folder of the base model (its config.json): KV heads as served")
     one.add_argument("--tp", type=positive, nargs="+", default=[1, 2, 4, 8], help="TP sizes (default: 1 2 4 8)")
     return parser
+
+
+def _add_match_rank_arguments(one: argparse.ArgumentParser) -> None:
+    one.add_argument("path", type=Path, nargs="?", help="adapter whose modules and parameters are the measure")
+    one.add_argument("--nblocks", type=positive, required=True, help="number of blocks, best the TP size")
+    one.add_argument("--base-model", type=Path, help="instead of PATH: folder of the base model (its config.json)")
+    one.add_argument("--rank", type=positive, help="with --base-model: rank of the plain adapter")
+    one.add_argument("--targets", nargs="+", default=list(LLAMA_TARGETS), help="with --base-model: adapted modules")
+    one.add_argument("--parameters", type=positive, help="budget, instead of the plain adapter's parameters")
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[dict[str, Any], str, bool]:
@@ -144,7 +155,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     try:
         data, text, passed = run(arguments, parser)
-    except (AdapterError, ValueError) as error:
+    except (AdapterError, ValueError, OSError) as error:
         if arguments.json:
             print(json.dumps({"error": str(error)}))
         else:
