@@ -6,6 +6,9 @@ from blocklora_patches import (
     engine,
     http_server,
     lora_manager,
+    mem_cache_registry,
+    model_runner,
+    scheduler,
     scheduler_state,
     serving_base,
     serving_responses,
@@ -17,6 +20,8 @@ from blocklora_patches.contract import SYMBOLS
 
 HOOKS = (
     *lora_manager.HOOKS,
+    *model_runner.HOOKS,
+    *scheduler.HOOKS,
     *scheduler_state.HOOKS,
     *serving_base.HOOKS,
     *serving_responses.HOOKS,
@@ -30,3 +35,4 @@ HOOKS = (
 def install() -> None:
     """Apply ``HOOKS``. ``SystemExit`` listing every upstream symbol that does not fit or hook that did not take."""
     apply(HOOKS, SYMBOLS)
+    mem_cache_registry.register()

@@ -18,8 +18,10 @@ from sglang_blocklora.adapters.loading import Outcome, attempt, merge
 from sglang_blocklora.batch.step import Step
 from sglang_blocklora.batch.torch_step import TorchStep
 from sglang_blocklora.batch.triton_step import TritonStep
+from sglang_blocklora.decisions import DecisionLog
 from sglang_blocklora.memory.pool import AdapterPool, LoadedAdapter
 from sglang_blocklora.memory.static_arena import StaticArena
+from sglang_blocklora.memory.unified_pool import KVArena, UnifiedPool
 from sglang_blocklora.settings import Settings
 
 from blocklora_patches.hook import Hook
@@ -63,34 +65,51 @@ class BlockLoRAManager(LoRAManager):
         self._max_rank = max_lora_rank or 256
         self.device = next(base_model.parameters()).device
         self.lora_refs: dict[str, LoRARef] = {}
-        linears = adaptable_linears(base_model)
+        self._linears = linears = adaptable_linears(base_model)
         self._spec = build_spec(linears, base_hf_config, set(target_modules or {"all"}), dtype, tp_rank, tp_size)
-        slot_bytes = len(linears) * 2 * self._spec.row_width * dtype.itemsize
-        slots = settings.adapter_memory_mb * 2**20 // slot_bytes
-        arena = StaticArena(len(linears), slots, self._spec.row_width, dtype, self.device)
-        self.pool = AdapterPool(arena, max_loras_per_batch)
-        use_triton = settings.adapter_kernels == "triton" or (
-            settings.adapter_kernels == "auto" and self.device.type == "cuda"
-        )
-        self._step: Step = (
-            TritonStep(self._spec, self.pool, self._max_rank, self.device, settings.adapter_overlap)
-            if use_triton
-            else TorchStep(self._spec, self.pool)
-        )
-        for layer, modules in enumerate(linears):
-            for index, (_, module) in enumerate(modules):
-                module.quant_method = AdaptedLinearMethod(module.quant_method, self._step, layer, index)
-        logger.info(
-            "block-diagonal LoRA: %d layers, adapter memory %d MiB = %d slots of %d bytes",
-            len(linears),
-            settings.adapter_memory_mb,
-            slots,
-            slot_bytes,
-        )
+        self.unified = settings.adapter_memory == "unified"
+        self.pool: AdapterPool | UnifiedPool
+        if self.unified:
+            self.pool = UnifiedPool(max_loras_per_batch, DecisionLog(settings.decision_log, tp_rank))
+        else:
+            slot_bytes = len(linears) * 2 * self._spec.row_width * dtype.itemsize
+            slots = settings.adapter_memory_mb * 2**20 // slot_bytes
+            arena = StaticArena(len(linears), slots, self._spec.row_width, dtype, self.device)
+            self.pool = AdapterPool(arena, max_loras_per_batch)
+            self._install_step(settings)
+            logger.info("block-diagonal LoRA: %d MiB = %d slots", settings.adapter_memory_mb, slots)
         for ref in lora_paths or []:
             result = self.load_lora_adapter(ref)
             if not result.success:
                 raise ValueError(f"--lora-paths: {result.error_message}")
+
+    def _install_step(self, settings: Settings) -> None:
+        """Put the batch's deltas behind every linear; the arena exists."""
+        on_gpu = self.device.type == "cuda"
+        if settings.adapter_kernels == "triton" or (settings.adapter_kernels == "auto" and on_gpu):
+            step: Step = TritonStep(self._spec, self.pool, self._max_rank, self.device, settings.adapter_overlap)
+        else:
+            step = TorchStep(self._spec, self.pool)
+        self._step = step
+        for layer, modules in enumerate(self._linears):
+            for index, (_, module) in enumerate(modules):
+                module.quant_method = AdaptedLinearMethod(module.quant_method, step, layer, index)
+
+    def bind_kv_pool(self, k_buffers: list[torch.Tensor], v_buffers: list[torch.Tensor], total_slots: int) -> None:
+        """Unified memory: adapters live in these buffers, each [slots, KV heads, head dimension], one per layer."""
+        settings = Settings.active()
+        assert settings is not None
+        assert isinstance(self.pool, UnifiedPool)
+        arena = KVArena(k_buffers, v_buffers)
+        widths = {plane.shape[1] for layer in arena.planes for plane in layer}
+        if widths != {self._spec.row_width}:
+            raise ValueError(
+                f"--adapter-memory unified needs rows of {self._spec.row_width} elements (KV heads of a TP rank times "
+                f"head dimension, a multiple of 8) in K and V; found {sorted(widths)}. Use --adapter-memory static."
+            )
+        self.pool.bind_arena(arena, total_slots)
+        self._install_step(settings)
+        logger.info("block-diagonal LoRA: adapters share the KV pool's %d slots", total_slots)
 
     def _load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
         """Load on every TP rank or on none: the ranks exchange what they found before any of them keeps anything."""
@@ -104,7 +123,8 @@ class BlockLoRAManager(LoRAManager):
         if agreed.error is not None:
             return self._refuse(agreed.error)
         assert outcome.shard is not None
-        adapter = LoadedAdapter(name, path, outcome.shard, agreed.slots, bool(lora_ref.pinned), agreed.content_hash)
+        pinned = bool(lora_ref.pinned)
+        adapter = LoadedAdapter(name, path, outcome.shard, agreed.slots, pinned, agreed.content_hash)
         self.pool.add(lora_ref.lora_id, adapter)
         self.lora_refs[lora_ref.lora_id] = lora_ref
         return self.create_lora_update_result(success=True)

@@ -25,6 +25,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang_blocklora.decisions import DecisionLog
 from sglang_blocklora.memory.prefix import pseudo_tokens, salted_tokens
 
 LORA_ID_LENGTH = 32  # hex digits that upstream appends to a request's extra key
@@ -49,6 +50,7 @@ class AdapterPrefixCache(UnifiedRadixCache):
     """
 
     def __init__(self, params: CacheInitParams) -> None:
+        self.decisions = DecisionLog(None, 0)  # replaced when the cache is bound to a server's adapters
         self._prefixes: dict[str, AdapterPrefix] = {}
         self._slots: dict[str, torch.Tensor] = {}
         self._pins: dict[str, tuple[Any, DecLockRefParams]] = {}
@@ -99,26 +101,30 @@ class AdapterPrefixCache(UnifiedRadixCache):
         key = RadixKey(self._prefixes[lora_id].tokens)
         super().insert(InsertParams(key=key, value=slots.to(torch.int64)))
 
-    def pin(self, lora_id: str) -> None:
-        """Lock a resident adapter until ``unpin`` or a flush."""
+    def pin_adapter(self, lora_id: str) -> None:
+        """Lock a resident adapter until ``unpin_adapter`` or a flush."""
         if lora_id not in self._pins:
             node = (
                 super().match_prefix(MatchPrefixParams(key=RadixKey(self._prefixes[lora_id].tokens))).last_device_node
             )
             self._pins[lora_id] = (node, self.inc_lock_ref(node).to_dec_params())
 
-    def unpin(self, lora_id: str) -> None:
-        """Undo ``pin``; nothing where the adapter is not pinned."""
+    def unpin_adapter(self, lora_id: str) -> None:
+        """Undo ``pin_adapter``; nothing where the adapter is not pinned."""
         if lora_id in self._pins:
             self.dec_lock_ref(*self._pins.pop(lora_id))
 
     def evict(self, params: EvictParams):  # type: ignore[no-untyped-def]
         self._slots.clear()
-        return super().evict(params)
+        result = super().evict(params)
+        self.decisions.record("evict", asked=params.num_tokens, evicted=result.num_tokens_evicted)
+        return result
 
     def evict_for_alloc(self, params: EvictParams):  # type: ignore[no-untyped-def]
         self._slots.clear()
-        return super().evict_for_alloc(params)
+        result = super().evict_for_alloc(params)
+        self.decisions.record("evict", asked=params.num_tokens, evicted=result.num_tokens_evicted)
+        return result
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         lora_id, own_extra = self._split(params.key.extra_key)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sglang.srt.runtime_context import get_disagg, get_exec, get_lora, get_parallel, get_spec
+from sglang.srt.mem_cache.registry import TreeCacheBuildContext
+from sglang.srt.runtime_context import get_disagg, get_exec, get_lora, get_memory, get_parallel, get_spec
 
 
 def refuse_unsupported() -> None:
@@ -25,9 +26,30 @@ def refuse_unsupported() -> None:
             "verification batches are not grouped by adapter yet",
         ),
     )
+    _refuse(table, "sglang-blocklora", "Drop these flags, or start stock SGLang (python -m sglang.launch_server).")
+
+
+def refuse_unified_with(context: TreeCacheBuildContext) -> None:
+    """``ValueError`` naming everything that ``--adapter-memory unified`` cannot work with, and the way out."""
+    memory = get_memory()
+    table = (
+        ("--enable-hierarchical-cache", context.enable_hierarchical_cache, "adapters would be copied as KV"),
+        ("--disable-radix-cache", context.disable_radix_cache, "adapters live in the radix tree"),
+        ("--enable-session-radix-cache", memory.enable_session_radix_cache, "sessions do not know adapters' prefixes"),
+        ("--kv-events-config", context.params.enable_kv_cache_events, "subscribers would see pseudo tokens"),
+        ("a time to live of the cache", context.params.cache_ttl_seconds is not None, "it would drop adapters"),
+        (
+            "--disaggregation-mode",
+            get_disagg().disaggregation_mode != "null",
+            "the other side lacks the adapters' slots",
+        ),
+        ("sliding-window attention", context.is_hybrid_swa, "its KV pool is split"),
+        ("state-space layers", context.is_hybrid_ssm, "its KV pool is split"),
+    )
+    _refuse(table, "--adapter-memory unified", "Use --adapter-memory static.")
+
+
+def _refuse(table: tuple[tuple[str, bool, str], ...], what: str, advice: str) -> None:
     wrong = [f"{flag} ({why})" for flag, on, why in table if on]
     if wrong:
-        raise ValueError(
-            "sglang-blocklora does not support " + ", ".join(wrong) + ". Drop these flags, or start stock SGLang "
-            "(python -m sglang.launch_server)."
-        )
+        raise ValueError(f"{what} does not support {', '.join(wrong)}. {advice}")

@@ -46,7 +46,11 @@ def parse(argv: Sequence[str]) -> tuple[settings.Settings, list[str]]:
     if {"-h", "--help"} & set(rest):
         parser.print_help()
         print()
-    return settings.from_arguments(own), with_defaults(rest, ADAPTER_DEFAULTS)
+    chosen = settings.from_arguments(own)
+    defaults = ADAPTER_DEFAULTS | (
+        {"--radix-cache-backend": ["blocklora"]} if chosen.adapter_memory == "unified" else {}
+    )
+    return chosen, with_defaults(rest, defaults)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -17,16 +17,20 @@ SWITCH_VARIABLE = "SGLANG_BLOCKLORA"
 
 @dataclass(frozen=True)
 class Settings:
-    """adapter_memory_mb  MiB per TP rank of the arena for adapter weights
+    """adapter_memory     "static": adapters in an arena of their own; "unified": in the KV cache's slots
+    adapter_memory_mb  MiB per TP rank of the arena of its own
     adapter_root       adapters may only be loaded from below this folder; None: from anywhere
     adapter_kernels    "torch", "triton", or "auto": triton on a GPU, torch elsewhere
+    decision_log       unified memory: path to which each TP rank appends its number and writes its decisions; None: off
     adapter_overlap    triton only: shrink runs on a second stream, beside the linear's own GEMM
     """
 
+    adapter_memory: str = "static"
     adapter_memory_mb: int = 1024
     adapter_root: str | None = None
     adapter_kernels: str = "auto"
     adapter_overlap: bool = False
+    decision_log: str | None = None
 
     def export(self) -> None:
         """Make the settings known to this process and all it starts."""
@@ -45,10 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Our own launcher flags; SGLang's stay as they are."""
     group = parser.add_argument_group("sglang-blocklora")
     group.add_argument(
+        "--adapter-memory",
+        choices=["static", "unified"],
+        default=Settings.adapter_memory,
+        help="where adapter weights live: in memory of their own, or in the KV cache's slots (default: %(default)s)",
+    )
+    group.add_argument(
         "--adapter-memory-mb",
         type=int,
         default=Settings.adapter_memory_mb,
-        help="MiB per TP rank for adapter weights (default: %(default)s)",
+        help="static memory: MiB per TP rank for adapter weights (default: %(default)s)",
     )
     group.add_argument(
         "--adapter-root",
@@ -67,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="triton only: run shrink on a second stream beside the linear's own GEMM (not yet measured on a GPU)",
     )
+    group.add_argument(
+        "--adapter-decision-log",
+        default=None,
+        metavar="PATH",
+        help="unified memory: each TP rank writes its loads and evictions to PATH.<rank>; all must be equal",
+    )
 
 
 def from_arguments(arguments: argparse.Namespace) -> Settings:
@@ -77,8 +93,10 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
     if arguments.adapter_memory_mb < 1:
         raise SystemExit(f"--adapter-memory-mb {arguments.adapter_memory_mb} must be at least 1")
     return Settings(
+        arguments.adapter_memory,
         arguments.adapter_memory_mb,
         str(root.resolve()) if root else None,
         arguments.adapter_kernels,
         arguments.adapter_overlap,
+        arguments.adapter_decision_log,
     )

@@ -39,7 +39,8 @@ class Server:
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=timeout) as answer:
-                return answer.status, json.loads(answer.read() or b"null")
+                text = answer.read()
+                return answer.status, json.loads(text) if text.startswith((b"{", b"[")) else text.decode()
         except urllib.error.HTTPError as error:
             text = error.read()
             return error.code, json.loads(text) if text.startswith((b"{", b"[")) else text.decode()

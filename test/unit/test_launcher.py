@@ -34,7 +34,7 @@ def test_settings_reach_other_processes_and_the_switch_turns_them_off(monkeypatc
     monkeypatch.delenv(SETTINGS_VARIABLE, raising=False)
     assert Settings.active() is None
     monkeypatch.setenv(SETTINGS_VARIABLE, "")
-    settings = Settings(3, "/root")
+    settings = Settings("unified", 3, "/root")
     settings.export()
     assert Settings.active() == settings
     monkeypatch.setenv(SWITCH_VARIABLE, "0")

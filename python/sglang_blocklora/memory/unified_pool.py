@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from sglang_blocklora.decisions import DecisionLog
 from sglang_blocklora.memory.load_counts import LoadCounts
 from sglang_blocklora.memory.pool import LoadedAdapter, Resident
 
@@ -23,8 +24,8 @@ class PrefixCache(Protocol):
     def slots_of(self, lora_id: str) -> torch.Tensor | None: ...
     def reserve(self, lora_id: str) -> torch.Tensor | None: ...
     def publish(self, lora_id: str, slots: torch.Tensor) -> None: ...
-    def pin(self, lora_id: str) -> None: ...
-    def unpin(self, lora_id: str) -> None: ...
+    def pin_adapter(self, lora_id: str) -> None: ...
+    def unpin_adapter(self, lora_id: str) -> None: ...
 
 
 class KVArena:
@@ -50,7 +51,8 @@ class UnifiedPool:
     ``bind`` comes once the KV pool and the tree exist. Decisions depend on the tree and the order of calls only.
     """
 
-    def __init__(self, max_adapters_per_batch: int) -> None:
+    def __init__(self, max_adapters_per_batch: int, decisions: DecisionLog) -> None:
+        self.decisions = decisions
         self.max_adapters_per_batch = max_adapters_per_batch
         self.loaded: dict[str, LoadedAdapter] = {}
         self.resident: dict[str, Resident] = {}
@@ -101,9 +103,11 @@ class UnifiedPool:
 
     def remove(self, key: str) -> None:
         """Forget an adapter's name. What is cached under its contents stays until it is evicted."""
-        self._lingering[key] = (self.loaded.pop(key), self._steps)
+        adapter = self.loaded.pop(key)
+        self.decisions.record("unload", adapter=adapter.name)
+        self._lingering[key] = (adapter, self._steps)
         self.load_counts.forget(key)
-        self.cache.unpin(key)
+        self.cache.unpin_adapter(key)
 
     def is_resident(self, key: str) -> bool:
         """Whether the tree holds the adapter."""
@@ -116,9 +120,9 @@ class UnifiedPool:
             return reason
         self.loaded[key] = dataclasses.replace(adapter, pinned=pinned)
         if not pinned:
-            self.cache.unpin(key)
+            self.cache.unpin_adapter(key)
         elif self.is_resident(key):
-            self.cache.pin(key)
+            self.cache.pin_adapter(key)
         return None
 
     def fits(self, keys: Iterable[str]) -> bool:
@@ -152,9 +156,10 @@ class UnifiedPool:
             slots = self.cache.reserve(key)
             if slots is None:
                 return False
+            self.decisions.record("load", adapter=adapter.name, slots=len(slots))
             with self.load_counts.measure(key):
                 self.arena.write(slots, adapter.shard.image)
                 self.cache.publish(key, slots)
         if adapter.pinned:
-            self.cache.pin(key)
+            self.cache.pin_adapter(key)
         return True

@@ -1,0 +1,29 @@
+"""``mem_cache/registry.py``: ``--radix-cache-backend blocklora``, the cache in which adapters are prefixes."""
+
+from __future__ import annotations
+
+from sglang.srt.mem_cache.registry import (
+    TreeCacheBuildContext,
+    create_unified_radix_cache,
+    register_radix_cache_backend,
+)
+
+from blocklora_patches.unified_radix_cache import AdapterPrefixCache
+from blocklora_patches.unsupported import refuse_unified_with
+
+BACKEND_NAME = "blocklora"
+
+
+def build_cache(context: TreeCacheBuildContext) -> AdapterPrefixCache:
+    """The radix cache of a scheduler, bound to the adapters of its model runner. ``ValueError`` where it cannot be."""
+    refuse_unified_with(context)
+    cache = create_unified_radix_cache(context, cache_class=AdapterPrefixCache)
+    pool = context.tp_worker.model_runner.lora_manager.pool
+    cache.decisions = pool.decisions
+    pool.bind_cache(cache)
+    return cache
+
+
+def register() -> None:
+    """Make the backend known, before the command line is read."""
+    register_radix_cache_backend(BACKEND_NAME, build_cache)
