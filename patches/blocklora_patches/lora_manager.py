@@ -42,6 +42,7 @@ class BlockLoRAManager(LoRAManager):
     enable_dp_attention = False
     memory_pool = None  # upstream's gauges of its slot pool are left out
     supports_prefill_cuda_graph = False
+    prefill_cuda_graph_max_bs = None
 
     def __init__(
         self,
@@ -180,6 +181,10 @@ class BlockLoRAManager(LoRAManager):
     def init_cuda_graph_batch_info(self, max_bs_in_cuda_graph: int, num_tokens_per_req: int) -> None:
         """Called before decode graphs are captured; ``num_tokens_per_req`` is 1 without speculative decoding."""
         self._step.init_graphs(max_bs_in_cuda_graph * num_tokens_per_req)
+
+    def can_use_prefill_cuda_graph(self, forward_batch: ForwardBatch) -> bool:
+        """Prefill runs without graphs; upstream's answer would ask its own backend, which is not there."""
+        return False
 
     def init_cuda_graph_moe_buffers(self, max_bs: int, max_loras: int, compute_dtype: Any, moe_layer: Any) -> None:
         """MoE layers are not adapted."""

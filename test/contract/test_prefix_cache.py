@@ -7,6 +7,7 @@ import os
 import warnings
 from array import array
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
+    from blocklora_patches.scheduler import _add_request_to_queue
     from blocklora_patches.unified_radix_cache import AdapterPrefixCache
     from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
     from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
@@ -209,6 +211,37 @@ def test_only_these_methods_of_upstream_are_overridden() -> None:
     inherited = {name for base in AdapterPrefixCache.__mro__[1:-1] for name in vars(base)}
     own = {name for name in vars(AdapterPrefixCache) if not name.startswith("_")}
     assert own & inherited == {"reset", "evict", "evict_for_alloc", "match_prefix", "insert"}
+
+
+def test_a_pinned_adapter_stays_until_it_is_unpinned() -> None:
+    machine = CacheMachine()
+    machine.make(16)
+    lora_id = digest("pinned")[:32]
+    machine.cache.know(lora_id, digest("P"), 20)
+    machine.adapters[lora_id] = "P"
+    assert machine.make_resident(lora_id)
+    machine.cache.pin_adapter(lora_id)
+    machine.cache.evict(EvictParams(num_tokens=POOL_TOKENS))
+    assert machine.cache.slots_of(lora_id) is not None
+    machine.cache.unpin_adapter(lora_id)
+    machine.cache.evict(EvictParams(num_tokens=POOL_TOKENS))
+    assert machine.cache.slots_of(lora_id) is None
+    assert machine.cache.token_to_kv_pool_allocator.available_size() == POOL_TOKENS
+
+
+@pytest.mark.parametrize(("prompt", "refused"), [(70, False), (80, True)])
+def test_a_request_that_can_never_fit_with_its_adapter_is_refused(prompt: int, refused: bool) -> None:
+    """A pool of 192 slots, an adapter of 100 in pages of 16: 112 for it, 80 for the prompt and one token."""
+    cache = new_cache(16)
+    adapter = SimpleNamespace(name="big", slots=100)
+    pool = SimpleNamespace(loaded={"id": adapter}, cache=cache)
+    manager = SimpleNamespace(unified=True, pool=pool)
+    worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager))
+    messages: list[str] = []
+    request = SimpleNamespace(lora_id="id", origin_input_ids=[1] * prompt, set_finish_with_abort=messages.append)
+    _add_request_to_queue(SimpleNamespace(tp_worker=worker, max_total_num_tokens=POOL_TOKENS), request)
+    assert bool(messages) == refused
+    assert all("'big'" in message for message in messages)
 
 
 TestCache = CacheMachine.TestCase
