@@ -18,12 +18,12 @@ import base_model
 import httpx
 import openai
 import torch
-from adapter_bytes import bytes_per_rank
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from server import Server, ServerFailed, free_port
 from sglang_blocklora import cpu_only
+from sglang_blocklora.adapters.inspection import inspect_adapter
 
 HERE = Path(__file__).resolve().parent
 ADAPTERS = HERE / "adapters"
@@ -45,13 +45,7 @@ def adapter_folders() -> list[Path]:
     found = [config.parent for config in ADAPTERS.glob("*/adapter_config.json")]
     if not found:
         raise SystemExit(f"no adapter in {ADAPTERS}: run `python {HERE / 'train_adapters.py'}`")
-    return sorted(found, key=lambda folder: (shape_of(folder), folder.name))
-
-
-def shape_of(folder: Path) -> tuple[int, int]:
-    """Return (nblocks, rank) of the adapter in ``folder``."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    return (config["use_bdlora"] or {"nblocks": 1})["nblocks"], config["r"]
+    return sorted(found, key=lambda folder: (inspect_adapter(folder, None, [1]).nblocks, folder.name))
 
 
 def server_flags(model: Path, tp: int) -> list[str]:
@@ -112,8 +106,8 @@ def answers_table(client: openai.OpenAI, tp: int, question: str, console: Consol
             reply = ask(client, name, question)
         cells = ["-", "-", "-"]
         if folder:
-            nblocks, rank = shape_of(folder)
-            cells = [str(nblocks), str(rank), f"{bytes_per_rank(folder, tp):,}"]
+            found = inspect_adapter(folder, None, [tp])
+            cells = [str(found.nblocks), str(found.rank), f"{max(found.tp[0].bytes_per_rank):,}"]
         speed = f"{reply.tokens_per_s:.1f}" if reply.tokens_per_s else "-"
         table.add_row(name if folder else f"{name}\n(base)", *cells, speed, escape(reply.text))
     return table
