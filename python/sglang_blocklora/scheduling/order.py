@@ -1,0 +1,64 @@
+"""The order of the waiting queue as a pure function of plain arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+# What a step of waiting is worth, in prompt tokens saved: requests that tie otherwise go in arrival order anyway.
+AGE_TOKENS_PER_STEP = 1.0
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Waiting requests, one array entry each, in arrival order. An owner is an adapter, or the base model.
+
+    owner            index into the owners' ``spent`` and ``quanta``
+    priority         SGLang's, turned so that the smaller goes first
+    prefix_tokens    prompt tokens that are cached and need not be computed
+    load_tokens      cost of making the adapter resident, in computed prompt tokens; 0 where it is or none is needed
+    cost_tokens      what admitting it charges to its owner
+    age_steps        scheduler steps since it arrived
+    overtaken_steps  steps in which a later request went before it
+    """
+
+    owner: Ints
+    priority: Ints
+    prefix_tokens: Ints
+    load_tokens: Floats
+    cost_tokens: Ints
+    age_steps: Ints
+    overtaken_steps: Ints
+
+
+def score(waiting: Waiting) -> Floats:
+    """Tokens that admitting each request now saves: larger goes first. All requests of an adapter share one load."""
+    group_size = np.bincount(waiting.owner)[waiting.owner]
+    return waiting.prefix_tokens - waiting.load_tokens / group_size + AGE_TOKENS_PER_STEP * waiting.age_steps
+
+
+def order(waiting: Waiting, spent: Ints, quanta: Ints, max_wait_steps: int) -> Ints:
+    """Indices of ``waiting`` in the order of admission.
+
+    By priority; then requests overtaken for ``max_wait_steps``, in arrival order; then by round of deficit round robin;
+    then by score; then by arrival. A request's round is the one in which its owner, who has spent ``spent`` tokens and
+    gets ``quanta`` tokens a round, can pay for it after its own better requests.
+    """
+    overdue = waiting.overtaken_steps >= max_wait_steps
+    value = np.where(overdue, np.inf, score(waiting))
+    urgency = 2 * waiting.priority - overdue
+    by_value = np.lexsort((-value, urgency))  # stable: arrival order among equals
+    by_owner = by_value[np.argsort(waiting.owner[by_value], kind="stable")]
+    owner, cost = waiting.owner[by_owner], waiting.cost_tokens[by_owner]
+    before = np.cumsum(cost) - cost
+    first_of_owner = np.flatnonzero(np.diff(owner, prepend=-1))
+    before -= np.repeat(before[first_of_owner], np.diff(first_of_owner, append=len(owner)))
+    turn = np.empty_like(before)
+    turn[by_owner] = (spent[owner] + before) // quanta[owner]
+    turn[overdue] = 0
+    return by_value[np.lexsort((turn[by_value], urgency[by_value]))]
