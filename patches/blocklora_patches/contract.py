@@ -10,6 +10,8 @@ from importlib.metadata import version
 
 from sglang_blocklora import SGLANG_VERSION
 
+_TREE_CORE = "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface"
+
 # Dotted path -> parameter names (None: a class or value of which only the existence matters).
 SYMBOLS: dict[str, tuple[str, ...] | None] = {
     "sglang.srt.lora.lora_manager.LoRAManager.__init__": (
@@ -129,6 +131,10 @@ SYMBOLS: dict[str, tuple[str, ...] | None] = {
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.insert": ("self", "params"),
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.evict": ("self", "params"),
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.evict_for_alloc": ("self", "params"),
+    f"{_TREE_CORE}.match_full_device_prefix": ("self", "key"),
+    f"{_TREE_CORE}.inc_full_pin": ("self", "node_id"),
+    f"{_TREE_CORE}.dec_full_pin": ("self", "node_id"),
+    f"{_TREE_CORE}.is_full_device_evicted": ("self", "node_id"),
     "sglang.srt.mem_cache.base_prefix_cache.zero_match_result": ("tree_cache", "match_result", "extra_key"),
     "sglang.srt.mem_cache.radix_cache.RadixKey.__init__": (
         "self",

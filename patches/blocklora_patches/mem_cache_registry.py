@@ -7,6 +7,8 @@ from sglang.srt.mem_cache.registry import (
     create_unified_radix_cache,
     register_radix_cache_backend,
 )
+from sglang_blocklora.memory.eviction import STRATEGIES
+from sglang_blocklora.settings import Settings
 
 from blocklora_patches.unified_radix_cache import AdapterPrefixCache
 from blocklora_patches.unsupported import refuse_unified_with
@@ -20,6 +22,9 @@ def build_cache(context: TreeCacheBuildContext) -> AdapterPrefixCache:
     cache = create_unified_radix_cache(context, cache_class=AdapterPrefixCache)
     pool = context.tp_worker.model_runner.lora_manager.pool
     cache.decisions = pool.decisions
+    settings = Settings.active()
+    assert settings is not None, "the backend is registered only where the launcher's settings are present"
+    cache.strategy = STRATEGIES[settings.adapter_eviction]()
     pool.bind_cache(cache)
     return cache
 

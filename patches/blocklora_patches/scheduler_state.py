@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any
 
 from sglang.srt.managers.io_struct import SetInternalStateReqOutput
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.plugins.hook_registry import HookType
 from sglang_blocklora.reports import pool_facts
 
@@ -51,13 +52,23 @@ def _set_internal_state(original: Any, self: Any, recv_req: Any) -> Any:
 
 def _add_request_to_queue(self: Any, req: Any, is_retracted: bool = False) -> None:
     manager = _manager(self)
-    if manager is not None and req.lora_id in manager.pool.loaded and not is_retracted:
+    if manager is None or is_retracted:
+        return
+    if req.lora_id in manager.pool.loaded:
         manager.pool.load_counts.arrived(req.lora_id, manager.pool.is_resident(req.lora_id))
+    if manager.unified:
+        key = RadixKey(req.origin_input_ids, req.extra_key, cache_salt=req.cache_salt)
+        self.tree_cache.arrived(req.lora_id, key)
 
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 HOOKS = (
     Hook(f"{_SCHEDULER}.get_internal_state", _get_internal_state, HookType.AFTER, "Upstream reports no adapters."),
     Hook(f"{_SCHEDULER}.set_internal_state", _set_internal_state, HookType.AROUND, "Upstream pins at load time only."),
-    Hook(f"{_SCHEDULER}._add_request_to_queue", _add_request_to_queue, HookType.BEFORE, "Hits and misses per adapter."),
+    Hook(
+        f"{_SCHEDULER}._add_request_to_queue",
+        _add_request_to_queue,
+        HookType.BEFORE,
+        "Hits, misses and reuse per adapter.",
+    ),
 )

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import (
-    DecLockRefParams,
     EvictParams,
+    EvictResult,
     InsertParams,
     InsertResult,
     MatchPrefixParams,
@@ -26,6 +26,7 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang_blocklora.decisions import DecisionLog
+from sglang_blocklora.memory.eviction import LRU, EvictionStrategy
 from sglang_blocklora.memory.prefix import pseudo_tokens, salted_tokens
 
 LORA_ID_LENGTH = 32  # hex digits that upstream appends to a request's extra key
@@ -35,11 +36,20 @@ LORA_ID_LENGTH = 32  # hex digits that upstream appends to a request's extra key
 class AdapterPrefix:
     """``tokens`` are the pseudo tokens of an adapter's slots; a multiple of the page size."""
 
+    content_hash: str
     tokens: array[int]
 
     @property
     def slots(self) -> int:
         return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class ResidentAdapter:
+    """The tree's node of an adapter (upstream never uses a number again) and its slots, int64 on their device."""
+
+    node: int
+    slots: torch.Tensor
 
 
 class AdapterPrefixCache(UnifiedRadixCache):
@@ -50,38 +60,45 @@ class AdapterPrefixCache(UnifiedRadixCache):
     """
 
     def __init__(self, params: CacheInitParams) -> None:
-        self.decisions = DecisionLog(None, 0)  # replaced when the cache is bound to a server's adapters
+        self.decisions = DecisionLog(None, 0)  # replaced, as is the strategy, when bound to a server's adapters
+        self.strategy: EvictionStrategy = LRU()
         self._prefixes: dict[str, AdapterPrefix] = {}
-        self._slots: dict[str, torch.Tensor] = {}
-        self._pins: dict[str, tuple[Any, DecLockRefParams]] = {}
+        self._resident: dict[str, ResidentAdapter] = {}  # by content hash, in order of loading
+        self._pins: dict[str, int] = {}
         super().__init__(params)
 
     def reset(self) -> None:
         """Everything is dropped, adapters too, pinned ones among them; upstream calls it to flush an idle server."""
-        self._slots.clear()
+        self._resident.clear()
         self._pins.clear()
         super().reset()
 
     def know(self, lora_id: str, content_hash: str, slots: int) -> None:
         """Tell how keys of ``lora_id`` look; for good, since a request may outlive its adapter's name by a step."""
-        self._prefixes[lora_id] = AdapterPrefix(pseudo_tokens(content_hash, self.slots_needed(slots)))
+        self._prefixes[lora_id] = AdapterPrefix(content_hash, pseudo_tokens(content_hash, self.slots_needed(slots)))
 
     def slots_needed(self, slots: int) -> int:
         """``slots`` rounded up to whole pages."""
         return -(-slots // self.page_size) * self.page_size
 
     def slots_of(self, lora_id: str) -> torch.Tensor | None:
-        """Slots (int64, on the allocator's device) of an adapter that is resident, else None.
+        """Slots (int64, on the allocator's device) of an adapter that is resident, else None. Asking is not a use."""
+        resident = self._resident.get(self._prefixes[lora_id].content_hash)
+        return resident.slots if resident is not None else None
 
-        Remembered until something is evicted, because a match walks all S keys.
-        """
-        known = self._slots.get(lora_id)
-        if known is None:
-            prefix = self._prefixes[lora_id]
-            found = super().match_prefix(MatchPrefixParams(key=RadixKey(prefix.tokens))).device_indices
-            if len(found) == prefix.slots:
-                known = self._slots[lora_id] = found
-        return known
+    def arrived(self, lora_id: str | None, key: RadixKey) -> None:
+        """Tell the strategy of a request that came, once each. ``key`` is as a match would have it."""
+        content_hash = self._prefixes[lora_id].content_hash if lora_id in self._prefixes else None
+        self.strategy.arrived(content_hash, lambda: self.cached_tokens(key))
+
+    def cached_tokens(self, key: RadixKey) -> int:
+        """How many tokens of ``key`` a match would find. Unlike a match it counts as no use."""
+        lora_id, own_extra = self._split(key.extra_key)
+        if lora_id is None:
+            return self.tree_core.match_full_device_prefix(key)[0]
+        prefix = self._prefixes[lora_id]
+        found = self.tree_core.match_full_device_prefix(self._behind(prefix, key, own_extra))[0]
+        return max(found - prefix.slots, 0)
 
     def reserve(self, lora_id: str) -> torch.Tensor | None:
         """Take free slots for an adapter, evicting what is not in use; None where that is not enough.
@@ -98,33 +115,63 @@ class AdapterPrefixCache(UnifiedRadixCache):
 
     def publish(self, lora_id: str, slots: torch.Tensor) -> None:
         """Insert an adapter whose weights lie in ``slots``; from now on the tree owns them."""
-        key = RadixKey(self._prefixes[lora_id].tokens)
-        super().insert(InsertParams(key=key, value=slots.to(torch.int64)))
+        prefix, slots = self._prefixes[lora_id], slots.to(torch.int64)
+        inserted = super().insert(InsertParams(key=RadixKey(prefix.tokens), value=slots))
+        self._resident[prefix.content_hash] = ResidentAdapter(inserted.last_device_node, slots)
 
     def pin_adapter(self, lora_id: str) -> None:
         """Lock a resident adapter until ``unpin_adapter`` or a flush."""
         if lora_id not in self._pins:
-            node = (
-                super().match_prefix(MatchPrefixParams(key=RadixKey(self._prefixes[lora_id].tokens))).last_device_node
-            )
-            self._pins[lora_id] = (node, self.inc_lock_ref(node).to_dec_params())
+            self._pins[lora_id] = node = self._resident[self._prefixes[lora_id].content_hash].node
+            self.tree_core.inc_full_pin(node)
 
     def unpin_adapter(self, lora_id: str) -> None:
         """Undo ``pin_adapter``; nothing where the adapter is not pinned."""
         if lora_id in self._pins:
-            self.dec_lock_ref(*self._pins.pop(lora_id))
+            self.tree_core.dec_full_pin(self._pins.pop(lora_id))
 
-    def evict(self, params: EvictParams):  # type: ignore[no-untyped-def]
-        self._slots.clear()
-        result = super().evict(params)
-        self.decisions.record("evict", asked=params.num_tokens, evicted=result.num_tokens_evicted)
+    def evict(self, params: EvictParams) -> EvictResult:
+        return self._evict_by_strategy(super().evict, params)
+
+    def evict_for_alloc(self, params: EvictParams) -> EvictResult:
+        return self._evict_by_strategy(super().evict_for_alloc, params)
+
+    def _evict_by_strategy(self, evict: Callable[[EvictParams], EvictResult], params: EvictParams) -> EvictResult:
+        """Evict in upstream's order, with the adapters that the strategy holds locked until it gives them up."""
+        sizes = {content_hash: len(adapter.slots) for content_hash, adapter in self._resident.items()}
+        kv_slots = self.evictable_size() + self.protected_size() - sum(sizes.values())
+        held = [self._resident[content_hash].node for content_hash in self.strategy.held(sizes, kv_slots)]
+        for node in held:
+            self.tree_core.inc_full_pin(node)
+        given_up = 0
+        try:
+            result = evict(params)
+            while given_up < len(held) and result.num_tokens_evicted < params.num_tokens:
+                self.tree_core.dec_full_pin(held[given_up])
+                given_up += 1
+                rest = evict(dataclasses.replace(params, num_tokens=params.num_tokens - result.num_tokens_evicted))
+                result.num_tokens_evicted += rest.num_tokens_evicted
+        finally:
+            for node in held[given_up:]:
+                self.tree_core.dec_full_pin(node)
+            evicted = self._forget_evicted()
+        self.decisions.record(
+            "evict", asked=params.num_tokens, evicted=result.num_tokens_evicted, held=len(held), adapters=evicted
+        )
         return result
 
-    def evict_for_alloc(self, params: EvictParams):  # type: ignore[no-untyped-def]
-        self._slots.clear()
-        result = super().evict_for_alloc(params)
-        self.decisions.record("evict", asked=params.num_tokens, evicted=result.num_tokens_evicted)
-        return result
+    def _forget_evicted(self) -> list[str]:
+        """Content hashes of adapters that the tree no longer has."""
+        evicted = [content_hash for content_hash, adapter in self._resident.items() if self._is_gone(adapter.node)]
+        for content_hash in evicted:
+            del self._resident[content_hash]
+        return evicted
+
+    def _is_gone(self, node: int) -> bool:
+        try:
+            return self.tree_core.is_full_device_evicted(node)
+        except KeyError:
+            return True
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         lora_id, own_extra = self._split(params.key.extra_key)

@@ -9,6 +9,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from sglang_blocklora.memory.eviction import DEFAULT_STRATEGY, STRATEGIES
+
 # Set by our launcher only: its absence is what keeps an installed but unused extension out of stock SGLang.
 SETTINGS_VARIABLE = "SGLANG_BLOCKLORA_SETTINGS"
 # "0" keeps the extension off, whoever launched the server.
@@ -21,6 +23,7 @@ class Settings:
     adapter_memory_mb  MiB per TP rank of the arena of its own
     adapter_root       adapters may only be loaded from below this folder; None: from anywhere
     adapter_kernels    "torch", "triton", or "auto": triton on a GPU, torch elsewhere
+    adapter_eviction   unified memory: a key of ``memory.eviction.STRATEGIES``
     decision_log       unified memory: path to which each TP rank appends its number and writes its decisions; None: off
     adapter_overlap    triton only: shrink runs on a second stream, beside the linear's own GEMM
     """
@@ -31,6 +34,7 @@ class Settings:
     adapter_kernels: str = "auto"
     adapter_overlap: bool = False
     decision_log: str | None = None
+    adapter_eviction: str = DEFAULT_STRATEGY
 
     def export(self) -> None:
         """Make the settings known to this process and all it starts."""
@@ -59,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=Settings.adapter_memory_mb,
         help="static memory: MiB per TP rank for adapter weights (default: %(default)s)",
+    )
+    group.add_argument(
+        "--adapter-eviction",
+        choices=list(STRATEGIES),
+        default=Settings.adapter_eviction,
+        help="unified memory: which idle adapters stay while cached KV is evicted (default: %(default)s)",
     )
     group.add_argument(
         "--adapter-root",
@@ -92,6 +102,11 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
         raise SystemExit(f"--adapter-root {root} is not a folder")
     if arguments.adapter_memory_mb < 1:
         raise SystemExit(f"--adapter-memory-mb {arguments.adapter_memory_mb} must be at least 1")
+    if arguments.adapter_memory == "static" and arguments.adapter_eviction != DEFAULT_STRATEGY:
+        raise SystemExit(
+            f"--adapter-eviction {arguments.adapter_eviction} needs --adapter-memory unified; static memory evicts "
+            "the least recently used adapter"
+        )
     return Settings(
         arguments.adapter_memory,
         arguments.adapter_memory_mb,
@@ -99,4 +114,5 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
         arguments.adapter_kernels,
         arguments.adapter_overlap,
         arguments.adapter_decision_log,
+        arguments.adapter_eviction,
     )

@@ -20,17 +20,19 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
     from blocklora_patches.scheduler import _add_request_to_queue
     from blocklora_patches.unified_radix_cache import AdapterPrefixCache
+    from sglang.srt.arg_groups.choices import RADIX_EVICTION_POLICY_CHOICES
     from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
     from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
     from sglang.srt.mem_cache.radix_cache import RadixKey
     from sglang.srt.mem_cache.unified_cache.components import ComponentType
+from sglang_blocklora.memory.eviction import STRATEGIES, CostAware, KVFirst
 
 POOL_TOKENS = 192
 
 
-def new_cache(page_size: int) -> AdapterPrefixCache:
+def new_cache(page_size: int, eviction_policy: str = "lru") -> AdapterPrefixCache:
     """A cache over a pool of ``POOL_TOKENS`` slots, as SGLang's registry builds it."""
     arguments = (torch.float32, "cpu", None, False)
     if page_size == 1:
@@ -44,6 +46,7 @@ def new_cache(page_size: int) -> AdapterPrefixCache:
         token_to_kv_pool_allocator=allocator,
         page_size=page_size,
         tree_components=(ComponentType.FULL,),
+        eviction_policy=eviction_policy,
     )
     return AdapterPrefixCache(params)
 
@@ -76,10 +79,15 @@ class CacheMachine(RuleBasedStateMachine):
         self.sizes: dict[str, int] = {}  # contents -> slots
         self.count = 0
 
-    @initialize(page_size=st.sampled_from([1, 16]))
-    def make(self, page_size: int) -> None:
+    @initialize(
+        page_size=st.sampled_from([1, 16]),
+        strategy=st.sampled_from(sorted(STRATEGIES)),
+        eviction_policy=st.sampled_from(RADIX_EVICTION_POLICY_CHOICES),
+    )
+    def make(self, page_size: int, strategy: str = "lru", eviction_policy: str = "lru") -> None:
         self.page_size = page_size
-        self.cache = new_cache(page_size)
+        self.cache = new_cache(page_size, eviction_policy)
+        self.cache.strategy = STRATEGIES[strategy]()
         self.memory = ["" for _ in range(POOL_TOKENS + page_size)]
 
     @rule(contents=st.sampled_from("ABCD"), slots=st.integers(1, 70))
@@ -122,6 +130,7 @@ class CacheMachine(RuleBasedStateMachine):
         lora_id = data.draw(st.sampled_from([None, *sorted(self.adapters)]))
         key = RadixKey(array("q", tokens), ((user or "") + (lora_id or "")) or None, cache_salt=salt)
         contents = self.adapters[lora_id] if lora_id else "base"
+        self.cache.arrived(lora_id, key)
         if lora_id and self.cache.slots_of(lora_id) is None:
             missed = self.cache.match_prefix(MatchPrefixParams(key=key))
             assert len(missed.device_indices) == 0, "KV without its adapter"
@@ -227,6 +236,61 @@ def test_a_pinned_adapter_stays_until_it_is_unpinned() -> None:
     machine.cache.evict(EvictParams(num_tokens=POOL_TOKENS))
     assert machine.cache.slots_of(lora_id) is None
     assert machine.cache.token_to_kv_pool_allocator.available_size() == POOL_TOKENS
+
+
+def three_adapters_with_kv(page_size: int, eviction_policy: str = "lru") -> tuple[CacheMachine, dict[str, str]]:
+    """A, B and C of 32 slots each, asked for in this order, each with 16 slots of KV behind it; the ids of each."""
+    machine = CacheMachine()
+    machine.make(page_size, eviction_policy=eviction_policy)
+    ids = {contents: digest(contents)[:32] for contents in "ABC"}
+    for contents, lora_id in ids.items():
+        machine.cache.know(lora_id, digest(contents), 32)
+        machine.adapters[lora_id] = contents
+        assert machine.make_resident(lora_id)
+        own = machine.allocate(16)
+        machine.cache.insert(InsertParams(key=RadixKey(array("q", range(16)), lora_id), value=own))
+    return machine, ids
+
+
+def resident(machine: CacheMachine, ids: dict[str, str]) -> str:
+    return "".join(contents for contents, lora_id in ids.items() if machine.cache.slots_of(lora_id) is not None)
+
+
+@pytest.mark.parametrize("eviction_policy", RADIX_EVICTION_POLICY_CHOICES)
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_kv_first_gives_up_all_kv_and_then_adapters_by_last_use(page_size: int, eviction_policy: str) -> None:
+    machine, ids = three_adapters_with_kv(page_size, eviction_policy)
+    cache = machine.cache
+    cache.strategy = KVFirst()
+    for contents in "CAB":
+        cache.arrived(ids[contents], RadixKey(array("q", [1]), ids[contents]))
+    found = []
+    for count in (48, 1, 32, 1):
+        evicted = cache.evict(EvictParams(num_tokens=count)).num_tokens_evicted
+        assert evicted >= count
+        found.append((evicted, resident(machine, ids)))
+        machine.sound()
+    assert found == [(48, "ABC"), (32, "AB"), (32, "B"), (32, "")]
+    assert cache.token_to_kv_pool_allocator.available_size() == POOL_TOKENS
+
+
+def test_lru_evicts_an_idle_adapter_before_newer_kv() -> None:
+    machine, ids = three_adapters_with_kv(1)
+    machine.cache.evict(EvictParams(num_tokens=17))
+    assert resident(machine, ids) == "BC"
+
+
+@pytest.mark.parametrize(("copy_tokens_per_slot", "left"), [(0.0, "BC"), (100.0, "ABC")])
+def test_cost_aware_weighs_adapters_against_kv(copy_tokens_per_slot: float, left: str) -> None:
+    """Each arrival finds its 16 tokens cached; what an adapter is worth beside that follows from its copy's cost."""
+    machine, ids = three_adapters_with_kv(1)
+    machine.cache.strategy = CostAware(copy_tokens_per_slot)
+    for lora_id in ids.values():
+        key = RadixKey(array("q", range(16)), lora_id)
+        assert machine.cache.cached_tokens(key) == 16
+        machine.cache.arrived(lora_id, key)
+    machine.cache.evict(EvictParams(num_tokens=17))
+    assert resident(machine, ids) == left
 
 
 @pytest.mark.parametrize(("prompt", "refused"), [(70, False), (80, True)])

@@ -24,7 +24,9 @@ def test_defaults_for_adapters_are_added_and_the_users_flags_win() -> None:
     assert "--adapter-memory-mb" not in argv
 
 
-@pytest.mark.parametrize("flags", [["--adapter-root", "/nowhere"], ["--adapter-memory-mb", "0"]])
+@pytest.mark.parametrize(
+    "flags", [["--adapter-root", "/nowhere"], ["--adapter-memory-mb", "0"], ["--adapter-eviction", "kv-first"]]
+)
 def test_impossible_flags_stop_with_a_message(flags: list[str]) -> None:
     with pytest.raises(SystemExit, match=flags[0]):
         launch_server.parse(flags)
