@@ -145,6 +145,13 @@ SYMBOLS: dict[str, tuple[str, ...] | None] = {
         "cache_salt",
     ),
     "sglang.srt.runtime_context.get_parallel": (),
+    "sglang.srt.distributed.parallel_state.GroupCoordinator.all_gather": (
+        "self",
+        "input_",
+        "dim",
+        "output_tensor_list",
+    ),
+    "sglang.srt.distributed.parallel_state.GroupCoordinator.all_reduce": ("self", "input_"),
     "sglang.srt.server_args.prepare_server_args": ("argv",),
     "sglang.launch_server.run_server": ("server_args",),
     "sglang.srt.utils.kill_process_tree": ("parent_pid", "include_parent", "skip_pid", "wait_timeout"),

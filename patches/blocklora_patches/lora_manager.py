@@ -27,6 +27,7 @@ from sglang_blocklora.settings import Settings
 from blocklora_patches.hook import Hook
 from blocklora_patches.linear import AdaptedLinearMethod
 from blocklora_patches.model_spec import adaptable_linears, build_spec
+from blocklora_patches.parallel_state import TPCollectives
 from blocklora_patches.unsupported import refuse_unsupported
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,9 @@ class BlockLoRAManager(LoRAManager):
         self.device = next(base_model.parameters()).device
         self.lora_refs: dict[str, LoRARef] = {}
         self._linears = linears = adaptable_linears(base_model)
-        self._spec = build_spec(linears, base_hf_config, set(target_modules or {"all"}), dtype, tp_rank, tp_size)
+        s_lora = settings.plain_lora_sharding == "s-lora"
+        targets = set(target_modules or {"all"})
+        self._spec = build_spec(linears, base_hf_config, targets, dtype, tp_rank, tp_size, s_lora)
         self.unified = settings.adapter_memory == "unified"
         self.pool: AdapterPool | UnifiedPool
         if self.unified:
@@ -88,9 +91,14 @@ class BlockLoRAManager(LoRAManager):
         """Put the batch's deltas behind every linear; the arena exists."""
         on_gpu = self.device.type == "cuda"
         if settings.adapter_kernels == "triton" or (settings.adapter_kernels == "auto" and on_gpu):
+            if self._spec.s_lora:
+                raise ValueError(
+                    "--plain-lora-sharding s-lora has no Triton kernels. Use --plain-lora-sharding replicate, or "
+                    "--adapter-kernels torch with --disable-cuda-graph."
+                )
             step: Step = TritonStep(self._spec, self.pool, self._max_rank, self.device, settings.adapter_overlap)
         else:
-            step = TorchStep(self._spec, self.pool)
+            step = TorchStep(self._spec, self.pool, TPCollectives())
         self._step = step
         for layer, modules in enumerate(self._linears):
             for index, (_, module) in enumerate(modules):

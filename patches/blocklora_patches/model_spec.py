@@ -66,17 +66,19 @@ def build_spec(
     dtype: torch.dtype,
     rank: int,
     size: int,
+    s_lora: bool = False,
 ) -> ModelSpec:
     """The spec of ``linears`` on TP rank ``rank`` of ``size``; the row width is that of the model's KV cache.
 
     config   the base model's Hugging Face config
     targets  Hugging Face module suffixes (q_proj, o_proj, ...) that adapters may have; {"all"} for every one
+    s_lora   split plain adapters S-LoRA's way; a single TP rank has nothing to split
     """
     qkv = next(m for layer in linears for _, m in layer if isinstance(m, QKVParallelLinear))
     sizes = CheckpointSizes.of(config, qkv.head_size)
     specs = tuple(tuple(_linear(path, module, sizes, targets) for path, module in layer) for layer in linears)
     row_width = -(-qkv.kv_proj_shard_size // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS
-    return ModelSpec(specs, row_width, dtype, config.vocab_size, rank, size)
+    return ModelSpec(specs, row_width, dtype, config.vocab_size, rank, size, s_lora and size > 1)
 
 
 def _linear(path: str, module: torch.nn.Module, sizes: CheckpointSizes, targets: set[str]) -> LinearSpec:

@@ -26,6 +26,8 @@ class Settings:
     adapter_eviction   unified memory: a key of ``memory.eviction.STRATEGIES``
     decision_log       unified memory: path to which each TP rank appends its number and writes its decisions; None: off
     adapter_overlap    triton only: shrink runs on a second stream, beside the linear's own GEMM
+    plain_lora_sharding  "replicate": plain adapters keep one factor of every linear whole on each TP rank and need no
+                       collective; "s-lora": both factors split, one collective more per linear
     """
 
     adapter_memory: str = "static"
@@ -35,6 +37,7 @@ class Settings:
     adapter_overlap: bool = False
     decision_log: str | None = None
     adapter_eviction: str = DEFAULT_STRATEGY
+    plain_lora_sharding: str = "replicate"
 
     def export(self) -> None:
         """Make the settings known to this process and all it starts."""
@@ -88,6 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="triton only: run shrink on a second stream beside the linear's own GEMM (not yet measured on a GPU)",
     )
     group.add_argument(
+        "--plain-lora-sharding",
+        choices=["replicate", "s-lora"],
+        default=Settings.plain_lora_sharding,
+        help="plain adapters: one factor whole on every TP rank and no collective, or both factors split and one "
+        "collective more per linear (torch kernels only); block-diagonal adapters need neither (default: %(default)s)",
+    )
+    group.add_argument(
         "--adapter-decision-log",
         default=None,
         metavar="PATH",
@@ -115,4 +125,5 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
         arguments.adapter_overlap,
         arguments.adapter_decision_log,
         arguments.adapter_eviction,
+        arguments.plain_lora_sharding,
     )

@@ -6,19 +6,19 @@ import json
 from pathlib import Path
 
 from support import counting_launcher
+from support.collectives import environment
 from support.server import running
 
 
 def test_a_forward_makes_the_same_collectives_with_and_without_adapters(case, tmp_path: Path) -> None:
     chosen = case("llama", 2)
     log = tmp_path / "collectives.jsonl"
-    script = Path(counting_launcher.__file__)
     with running(
         chosen.model,
         *("--tp", "2", *chosen.lora_paths),
         log=tmp_path / "log",
-        environment={"COLLECTIVES_LOG": str(log), "PYTHONPATH": str(script.parents[1])},
-        module=(str(script),),
+        environment=environment(log),
+        module=(counting_launcher.__file__,),
     ) as server:
         for name in (None, "plain", "n2", "n3"):
             server.tokens(chosen.prompts[1], name, 4)

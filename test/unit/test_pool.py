@@ -18,7 +18,7 @@ SLOTS = 24
 def adapter(number: int, slots: int, pinned: bool = False) -> LoadedAdapter:
     """An adapter whose rows all hold its number."""
     image = torch.full((2, 2, slots, 4), float(number))
-    shard = AdapterShard(f"a{number}", 1, 1, image, (), ())
+    shard = AdapterShard(f"a{number}", 1, 1, image, (), (), ())
     return LoadedAdapter(shard.name, "", shard, slots, pinned, "")
 
 

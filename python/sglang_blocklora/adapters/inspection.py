@@ -118,7 +118,7 @@ def _cost(adapter: OpenedAdapter, tp_size: int, dtype: torch.dtype) -> TpCost:
         spec = adapter.spec(rank, tp_size, dtype)
         elements = 0
         for layer in spec.layers:
-            sizes = [size for linear in layer for size in plan_linear(linear, adapter.shapes).sizes()]
+            sizes = [size for linear in layer for size in plan_linear(linear, adapter.shapes, spec).sizes()]
             elements += sum(sizes)
             slots = max(slots, place(sizes, spec.row_width).rows)
         weights.append(elements * dtype.itemsize)

@@ -78,6 +78,7 @@ class ModelSpec:
     layers      per decoder layer, its linears in order
     row_width   W, elements of an arena row (KV heads of the rank times head dimension)
     dtype       of the weights in the arena
+    s_lora      plain adapters are split as S-LoRA does it (``sharding/s_lora.py``), not half replicated
     """
 
     layers: tuple[tuple[LinearSpec, ...], ...]
@@ -86,6 +87,7 @@ class ModelSpec:
     vocab_size: int
     tp_rank: int
     tp_size: int
+    s_lora: bool = False
 
     def find(self) -> dict[str, tuple[int, int]]:
         """Checkpoint module path -> (layer, index of the linear in its layer)."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from blocklora_kernels.descriptor import Address, Blocks, LinearDescriptor, SliceDescriptor
 
-from sglang_blocklora.adapters.model_spec import LinearSpec
+from sglang_blocklora.adapters.model_spec import LinearSpec, ModelSpec
+from sglang_blocklora.sharding.s_lora import cut_s_lora, uses_s_lora
 from sglang_blocklora.sharding.shard import ModuleShape, SliceCut, cut_slice
 
 NOT_ADAPTED = SliceDescriptor(0, 0, Address(0, 0, 0), 0, Blocks(0, 0, 0))
@@ -26,21 +27,26 @@ class LinearPlan:
     """Parts of one linear in slice order, None where the adapter leaves a slice alone.
 
     In memory the linear has one A, the slices' local A stacked in slice order, and one B per adapted slice.
+
+    s_lora  the parts are cut S-LoRA's way: B reads h only after the TP ranks have put their parts of it together
     """
 
     linear: LinearSpec
     parts: tuple[SlicePart | None, ...]
+    s_lora: bool = False
 
     @property
     def a_rows(self) -> int:
         return sum(part.cut.a_rows for part in self.parts if part)
 
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """S-LoRA's sharding: rows of each adapted slice's local A; empty where no collective is needed."""
+        return tuple(part.cut.a_rows for part in self.parts if part) if self.s_lora else ()
+
     def sizes(self) -> list[int]:
         """Elements of A, then of each slice's B (0 where not adapted)."""
-        b_sizes = [
-            part.cut.block_rank * interval.length if part else 0
-            for part, interval in zip(self.parts, self.linear.outputs, strict=True)
-        ]
+        b_sizes = [part.cut.block_rank * part.cut.b_rows if part else 0 for part in self.parts]
         return [self.a_rows * self.linear.inputs.length, *b_sizes]
 
     def describe(self, addresses: Sequence[Address]) -> LinearDescriptor:
@@ -59,12 +65,17 @@ class LinearPlan:
         return LinearDescriptor(h_width, self.a_rows, addresses[0], a_blocks, tuple(slices))
 
 
-def plan_linear(linear: LinearSpec, shapes: Mapping[str, ModuleShape]) -> LinearPlan:
-    """Which parts of the checkpoint modules in ``shapes`` the TP rank needs for ``linear``."""
+def plan_linear(linear: LinearSpec, shapes: Mapping[str, ModuleShape], spec: ModelSpec) -> LinearPlan:
+    """Which parts of the checkpoint modules in ``shapes`` the TP rank of ``spec`` needs for ``linear``.
+
+    Whether a linear is cut S-LoRA's way follows from the modules' shapes alone, so all TP ranks decide alike.
+    """
     parts: list[SlicePart | None] = [None] * len(linear.outputs)
+    s_lora = spec.s_lora and uses_s_lora(shapes[module] for module in linear.sources if module in shapes)
     for module, source in linear.sources.items():
         if module in shapes:
             for index, offset in zip(source.slices, source.offsets, strict=True):
-                cut = cut_slice(linear, index, offset, source.size, shapes[module])
+                where = (linear, index, offset, source.size, shapes[module])
+                cut = cut_s_lora(*where, spec.tp_rank, spec.tp_size) if s_lora else cut_slice(*where)
                 parts[index] = SlicePart(module, cut) if cut else None
-    return LinearPlan(linear, tuple(parts))
+    return LinearPlan(linear, tuple(parts), s_lora)

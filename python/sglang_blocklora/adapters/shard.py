@@ -31,6 +31,8 @@ class AdapterShard:
                    Elements outside the matrices are undefined and never read.
     descriptors    [layer][linear], where each factor lies in those rows
     scalings       [layer][linear][slice], alpha / r of the full rank (0 where not adapted)
+    shares         [layer][linear], ``LinearPlan.shares``: rows of each adapted slice's local A where B reads h only
+                   after a collective (S-LoRA's sharding), empty elsewhere
     """
 
     name: str
@@ -39,6 +41,7 @@ class AdapterShard:
     image: torch.Tensor
     descriptors: tuple[tuple[LinearDescriptor, ...], ...]
     scalings: tuple[tuple[tuple[float, ...], ...], ...]
+    shares: tuple[tuple[tuple[int, ...], ...], ...]
 
     @property
     def slots(self) -> int:
@@ -60,7 +63,7 @@ def load_shard(name: str, folder: Path, spec: ModelSpec, max_rank: int) -> Adapt
     config = read_config(name, folder, spec.vocab_size)
     with Checkpoint(name, folder) as checkpoint:
         shapes = check_modules(name, config, checkpoint.shapes, spec, max_rank)
-        plans = [[plan_linear(linear, shapes) for linear in layer] for layer in spec.layers]
+        plans = [[plan_linear(linear, shapes, spec) for linear in layer] for layer in spec.layers]
         layouts = [place([size for plan in layer for size in plan.sizes()], spec.row_width) for layer in plans]
         slots = max(layout.rows for layout in layouts)
         image = torch.empty(len(plans), 2, slots, spec.row_width, dtype=spec.dtype)
@@ -78,6 +81,7 @@ def load_shard(name: str, folder: Path, spec: ModelSpec, max_rank: int) -> Adapt
         image,
         tuple(descriptors),
         tuple(tuple(_scalings(plan, config) for plan in layer) for layer in plans),
+        tuple(tuple(plan.shares for plan in layer) for layer in plans),
     )
 
 
@@ -97,14 +101,14 @@ def _copy_factors(
     """Read the factors of one linear into ``planes`` [2, slots, W]; values are cast once, from the stored dtype."""
     a = _matrix(planes, addresses[0], plan.a_rows, plan.linear.inputs.length)
     a_row = 0
-    for part, interval, address in zip(plan.parts, plan.linear.outputs, addresses[1:], strict=True):
+    for part, address in zip(plan.parts, addresses[1:], strict=True):
         if part is None:
             continue
         cut, shape = part.cut, shapes[part.module]
         read = partial(checkpoint.read, part.module)
         _put(a[a_row : a_row + cut.a_rows], read_a(plan.linear, cut, shape, read))
         a_row += cut.a_rows
-        _put(_matrix(planes, address, interval.length, cut.block_rank), read_b(plan.linear, cut, shape, read))
+        _put(_matrix(planes, address, cut.b_rows, cut.block_rank), read_b(plan.linear, cut, shape, read))
 
 
 def _matrix(planes: torch.Tensor, address: Address, rows: int, columns: int) -> torch.Tensor:

@@ -8,12 +8,15 @@ import torch
 from blocklora_kernels import reference
 
 from sglang_blocklora.adapters.model_spec import ModelSpec
+from sglang_blocklora.batch import s_lora_step
 from sglang_blocklora.batch.grouping import group_by_adapter
+from sglang_blocklora.batch.s_lora_step import Collectives, SplitFactors
 from sglang_blocklora.batch.step import Step
 from sglang_blocklora.memory.pool import Pool, Resident
+from sglang_blocklora.sharding import s_lora
 
 # [layer][linear], None where the adapter leaves the linear alone.
-AdapterFactors = tuple[tuple[reference.LinearFactors | None, ...], ...]
+AdapterFactors = tuple[tuple[reference.LinearFactors | SplitFactors | None, ...], ...]
 
 
 class TorchStep(Step):
@@ -22,8 +25,12 @@ class TorchStep(Step):
     Factors of a resident adapter are resolved once: views of the arena where its slots are adjacent.
     """
 
-    def __init__(self, spec: ModelSpec, pool: Pool) -> None:
+    def __init__(self, spec: ModelSpec, pool: Pool, collectives: Collectives | None = None) -> None:
+        """
+        collectives  of the TP group; needed where ``spec.s_lora`` splits plain adapters, used by nothing else
+        """
         self._spec = spec
+        self._collectives = collectives
         self._pool = pool
         self._factors: dict[str, tuple[Resident, AdapterFactors]] = {}
         self._segments: list[tuple[slice | torch.Tensor, AdapterFactors]] = []
@@ -50,10 +57,16 @@ class TorchStep(Step):
         """Nothing runs beside the GEMM on a CPU."""
 
     def add_delta_(self, layer: int, linear: int, out: torch.Tensor, x: torch.Tensor) -> None:
+        split = []
         for rows, factors in self._segments:
             own = factors[layer][linear]
-            if own is not None:
+            if isinstance(own, SplitFactors):
+                split.append((rows, own))
+            elif own is not None:
                 reference.add_delta_(out, x, rows, own)
+        if split:  # on every TP rank or on none: segments and shares follow from what all ranks agreed on
+            assert self._collectives is not None
+            s_lora_step.add_deltas_(self._spec.layers[layer][linear].kind, out, x, split, self._collectives)
 
     def _resolve(self, key: str) -> AdapterFactors:
         resident = self._pool.resident[key]
@@ -64,17 +77,23 @@ class TorchStep(Step):
         return known[1]
 
     def _read(self, resident: Resident) -> AdapterFactors:
-        shard, planes = resident.adapter.shard, self._pool.arena.planes
         return tuple(
-            tuple(
-                reference.read_linear(
-                    descriptor, scalings, layer_planes, resident.slots, linear.inputs.length, linear.out_offsets
-                )
-                if descriptor.h_width
-                else None
-                for descriptor, scalings, linear in zip(descriptors, layer_scalings, linears, strict=True)
-            )
-            for descriptors, layer_scalings, linears, layer_planes in zip(
-                shard.descriptors, shard.scalings, self._spec.layers, planes, strict=True
-            )
+            tuple(self._read_linear(resident, i, j) for j in range(len(layer)))
+            for i, layer in enumerate(self._spec.layers)
         )
+
+    def _read_linear(self, resident: Resident, i: int, j: int) -> reference.LinearFactors | SplitFactors | None:
+        shard, spec, linear = resident.adapter.shard, self._spec, self._spec.layers[i][j]
+        descriptor, shares = shard.descriptors[i][j], shard.shares[i][j]
+        if not descriptor.h_width:
+            return None
+        out_offsets = s_lora.out_offsets(linear, spec.tp_rank, spec.tp_size) if shares else linear.out_offsets
+        factors = reference.read_linear(
+            descriptor,
+            shard.scalings[i][j],
+            self._pool.arena.planes[i],
+            resident.slots,
+            linear.inputs.length,
+            out_offsets,
+        )
+        return SplitFactors(factors, shares) if shares else factors

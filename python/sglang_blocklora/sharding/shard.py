@@ -51,21 +51,24 @@ class ModuleShape:
 class SliceCut:
     """A TP rank's part of one module for one slice.
 
-    rank        local rank: rows of A (columns of h) that the TP rank holds
-    first_rank  which row of the full A they start at
-    positions   the rank's interval of the split axis in the module, padding left out: output rows of B (column) or
-                input columns of A (row)
+    rank        columns of h that the local B reads; the local rank: rows of A that the TP rank holds
+    first_rank  which row of the full A the local A starts at
+    inputs      columns of the module's A that the TP rank holds, padding left out
+    outputs     rows of the module's B that the TP rank holds, padding left out
     a, b        blocks of the local factors, ``Blocks(1, length, 0)`` where dense
-    a_rows      rows of the local A in memory; block_rank: columns of the local B in memory
+    a_rows      rows of the local A in memory
+    b_rows      rows of the local B in memory, padding included; block_rank: its columns
     """
 
     rank: int
     first_rank: int
     first_block: int
-    positions: Interval
+    inputs: Interval
+    outputs: Interval
     a: Blocks
     a_rows: int
     b: Blocks
+    b_rows: int
     block_rank: int
 
 
@@ -76,33 +79,37 @@ def cut_slice(linear: LinearSpec, slice_index: int, offset: int, size: int, shap
     """
     output = linear.outputs[slice_index]
     n = shape.split_blocks(linear.kind)
-    if linear.kind == "column":
-        positions = output.shifted(offset, size)
-    else:
-        positions = linear.inputs.shifted(0, linear.inputs.size)
-    if positions.length == 0:
+    inputs, outputs = real_inputs(linear), output.shifted(offset, size)
+    split = outputs if linear.kind == "column" else inputs
+    if split.length == 0:
         return None
-    touched = touched_blocks(positions, n)
+    touched = touched_blocks(split, n)
     block_rank = shape.rank // n
     rank = touched.blocks.count * block_rank
     dense_a, dense_b = Blocks(1, linear.inputs.length, 0), Blocks(1, output.length, 0)
     first_rank = touched.first * block_rank
+    where = (rank, first_rank, touched.first, inputs, outputs)
     if linear.kind == "column":
-        return SliceCut(rank, first_rank, touched.first, positions, dense_a, rank, touched.blocks, block_rank)
-    return SliceCut(rank, first_rank, touched.first, positions, touched.blocks, block_rank, dense_b, rank)
+        return SliceCut(*where, dense_a, rank, touched.blocks, output.length, block_rank)
+    return SliceCut(*where, touched.blocks, block_rank, dense_b, output.length, rank)
+
+
+def real_inputs(linear: LinearSpec) -> Interval:
+    """The TP rank's input columns, padding left out."""
+    return linear.inputs.shifted(0, linear.inputs.size)
 
 
 def read_a(linear: LinearSpec, cut: SliceCut, shape: ModuleShape, read: Read) -> torch.Tensor:
-    """The local A [a_rows, local inputs without padding], reading no more than the TP rank needs."""
+    """The local A [a_rows, local inputs], both without padding, reading no more than the TP rank needs."""
     if linear.kind == "column":
         if shape.structure == "block_a":
             return block_diagonal(read("A", None, None), shape.nblocks)
-        return read("A", slice(cut.first_rank, cut.first_rank + cut.rank), None)
+        return read("A", slice(cut.first_rank, min(cut.first_rank + cut.a_rows, shape.rank)), None)
     if shape.structure != "block_a":
-        return read("A", None, slice(cut.positions.start, cut.positions.stop))
+        return read("A", None, slice(cut.inputs.start, cut.inputs.stop))
     parts = []
     for i in range(cut.a.count):
-        start, stop = cut.a.bounds(i, cut.positions.length)
+        start, stop = cut.a.bounds(i, cut.inputs.length)
         skipped = start + cut.a.offset - i * cut.a.size  # columns of the block that belong to the TP rank before
         block = cut.first_block + i
         rows = slice(block * cut.a_rows, (block + 1) * cut.a_rows)
@@ -112,11 +119,12 @@ def read_a(linear: LinearSpec, cut: SliceCut, shape: ModuleShape, read: Read) ->
 
 def read_b(linear: LinearSpec, cut: SliceCut, shape: ModuleShape, read: Read) -> torch.Tensor:
     """The local B [local outputs without padding, block_rank], reading no more than the TP rank needs."""
+    rows = slice(cut.outputs.start, cut.outputs.stop)
     if linear.kind == "column":
-        return read("B", slice(cut.positions.start, cut.positions.stop), None)
+        return read("B", rows, None)
     if shape.structure == "block_b":
         return block_diagonal(read("B", None, None), shape.nblocks)
-    return read("B", None, slice(cut.first_rank, cut.first_rank + cut.rank))
+    return read("B", rows, slice(cut.first_rank, cut.first_rank + cut.rank))
 
 
 def block_diagonal(packed: torch.Tensor, nblocks: int) -> torch.Tensor:

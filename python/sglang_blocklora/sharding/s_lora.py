@@ -1,0 +1,59 @@
+"""S-LoRA's sharding of plain LoRA: both factors split over all TP ranks, at the price of collectives.
+
+Sheng et al., "S-LoRA: Serving Thousands of Concurrent LoRA Adapters" (arXiv 2311.03285), section 6; the same as vLLM's
+``fully_sharded_loras``. For TP rank d of N and LoRA rank r:
+
+    column  h_d = x A_d^T, A_d rows [d * r/N, (d + 1) * r/N) of A; all-gather of h; B_d: the rank's own output rows
+    row     h_d = x_d A_d^T, A_d the rank's own input columns; all-reduce of h; B_d rows [d * out/N, (d + 1) * out/N)
+            of B, added to those columns of the partial output, which the base layer's own all-reduce sums
+
+Where N does not divide r or out, shares are rounded up: the last ranks' rows of A are zeros, their rows of B fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from blocklora_kernels.descriptor import Blocks
+
+from sglang_blocklora.adapters.model_spec import Interval, LinearSpec
+from sglang_blocklora.sharding.shard import ModuleShape, SliceCut, real_inputs
+
+
+def uses_s_lora(shapes: Iterable[ModuleShape]) -> bool:
+    """Whether a linear fed by modules of these shapes is cut S-LoRA's way where that is asked for: all are plain."""
+    return all(shape.structure == "plain" for shape in shapes)
+
+
+def own_share(size: int, tp_rank: int, tp_size: int) -> Interval:
+    """The TP rank's part of an axis that all ranks share out; shorter, even empty, on the last ranks."""
+    share = -(-size // tp_size)
+    return Interval(min(share * tp_rank, size), min(share * (tp_rank + 1), size), size)
+
+
+def cut_s_lora(
+    linear: LinearSpec, slice_index: int, offset: int, size: int, shape: ModuleShape, tp_rank: int, tp_size: int
+) -> SliceCut:
+    """Which part of a plain module TP rank ``tp_rank`` of ``tp_size`` holds for one slice of ``linear``.
+
+    offset, size  the slice's first row in the module and the module's rows (``Source``)
+    A TP rank that holds only padding of the slice has its part of the other factor all the same.
+    """
+    r, output = shape.rank, linear.outputs[slice_index]
+    inputs = real_inputs(linear)
+    dense_a = Blocks(1, linear.inputs.length, 0)
+    if linear.kind == "column":
+        first = own_share(r, tp_rank, tp_size).start
+        rows = output.shifted(offset, size)
+        dense_b = Blocks(1, output.length, 0)
+        return SliceCut(r, first, 0, inputs, rows, dense_a, -(-r // tp_size), dense_b, output.length, r)
+    rows = own_share(output.size, tp_rank, tp_size)
+    return SliceCut(r, 0, 0, inputs, rows, dense_a, r, Blocks(1, rows.length, 0), rows.length, r)
+
+
+def out_offsets(linear: LinearSpec, tp_rank: int, tp_size: int) -> tuple[int, ...]:
+    """[slices + 1] local output columns that the rows of each slice's local B add to, as ``LinearSpec.out_offsets``."""
+    if linear.kind == "column":
+        return linear.out_offsets
+    own = own_share(linear.outputs[0].size, tp_rank, tp_size)
+    return own.start, own.stop
