@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from sglang_blocklora import cpu_only
+from support.server import Server, running
 
 cpu_only.install_shims()  # before anything imports transformers or SGLang
 
 NEW_TOKENS = 16
+# Adapters of ``api_server``, called as in the README; what they answer is random.
+NAMES = {"sql": "n2", "support": "n4", "legal": "plain"}
+ADMIN_KEY = "secret"
 
 
 @dataclass(frozen=True)
@@ -69,3 +73,25 @@ def _make(folder: Path, family: str, kv_heads: int) -> Case:
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in (5, 23)]
     return Case(model, adapters, prompts, peft_tokens(model, adapters, prompts, NEW_TOKENS))
+
+
+@pytest.fixture(scope="session")
+def api_case(case: Callable[[str, int], Case]) -> Case:
+    """What ``api_server`` serves."""
+    return case("llama", 4)
+
+
+@pytest.fixture(scope="session")
+def api_server(api_case: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server at TP 2 that tests of the HTTP API and of the frontend language share; each leaves it as it was."""
+    log = tmp_path_factory.mktemp("api-server") / "log"
+    flags = ["--tp", "2", "--adapter-memory", "unified", "--max-loras-per-batch", "4", "--max-running-requests", "4"]
+    flags += ["--served-model-name", "llama", "--enable-metrics", "--admin-api-key", ADMIN_KEY]
+    flags += ["--max-total-tokens", "3072"]  # too few for all adapters of the tests
+    flags += ["--sleep-on-idle"]  # it lives to the end of the session, beside servers of other tests
+    flags += ["--lora-paths", *(f"{name}={api_case.adapters[source]}" for name, source in NAMES.items())]
+    with running(api_case.model, *flags, log=log) as server:
+        yield server
+        text = server.log_text()
+        assert "Traceback" not in text
+        assert "memory leak" not in text.lower()

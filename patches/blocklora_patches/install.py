@@ -6,6 +6,7 @@ from blocklora_patches import (
     engine,
     http_server,
     lora_manager,
+    lora_registry,
     mem_cache_registry,
     model_runner,
     scheduler,
@@ -20,6 +21,7 @@ from blocklora_patches.contract import SYMBOLS
 
 HOOKS = (
     *lora_manager.HOOKS,
+    *lora_registry.HOOKS,
     *model_runner.HOOKS,
     *scheduler.HOOKS,
     *scheduler_state.HOOKS,

@@ -37,6 +37,13 @@ class _BoundEndpoint(Bound):
         super()._add_images(s, data)  # type: ignore[misc]
         data["lora_path"] = self.adapter
 
+    def _assert_success(self, res: Any) -> None:
+        try:
+            super()._assert_success(res)  # type: ignore[misc]
+        except RuntimeError:
+            _check_served(self.unbound, self.adapter)  # it may have been unloaded since it was looked up
+            raise
+
     def cache_prefix(self, prefix_str: str) -> None:
         """Upstream sends this request alone past ``_add_images``."""
         data = {"text": prefix_str, "sampling_params": {"max_new_tokens": 0}}
@@ -51,13 +58,19 @@ class _BoundOpenAI(Bound):
         chat, completions = unbound.client.chat.completions, unbound.client.completions
         # The model's name is replaced in the request and not in the backend, which reads meaning into it ("o1").
         self.client = SimpleNamespace(
-            chat=SimpleNamespace(completions=SimpleNamespace(create=_with_model(chat.create, adapter))),
-            completions=SimpleNamespace(create=_with_model(completions.create, adapter)),
+            chat=SimpleNamespace(completions=SimpleNamespace(create=self._with_adapter(chat.create))),
+            completions=SimpleNamespace(create=self._with_adapter(completions.create)),
         )
 
+    def _with_adapter(self, create: Any) -> Any:
+        def create_with_adapter(**arguments: Any) -> Any:
+            try:
+                return create(**{**arguments, "model": self.adapter})
+            except _openai().openai.NotFoundError:
+                _check_served(self.unbound, self.adapter)  # it may have been unloaded since it was looked up
+                raise
 
-def _with_model(create: Any, model: str) -> Any:
-    return lambda **arguments: create(**{**arguments, "model": model})
+        return create_with_adapter
 
 
 def bind(backend: Any, adapter: str | None) -> Any:
@@ -92,13 +105,21 @@ def _bound_class(mixin: type, backend: type) -> type:
 
 
 def _is_openai(backend: Any) -> bool:
-    module = sys.modules.get("sglang.lang.backend.openai")  # not imported here: it may not be installed
-    return module is not None and isinstance(backend, module.OpenAI)
+    return _openai() is not None and isinstance(backend, _openai().OpenAI)
+
+
+def _openai() -> Any:
+    """Upstream's module, or None. It is not imported here: the client may not be installed."""
+    return sys.modules.get("sglang.lang.backend.openai")
 
 
 def _check_known(backend: Any, adapter: str) -> None:
-    if adapter in getattr(backend, _KNOWN, ()):
-        return
+    if adapter not in getattr(backend, _KNOWN, ()):
+        _check_served(backend, adapter)
+
+
+def _check_served(backend: Any, adapter: str) -> None:
+    """``UnknownAdapter`` unless the server has the adapter now."""
     if isinstance(backend, RuntimeEndpoint):
         where = backend.base_url
         answer = http_request(f"{where}/v1/models", api_key=backend.api_key, verify=backend.verify)

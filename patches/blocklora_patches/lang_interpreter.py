@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from sglang.lang.ir import SglExprList
+from sglang.lang.ir import SglExprList, SglGen
 from sglang.srt.plugins.hook_registry import HookType
-from sglang_blocklora.adapter_choice import NOT_GIVEN, AdaptersNotSupported, AdapterUnavailable, Choice, NotGiven
+from sglang_blocklora.adapter_choice import (
+    NOT_GIVEN,
+    AdaptersNotSupported,
+    AdapterUnavailable,
+    Choice,
+    NotGiven,
+    SeveralAnswersInStream,
+)
 
 from blocklora_patches.hook import Hook
 from blocklora_patches.lang_backends import bind, bound_adapter
+
+REFUSED = (AdapterUnavailable, SeveralAnswersInStream)
 
 
 def _choice_of(expression: Any) -> Choice:
@@ -18,53 +27,76 @@ def _choice_of(expression: Any) -> Choice:
 
 
 def _submit(self: Any, expression: Any) -> None:
-    """Refuse an adapter that cannot be had where the program asks for it, not later in the worker thread."""
+    """Refuse what cannot be had where the program asks for it, not later in the worker thread."""
     if isinstance(expression, SglExprList):
         for part in expression.expr_list:
             _submit(self, part)
         return
-    choice = _choice_of(expression)
-    if isinstance(choice, NotGiven):
-        return
     try:
-        bind(self.backend, choice)
-        if self.num_api_spec_tokens is not None and choice != bound_adapter(self.backend):
-            raise AdaptersNotSupported(
-                f"adapter {choice!r}: with num_api_spec_tokens one request answers several calls, so the whole program "
-                "has one adapter. Choose it with run(adapter=...)."
-            )
-    except AdapterUnavailable as error:
+        _check_stream(self, expression)
+        _check_adapter(self, _choice_of(expression))
+    except REFUSED as error:
         self.error_ = error  # a streaming program runs in a thread of its own: its reader raises this
         raise
 
 
+def _check_stream(executor: Any, expression: Any) -> None:
+    if executor.stream and isinstance(expression, SglGen):
+        n = executor._resolve_sampling_params(expression.sampling_params).n
+        if n > 1:
+            raise SeveralAnswersInStream(
+                f"gen({expression.name!r}, n={n}) in a streaming program: the pieces of {n} answers would come mixed. "
+                "Run the program without stream=True, or fork it."
+            )
+
+
+def _check_adapter(executor: Any, choice: Choice) -> None:
+    if isinstance(choice, NotGiven):
+        return
+    bind(executor.backend, choice)
+    if executor.num_api_spec_tokens is not None and choice != bound_adapter(executor.backend):
+        raise AdaptersNotSupported(
+            f"adapter {choice!r}: with num_api_spec_tokens one request answers several calls, so the whole program "
+            "has one adapter. Choose it with run(adapter=...)."
+        )
+
+
 def _execute(original: Any, self: Any, expression: Any) -> Any:
     choice = _choice_of(expression)
-    if isinstance(choice, NotGiven):
-        return original(self, expression)
     backend = self.backend
-    self.backend = bind(backend, choice)
     try:
+        if not isinstance(choice, NotGiven):
+            self.backend = bind(backend, choice)
         return original(self, expression)
+    except AdapterUnavailable as error:
+        self.error_ = error  # kept before the worker thread wakes up who waits for the answer
+        raise
     finally:
         self.backend = backend
 
 
-def _raise_error(state: Any) -> None:
-    error = state.stream_executor.error_
-    if isinstance(error, AdapterUnavailable):
-        raise error
+def _get_var(original: Any, self: Any, name: str) -> Any:
+    try:
+        return original(self, name)
+    except KeyError:
+        _raise_error(self)
+        raise
+
+
+def _raise_error(executor: Any) -> None:
+    if isinstance(executor.error_, REFUSED):
+        raise executor.error_
 
 
 def _text_iter(original: Any, self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
     yield from original(self, *args, **kwargs)
-    _raise_error(self)
+    _raise_error(self.stream_executor)
 
 
 async def _text_async_iter(original: Any, self: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
     async for item in original(self, *args, **kwargs):
         yield item
-    _raise_error(self)
+    _raise_error(self.stream_executor)
 
 
 _EXECUTOR = "sglang.lang.interpreter.StreamExecutor"
@@ -73,6 +105,7 @@ HOOKS = (
     Hook(f"{_EXECUTOR}.submit", _submit, HookType.BEFORE, "An unknown adapter is an error, never the base model."),
     Hook(f"{_EXECUTOR}._execute_gen", _execute, HookType.AROUND, "Goes when upstream passes an adapter to backends."),
     Hook(f"{_EXECUTOR}._execute_select", _execute, HookType.AROUND, "As for _execute_gen."),
+    Hook(f"{_EXECUTOR}.get_var", _get_var, HookType.AROUND, "Who asks for an answer learns why there is none."),
     Hook(
         f"{_STATE}.text_iter", _text_iter, HookType.AROUND, "A stream that was refused raises, and does not just end."
     ),

@@ -36,6 +36,10 @@ class AdaptersNotSupported(AdapterUnavailable):
     """The backend cannot choose an adapter, and would have answered with its one model."""
 
 
+class SeveralAnswersInStream(ValueError):
+    """A streaming program asked for n > 1: their pieces would come mixed, as one text."""
+
+
 @contextmanager
 def adapter(name: str | None) -> Iterator[None]:
     """Calls written inside the block use adapter ``name`` (None: the base model) unless they name their own."""

@@ -8,10 +8,17 @@ touched: no server hook is installed, and programs that name no adapter run as b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sglang_blocklora import cpu_only, launch_server
-from sglang_blocklora.adapter_choice import AdaptersNotSupported, AdapterUnavailable, UnknownAdapter, adapter
+from sglang_blocklora.adapter_choice import (
+    AdaptersNotSupported,
+    AdapterUnavailable,
+    SeveralAnswersInStream,
+    UnknownAdapter,
+    adapter,
+)
 
 cpu_only.prepare_import()
 
@@ -20,7 +27,16 @@ from blocklora_patches.lang_engine import EngineEndpoint  # noqa: E402
 
 lang.activate()
 
-__all__ = ["AdapterUnavailable", "AdaptersNotSupported", "EngineEndpoint", "UnknownAdapter", "adapter", "engine"]
+__all__ = [
+    "AdapterUnavailable",
+    "AdaptersNotSupported",
+    "EngineEndpoint",
+    "SeveralAnswersInStream",
+    "UnknownAdapter",
+    "adapter",
+    "engine",
+    "runtime",
+]
 
 
 def engine(**options: Any) -> Any:
@@ -31,6 +47,25 @@ def engine(**options: Any) -> Any:
     Its ``generate`` takes ``adapter=``; ``EngineEndpoint(engine)`` is a backend for programs. As with ``sgl.Engine``
     the script is guarded by ``if __name__ == "__main__"``, and it imports this module before SGLang.
     """
+    argv = _server_argv(options)
+    from blocklora_patches.launch import make_engine
+
+    return make_engine(argv)
+
+
+def runtime(**options: Any) -> Any:
+    """An ``sgl.Runtime`` with block-diagonal LoRA: a server of this script's own, and a backend for programs.
+
+    options  as for ``engine``; the script is guarded as for it
+    """
+    argv = _server_argv(options)
+    from blocklora_patches.launch import make_runtime
+
+    return make_runtime(argv)
+
+
+def _server_argv(options: Mapping[str, Any]) -> list[str]:
+    """SGLang's command line for ``options``; ours among them are exported for the processes that it starts."""
     argv = []
     for name, value in options.items():
         values = value if isinstance(value, list | tuple) else [] if value is True else [value]
@@ -38,10 +73,7 @@ def engine(**options: Any) -> Any:
     cpu_flags = cpu_only.prepare(launch_server.tp_size(argv))
     settings, sglang_argv = launch_server.parse(argv)
     settings.export()
-
-    from blocklora_patches.launch import make_engine
-
-    return make_engine(launch_server.with_defaults(sglang_argv, {**cpu_flags, "--log-level": ["error"]}))
+    return launch_server.with_defaults(sglang_argv, {**cpu_flags, "--log-level": ["error"]})
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""An engine of the user's own process at TP 2: ``generate(adapter=)`` and programs, in a script as a user writes it."""
+"""An engine and a runtime of the user's own process at TP 2, in a script as a user writes it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from conftest import NEW_TOKENS, Case
 SCRIPT = """
 import json, sys
 
+import requests
 from sglang_blocklora import frontend as sgl
 
 NAMES = ["n2", "plain", None]
@@ -33,16 +34,26 @@ def select(s):
 
 
 @sgl.function
+def default(s):
+    s += "hello" + sgl.gen("x")
+
+
+@sgl.function
 def unknown(s):
     s += "x" + sgl.gen("x", adapter="nobody")
 
 
 def main():
     task = json.loads(sys.argv[1])
-    greedy = {"temperature": 0, "max_new_tokens": 8}
-    engine = sgl.engine(model_path=task["model"], tp=2, dtype="float32", max_total_tokens=16384,
-                        adapter_memory_mb=8, lora_paths=task["lora_paths"])
     found = {}
+    use_engine(task, found)
+    use_runtime(task, found)
+    print("FOUND" + json.dumps(found))
+
+
+def use_engine(task, found):
+    greedy = {"temperature": 0, "max_new_tokens": 8}
+    engine = sgl.engine(**task["options"])
     try:
         def tokens(adapter):
             sampling = {"temperature": 0, "max_new_tokens": task["new_tokens"], "ignore_eos": True}
@@ -65,7 +76,23 @@ def main():
         found["after"] = tokens("n2")
     finally:
         engine.shutdown()
-    print("FOUND" + json.dumps(found))
+
+
+def use_runtime(task, found):
+    greedy = {"temperature": 0, "max_new_tokens": 8}
+    runtime = sgl.runtime(**task["options"])
+    try:
+        found["runtime"] = program.run(backend=runtime, **greedy)["x"]
+        found["runtime default"] = default.run_batch([{}, {}], backend=runtime, adapter="plain", **greedy)[1]["x"]
+        streamed = default.run(backend=runtime, adapter="n2", stream=True, **greedy)
+        found["runtime stream"] = "".join(streamed.text_iter())
+        found["runtime adapters"] = requests.get(runtime.url + "/adapters").json()["total"]
+        try:
+            unknown.run(backend=runtime)
+        except sgl.UnknownAdapter as error:
+            found["runtime unknown"] = str(error)
+    finally:
+        runtime.shutdown()
 
 
 if __name__ == "__main__":
@@ -83,12 +110,15 @@ def found(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What the script found."""
     script = tmp_path_factory.mktemp("engine") / "program.py"
     script.write_text(SCRIPT)
-    task = {
-        "model": str(llama.model),
+    options = {
+        "model_path": str(llama.model),
+        "tp": 2,
+        "dtype": "float32",
+        "max_total_tokens": 16384,
+        "adapter_memory_mb": 8,
         "lora_paths": [f"{name}={llama.adapters[name]}" for name in ("n2", "plain")],
-        "prompt": llama.prompts[0],
-        "new_tokens": NEW_TOKENS,
     }
+    task = {"options": options, "prompt": llama.prompts[0], "new_tokens": NEW_TOKENS}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", script, json.dumps(task)],
         capture_output=True,
@@ -115,3 +145,11 @@ def test_programs_run_on_the_engine(found: dict) -> None:
 
 def test_the_engine_is_its_own_again_afterwards(found: dict, llama: Case) -> None:
     assert found["after"] == llama.expected["n2"][0]
+
+
+def test_programs_run_on_a_runtime_with_our_extension(found: dict) -> None:
+    assert found["runtime"] == found["direct"]
+    assert found["runtime default"] == found["direct"][1]
+    assert found["runtime stream"] == "hello" + found["direct"][0]
+    assert found["runtime adapters"] == 2, "GET /adapters is ours alone"
+    assert "Loaded: n2, plain." in found["runtime unknown"]

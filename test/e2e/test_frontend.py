@@ -10,33 +10,20 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Case
-from support.server import Server, running
+from conftest import NAMES
+from support.server import Server
 
 REPOSITORY = Path(__file__).parents[2]
-# Names as in the README; what they answer is random.
-NAMES = {"sql": "n2", "support": "n4", "legal": "plain"}
 GREEDY = {"temperature": 0, "max_new_tokens": 8}
 
 
 @pytest.fixture(scope="module")
-def llama(case) -> Case:
-    return case("llama", 2)
-
-
-@pytest.fixture(scope="module")
-def server(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "log"
-    flags = ["--tp", "2", "--served-model-name", "llama"]
-    flags += ["--lora-paths", *(f"{name}={llama.adapters[source]}" for name, source in NAMES.items())]
-    with running(llama.model, *flags, log=log) as server:
-        yield server
-        assert "Traceback" not in server.log_text()
+def server(api_server: Server) -> Server:
+    return api_server
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +83,8 @@ def test_fork_batch_and_stream(server: Server, sgl: Any, backend: Any) -> None:
     def streamed(s):
         s += "hello" + sgl.gen("x", adapter="sql")
 
+    states = streamed.run_batch([{}] * 3, backend=backend, adapter="legal", **GREEDY)
+    assert [state["x"] for state in states] == [direct(server, "hello", "sql")["text"]] * 3
     state = streamed.run(backend=backend, stream=True, **GREEDY)
     parts = list(state.text_iter())
     assert "".join(parts) == "hello" + direct(server, "hello", "sql")["text"]
@@ -110,6 +99,7 @@ def test_constraints_and_several_answers(server: Server, sgl: Any, backend: Any)
             "json", max_tokens=1, json_schema='{"type": "integer", "minimum": 1, "maximum": 9}', adapter="support"
         )
         s += " " + sgl.gen_int("int", max_tokens=4, adapter="legal")
+        s += sgl.gen_string("string", max_tokens=4, adapter="support")
         s += sgl.gen("several", n=3, adapter="sql")
 
     state = program.run(backend=backend, **GREEDY)
@@ -117,6 +107,7 @@ def test_constraints_and_several_answers(server: Server, sgl: Any, backend: Any)
     assert state["regex"] == direct(server, "number: ", "sql", regex="[0-9]{4}", max_new_tokens=4)["text"]
     assert 1 <= int(state["json"]) <= 9
     assert re.fullmatch(r"[-+]?[0-9]+[ \n]*", state["int"])
+    assert re.fullmatch(r'"[^"]*"?', state["string"])
     assert len(state["several"]) == 3
     assert len(set(state["several"])) == 1, "greedy answers of one adapter are equal"
 
@@ -166,6 +157,20 @@ def test_prefixes_are_shared_with_the_same_adapter_and_with_no_other(sgl: Any, b
     # One token a byte; the last generated token's KV is not computed when a request ends.
     assert cached["same"] >= len(prompt) + GREEDY["max_new_tokens"] - 1
     assert cached["back"] >= cached["same"] + GREEDY["max_new_tokens"] - 1
+
+
+def test_an_image_reaches_the_server_beside_the_adapter(server: Server, sgl: Any, backend: Any, tmp_path: Path) -> None:
+    """No vision model is served: the server takes the picture, looks at the text only and answers as the adapter."""
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(bytes(range(256)))
+
+    @sgl.function
+    def program(s, adapter):
+        s += sgl.image(str(picture)) + "What is this?" + sgl.gen("x", adapter=adapter)
+
+    for adapter in (*NAMES, None):
+        state = program.run(adapter=adapter, backend=backend, **GREEDY)
+        assert state["x"] == direct(server, "<image>What is this?", adapter)["text"]
 
 
 def test_unknown_adapter_names_the_known_ones(sgl: Any, backend: Any) -> None:

@@ -9,38 +9,31 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import torch
-from conftest import NEW_TOKENS, Case
+from conftest import ADMIN_KEY, NAMES, NEW_TOKENS, Case
 from prometheus_client.parser import text_string_to_metric_families
 from sglang_blocklora.adapters.content_hash import content_hash
 from sglang_blocklora.adapters.inspection import inspect_adapter
 from sglang_blocklora.adapters.standalone import BaseSizes
-from support.server import Server, running
+from support.server import Server
 
-ADMIN_KEY = "secret"
-LOADED = ("n2", "n4", "plain")
-
-
-@pytest.fixture(scope="module")
-def llama(case) -> Case:
-    return case("llama", 2)
+LOADED = tuple(NAMES)
 
 
 @pytest.fixture(scope="module")
-def server(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "log"
-    flags = ["--tp", "2", "--served-model-name", "tiny", "--adapter-memory-mb", "1", "--max-loras-per-batch", "4"]
-    flags += ["--enable-metrics", "--admin-api-key", ADMIN_KEY, "--max-running-requests", "4"]
-    flags += ["--lora-paths", *(f"{name}={llama.adapters[name]}" for name in LOADED)]
-    with running(llama.model, *flags, log=log) as server:
-        yield server
-        assert "Traceback" not in server.log_text()
+def llama(api_case: Case) -> Case:
+    return api_case
+
+
+@pytest.fixture(scope="module")
+def server(api_server: Server) -> Server:
+    return api_server
 
 
 def call(server: Server, path: str, body: Mapping[str, Any] | None = None, key: str | None = ADMIN_KEY) -> tuple:
@@ -64,15 +57,16 @@ def test_list_tells_what_each_adapter_is(server: Server, llama: Case) -> None:
     assert set(found) == set(LOADED)
     for name in LOADED:
         own = found[name]
-        assert own["path"] == str(llama.adapters[name])
-        assert own["content_hash"] == content_hash(llama.adapters[name])
-        config = json.loads((llama.adapters[name] / "adapter_config.json").read_text())
+        path = llama.adapters[NAMES[name]]
+        assert own["path"] == str(path)
+        assert own["content_hash"] == content_hash(path)
+        config = json.loads((path / "adapter_config.json").read_text())
         assert own["rank"] == config["r"]
         assert own["nblocks"] == (config["use_bdlora"] or {"nblocks": 1})["nblocks"]
         assert (own["running"], own["waiting"], own["pinned"], own["last_error"]) == (0, 0, False, None)
-        # 2 layers, K and V plane, one KV head of 12 float32 numbers on each TP rank, rounded up to 16.
-        assert own["bytes_per_tp_rank"] == own["slots"] * 2 * 2 * 16 * 4
-        (cost,) = inspect_adapter(llama.adapters[name], BaseSizes.read(llama.model), [2], torch.float32).tp
+        # 2 layers, K and V plane, two KV heads of 12 float32 numbers on each TP rank.
+        assert own["bytes_per_tp_rank"] == own["slots"] * 2 * 2 * 24 * 4
+        (cost,) = inspect_adapter(path, BaseSizes.read(llama.model), [2], torch.float32).tp
         assert (own["slots"], own["bytes_per_tp_rank"]) == (cost.slots, cost.arena_bytes)
         assert max(cost.bytes_per_rank) <= own["bytes_per_tp_rank"]
 
@@ -93,10 +87,10 @@ def test_list_is_paged(server: Server) -> None:
 
 
 def test_residency_and_counts_follow_requests(server: Server, llama: Case) -> None:
-    before = adapters(server)["n2"]
+    before = adapters(server)["sql"]
     for _ in range(2):
-        assert server.tokens(llama.prompts[0], "n2", NEW_TOKENS) == llama.expected["n2"][0]
-    after = adapters(server)["n2"]
+        assert server.tokens(llama.prompts[0], "sql", NEW_TOKENS) == llama.expected[NAMES["sql"]][0]
+    after = adapters(server)["sql"]
     assert after["tier"] == "resident"
     assert after["hits"] + after["misses"] == before["hits"] + before["misses"] + 2
     assert after["hits"] >= before["hits"] + 1
@@ -121,6 +115,24 @@ def test_vllm_load_and_unload(server: Server, llama: Case) -> None:
     assert call(server, "/v1/unload_lora_adapter", {"lora_name": "new"})[0] == 404
 
 
+def test_an_adapter_can_be_unloaded_whatever_its_requests_came_to(server: Server, llama: Case) -> None:
+    """Several answers to one prompt, prompts that are refused, and a client that goes away."""
+    assert (
+        call(server, "/v1/load_lora_adapter", {"lora_name": "used", "lora_path": str(llama.adapters["n8"])})[0] == 200
+    )
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.completions.create(model="used", prompt=llama.prompts[0], n=3, max_tokens=4, temperature=0)
+        assert len({choice.text for choice in answer.choices}) == 1
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(model="used", prompt=[1] * 100_000, max_tokens=4)
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(model="used", prompt=[llama.prompts[0], [1] * 100_000], n=2, max_tokens=4)
+        with pytest.raises(openai.APITimeoutError):
+            client.completions.create(model="used", prompt=llama.prompts[0], max_tokens=400, timeout=0.2)
+    assert call(server, "/v1/unload_lora_adapter", {"lora_name": "used"})[0] == 200
+    assert "used" not in adapters(server)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -142,9 +154,9 @@ def test_admin_key_protects_what_changes_something(server: Server, llama: Case) 
     for path, body in (
         ("/v1/load_lora_adapter", load),
         ("/load_lora_adapter", load),
-        ("/v1/unload_lora_adapter", {"lora_name": "n2"}),
-        ("/adapters/n2/pin", {}),
-        ("/adapters/n2/unpin", {}),
+        ("/v1/unload_lora_adapter", {"lora_name": "sql"}),
+        ("/adapters/sql/pin", {}),
+        ("/adapters/sql/unpin", {}),
     ):
         for key in (None, "wrong"):
             assert call(server, path, body, key=key)[0] == 401, path
@@ -156,12 +168,16 @@ def test_pinned_adapters_stay_and_at_most_half_of_the_memory_can_be_pinned(
     server: Server, llama: Case, tmp_path: Path
 ) -> None:
     assert call(server, "/adapters/nobody/pin", {})[0] == 404
-    assert call(server, "/adapters/n2/pin", {}) == (200, {"name": "n2", "pinned": True})
+    assert call(server, "/adapters/sql/pin", {}) == (200, {"name": "sql", "pinned": True})
     copies = [f"copy{i}" for i in range(8)]
     try:
-        server.tokens(llama.prompts[0], "n2", 2)
-        for name in copies:
+        server.tokens(llama.prompts[0], "sql", 2)
+        for i, name in enumerate(copies):
             shutil.copytree(llama.adapters["n8"], tmp_path / name)
+            config = tmp_path / name / "adapter_config.json"
+            config.write_text(
+                json.dumps(json.loads(config.read_text()) | {"lora_alpha": i + 1})
+            )  # equal bytes are shared
             assert (
                 call(server, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(tmp_path / name)})[0] == 200
             )
@@ -169,8 +185,8 @@ def test_pinned_adapters_stay_and_at_most_half_of_the_memory_can_be_pinned(
             server.tokens(llama.prompts[0], name, 2)
         found = adapters(server)
         assert {one["tier"] for one in found.values()} == {"resident", "host"}, "the copies should not all fit"
-        assert found["n2"]["tier"] == "resident"
-        assert found["n2"]["pinned"]
+        assert found["sql"]["tier"] == "resident"
+        assert found["sql"]["pinned"]
         assert sum(one["evictions"] for one in found.values()) > 0
         refused = [name for name in copies if call(server, f"/adapters/{name}/pin", {})[0] == 400]
         assert refused
@@ -179,8 +195,8 @@ def test_pinned_adapters_stay_and_at_most_half_of_the_memory_can_be_pinned(
     finally:
         for name in copies:
             call(server, "/v1/unload_lora_adapter", {"lora_name": name})
-    assert call(server, "/adapters/n2/unpin", {}) == (200, {"name": "n2", "pinned": False})
-    assert not adapters(server)["n2"]["pinned"]
+    assert call(server, "/adapters/sql/unpin", {}) == (200, {"name": "sql", "pinned": False})
+    assert not adapters(server)["sql"]["pinned"]
 
 
 def series(server: Server, prefix: str) -> dict[tuple[str, tuple], float]:
@@ -201,10 +217,10 @@ def test_metrics_count_per_adapter(server: Server, llama: Case) -> None:
 
     before = series(server, "sglang_blocklora:")
     prompt = [7] * 40
-    for adapter in ("n4", "n4", None):
+    for adapter in ("support", "support", None):
         server.tokens(prompt, adapter, 3)
     after = series(server, "sglang_blocklora:")
-    for adapter, count in (("n4", 2), ("(base)", 1)):
+    for adapter, count in (("support", 2), ("(base)", 1)):
         gained = {
             name: value(after, name, adapter) - value(before, name, adapter)
             for name in (
@@ -222,12 +238,12 @@ def test_metrics_count_per_adapter(server: Server, llama: Case) -> None:
             "adapter_generation_tokens_total": 3 * count,
             "adapter_time_to_first_token_seconds_count": count,
         }
-        assert hits == (39 if adapter == "n4" else 0)  # the second request finds the first one's prompt
-    facts = adapters(server)["n4"]
-    assert value(after, "adapter_loads_total", "n4") == facts["loads"]
-    assert value(after, "adapter_load_seconds_total", "n4") == pytest.approx(facts["load_seconds"])
-    assert value(after, "adapter_evictions_total", "n4") == facts["evictions"]
-    assert after["sglang_blocklora:adapter_slots", (("owner", "n4"),)] == facts["slots"]
+        assert hits == (39 if adapter == "support" else 0)  # the second request finds the first one's prompt
+    facts = adapters(server)["support"]
+    assert value(after, "adapter_loads_total", "support") == facts["loads"]
+    assert value(after, "adapter_load_seconds_total", "support") == pytest.approx(facts["load_seconds"])
+    assert value(after, "adapter_evictions_total", "support") == facts["evictions"]
+    assert after["sglang_blocklora:adapter_slots", (("owner", "support"),)] == facts["slots"]
 
 
 def lora_requests_info(server: Server) -> tuple[float, int, list[str], list[str]]:
@@ -249,7 +265,7 @@ def test_routers_read_running_and_waiting_adapters(server: Server, llama: Case) 
     assert abs(value - time.time()) < 60
     assert (max_lora, running_names, waiting_names) == (4, [], [])
     # Six long requests on four places: two adapters run and somebody waits.
-    requests = [(llama.prompts[0], ("n2", "n4", "plain")[i % 3]) for i in range(6)]
+    requests = [(llama.prompts[0], LOADED[i % 3]) for i in range(6)]
     thread = threading.Thread(target=server.many, args=(requests, 200))
     thread.start()
     seen_running: set[str] = set()
@@ -259,7 +275,7 @@ def test_routers_read_running_and_waiting_adapters(server: Server, llama: Case) 
         seen_running |= set(now_running)
         seen_waiting |= set(now_waiting)
     thread.join()
-    assert seen_running == {"n2", "n4", "plain"}
-    assert seen_waiting <= {"n2", "n4", "plain"}
+    assert seen_running == set(LOADED)
+    assert seen_waiting <= set(LOADED)
     assert seen_waiting
     assert lora_requests_info(server)[2:] == ([], [])

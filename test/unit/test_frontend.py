@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import importlib
 import json
 import threading
 import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,6 +51,10 @@ class Endpoint:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.requests.append(body | {"path": self.path})
+                asked = body.get("lora_path") or body.get("model")
+                if asked not in (None, "base", *outer.adapter_names):
+                    self.reply({"error": {"message": "no such adapter"}}, status=404)
+                    return
                 if self.path != "/generate":
                     answer: Any = self.completion(body)
                 elif isinstance(body.get("text"), list):
@@ -72,10 +79,10 @@ class Endpoint:
                 usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
                 return {"id": "1", "object": "x", "created": 1, "model": "m", "choices": [part], "usage": usage}
 
-            def reply(self, answer: Any, stream: bool = False) -> None:
+            def reply(self, answer: Any, stream: bool = False, status: int = 200) -> None:
                 data = json.dumps(answer)
                 payload = f"data: {data}\n\ndata: [DONE]\n\n" if stream else data
-                self.send_response(200)
+                self.send_response(status)
                 self.send_header("Content-Type", "text/event-stream" if stream else "application/json")
                 self.end_headers()
                 self.wfile.write(payload.encode())
@@ -85,7 +92,7 @@ class Endpoint:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def adapters(self) -> list[str | None]:
         return [request.get("lora_path") for request in self.requests]
@@ -244,6 +251,73 @@ def test_unknown_adapter_in_a_stream_raises_at_its_reader(sgl: Any, backend: Any
         list(state.text_iter())
 
 
+@pytest.mark.filterwarnings("ignore:Error in stream_executor")  # upstream's word on it
+def test_an_adapter_that_was_unloaded_meanwhile_raises_where_its_answer_is_read(
+    sgl: Any, backend: Any, openai_backend: Any, endpoint: Endpoint
+) -> None:
+    @sgl.function
+    def program(s, name):
+        s += "x" + sgl.gen("x", adapter=name)
+
+    backends = [backend, openai_backend(is_chat_model=False)]
+    for one in backends:
+        program.run(name="a", backend=one)
+    endpoint.adapter_names.remove("a")
+    for one in backends:
+        with pytest.raises(sgl.UnknownAdapter, match=r"Loaded: b, c\."):
+            program.run(name="a", backend=one)["x"]
+        assert program.run(name="b", backend=one)["x"] == "<b>"
+
+
+def test_images_travel_unchanged_beside_the_adapter(
+    sgl: Any, backend: Any, openai_backend: Any, endpoint: Endpoint, tmp_path: Path
+) -> None:
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(bytes(range(256)))
+
+    @sgl.function
+    def ask(s, adapter):
+        s += sgl.image(str(picture)) + "What is this?" + sgl.gen("x", adapter=adapter)
+        s += sgl.select("y", choices=["base", "a"], adapter=adapter)
+
+    assert ask.run(adapter=None, backend=backend).text() == "<image>What is this?<base>base"
+    without = list(endpoint.requests)
+    endpoint.requests.clear()
+    state = ask.run(adapter="a", backend=backend)
+    assert (state["x"], state["y"]) == ("<a>", "a")
+    assert endpoint.adapters() == ["a"] * 3  # gen, and select's prefix and scores
+    images = [base64.b64decode(request["image_data"]) for request in endpoint.requests]
+    assert images == [picture.read_bytes()] * 3
+    assert endpoint.requests[0] == without[0] | {"lora_path": "a"}
+    assert "".join(ask.run(adapter="b", backend=backend, stream=True).text_iter()).startswith("<image>What is this?<b>")
+    assert endpoint.requests[3]["image_data"] == endpoint.requests[0]["image_data"]
+
+    @sgl.function
+    def chat(s, adapter):
+        s += sgl.user(sgl.image(str(picture)) + "What is this?")
+        s += sgl.assistant(sgl.gen("x", adapter=adapter))
+
+    endpoint.requests.clear()
+    for adapter in (None, "a"):
+        assert chat.run(adapter=adapter, backend=openai_backend(is_chat_model=True)).text()
+    plain, adapted = endpoint.requests
+    assert adapted == plain | {"model": "a"}
+    url = adapted["messages"][-1]["content"][1]["image_url"]["url"]
+    assert base64.b64decode(url.split(",")[1]) == picture.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the program's own thread
+def test_several_answers_in_a_stream_are_refused_and_not_mixed(sgl: Any, backend: Any, endpoint: Endpoint) -> None:
+    @sgl.function
+    def program(s):
+        s += "x" + sgl.gen("x", adapter="a", n=2)
+
+    for options in ({}, {"adapter": "b"}):
+        with pytest.raises(sgl.SeveralAnswersInStream, match="n=2"):
+            list(program.run(backend=backend, stream=True, **options).text_iter())
+    assert endpoint.requests == []
+
+
 def test_adapters_loaded_later_are_found_and_known_ones_are_looked_up_once(
     sgl: Any, backend: Any, endpoint: Endpoint
 ) -> None:
@@ -257,6 +331,24 @@ def test_adapters_loaded_later_are_found_and_known_ones_are_looked_up_once(
     endpoint.adapter_names.append("new")
     assert program.run(name="new", backend=backend)["x"] == "<new>"
     assert endpoint.looked_up == 2
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("anthropic", "Anthropic"), ("vertexai", "VertexAI"), ("litellm", "LiteLLM")]
+)
+def test_upstreams_backends_for_other_services_refuse_adapters(sgl: Any, module: str, name: str) -> None:
+    """Made without their clients, which are not installed: the adapter is refused before one would be called."""
+    backend_class = getattr(importlib.import_module(f"sglang.lang.backend.{module}"), name)
+    backend = object.__new__(backend_class)
+    super(backend_class, backend).__init__()
+
+    @sgl.function
+    def program(s):
+        s += sgl.user("hello")
+        s += sgl.assistant(sgl.gen("x", adapter="a"))
+
+    with pytest.raises(sgl.AdaptersNotSupported, match=f"{name} cannot choose an adapter"):
+        program.run(backend=backend)
 
 
 def test_a_backend_that_cannot_choose_raises_and_still_answers_for_the_base_model(sgl: Any) -> None:
@@ -278,17 +370,22 @@ def test_a_backend_that_cannot_choose_raises_and_still_answers_for_the_base_mode
 
 
 @pytest.fixture
-def openai_backend(sgl: Any, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> Any:
+def openai_backend(sgl: Any, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import tiktoken
 
     # The vocabulary is a download; the backend reads it for select and for integers only.
     stub = SimpleNamespace(_mergeable_ranks={}, _special_tokens={"<|endoftext|>": 0})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: stub)
 
-    def make(**options: Any) -> Any:
-        return sgl.OpenAI("base", base_url=f"{endpoint.url}/v1", api_key="none", **options)
+    made = []
 
-    return make
+    def make(**options: Any) -> Any:
+        made.append(sgl.OpenAI("base", base_url=f"{endpoint.url}/v1", api_key="none", **options))
+        return made[-1]
+
+    yield make
+    for backend in made:
+        backend.client.close()
 
 
 def test_openai_completions_send_the_adapter_as_model(sgl: Any, openai_backend: Any, endpoint: Endpoint) -> None:
