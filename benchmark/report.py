@@ -41,14 +41,26 @@ class Section:
     """One part's tables, a table for each scenario and a row for each variant.
 
     ``baseline``: the variant that the first column is compared with; the plot shows that column too
+    ``plotted``: whether there is a plot
     """
 
     part: str
     baseline: str
     columns: tuple[Column, ...]
+    plotted: bool = True
 
 
 PERCENT = 100.0
+MIB = 2.0**-20
+COUNTS = (
+    Column("adapter on a TP rank, MiB", "adapter_bytes", 2, MIB),
+    Column("all-gathers", "all_gathers", 0),
+    Column("all-reduces", "all_reduces", 0),
+    Column("bytes sent", "sent_bytes", 0),
+    Column("MFLOP", "flops", 2, 1e-6),
+    Column("parameters over plain", "parameters_over_plain", 2),
+)
+STEP = (Column("ms per token", "itl_ms_p50"), Column("TTFT, ms", "ttft_ms_p50"))
 
 SECTIONS = (
     Section("decode", "base", (Column("TPOT, ms", "tpot_ms_p50"), Column("tokens/s", "output_tokens_per_s", 0))),
@@ -59,6 +71,22 @@ SECTIONS = (
             Column("held-out loss", "eval_loss", 3),
             Column("training loss", "train_loss", 3),
             Column("parameters", "parameters", 0),
+        ),
+    ),
+    Section("end_to_end_tp2", "block-diagonal, matched", STEP),
+    Section("end_to_end_tp4", "block-diagonal, matched", STEP),
+    *(Section(f"counts_tp{tp}", "stock, r", COUNTS, plotted=False) for tp in (2, 4, 8)),
+    Section("counts", "stock, r", COUNTS, plotted=False),
+    Section(
+        "cost_model",
+        "base",
+        (
+            Column("step, ms", "step_ms", 2),
+            Column("S-LoRA over it", "s_lora_over_it", 2),
+            Column("stock over it", "stock_over_it", 2),
+            Column("measured or reported", "reported", 2),
+            Column("error, %", "error", 0, PERCENT),
+            Column("parameters over plain", "parameters_over_plain", 2),
         ),
     ),
 )
@@ -99,8 +127,8 @@ def details(section: Section, run: Run | None, root: str) -> str:
     if run is None:
         return f"Not measured yet: `make bench PARTS={section.part}`."
     blocks = [f"**{scenario}**\n\n{table(section, variants)}" for scenario, variants in run.figures.items()]
-    plot = f"![{section.part}]({root}{IMAGES}/{section.part}.svg)"
-    return "\n\n".join([*blocks, plot, conditions(section.part, run, root)])
+    plot = [f"![{section.part}]({root}{IMAGES}/{section.part}.svg)"] if section.plotted else []
+    return "\n\n".join([*blocks, *plot, conditions(section.part, run, root)])
 
 
 def summary(section: Section, run: Run | None, root: str) -> str:
@@ -131,7 +159,7 @@ def main() -> None:
     from benchmark.plots import plot
 
     for section in SECTIONS:
-        if run := newest(section.part):
+        if section.plotted and (run := newest(section.part)):
             plot(section, run, REPOSITORY / IMAGES)
     for document in DOCUMENTS:
         path = REPOSITORY / document

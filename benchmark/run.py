@@ -21,22 +21,27 @@ STOP_S = 60  # a part that was told to stop ends its servers within this
 
 @dataclass(frozen=True)
 class Part:
-    """A module to run, and the seconds after which it is stopped."""
+    """A module to run with its arguments, and the seconds after which it is stopped."""
 
     module: str
     limit_s: int
+    arguments: tuple[str, ...] = ()
 
 
 PARTS = {
     "decode": Part("benchmark.serving.runner", 300),
     "quality": Part("benchmark.quality.train", 420),
+    "counts": Part("benchmark.paper.counts", 240),
+    "cost_model": Part("benchmark.paper.cost_model", 60),
+    "end_to_end_tp2": Part("benchmark.paper.end_to_end", 300, ("--tp", "2")),
+    "end_to_end_tp4": Part("benchmark.paper.end_to_end", 540, ("--tp", "4", "--rounds", "2")),
 }
 
 
 def run(name: str, part: Part) -> str | None:
     """Run one part; what went wrong, or None."""
     print(f"\n== {name} (at most {part.limit_s // 60} minutes)", flush=True)
-    process = subprocess.Popen([sys.executable, "-m", part.module], cwd=REPOSITORY)
+    process = subprocess.Popen([sys.executable, "-m", part.module, *part.arguments], cwd=REPOSITORY)
     try:
         status = process.wait(part.limit_s)
         return f"ended with status {status}" if status else None

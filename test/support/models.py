@@ -108,11 +108,12 @@ def build_model(
             ):
                 parameter.fill_(5.0)  # tied random embeddings would otherwise repeat one token for ever
     model.save_pretrained(folder)
-    _save_tokenizer(folder)
+    save_tokenizer(folder)
     return folder
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path) -> None:
+    """Save a byte-level tokenizer of 256 tokens with a chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

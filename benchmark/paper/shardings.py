@@ -1,0 +1,116 @@
+"""What each sharding costs one decode forward on one TP rank, computed by the planner that serves adapters.
+
+Nothing runs here: ``plan_linear`` says which elements a TP rank holds for the shapes of a model, every one of which is
+multiplied once a token, and which linears need a collective. ``counts.py`` checks these numbers against real ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from sglang_blocklora.adapters.match_rank import match_rank, plain_parameters
+from sglang_blocklora.adapters.plan import LinearPlan, plan_linear
+from sglang_blocklora.adapters.standalone import BaseSizes, kind_of, standalone_spec
+from sglang_blocklora.sharding.shard import ModuleShape
+
+Sharding = Literal["stock", "s-lora", "block-diagonal"]
+SHARDINGS: tuple[Sharding, ...] = ("stock", "s-lora", "block-diagonal")
+LLAMA = {
+    "Llama-3.1-8B": BaseSizes(4096, 14336, 32, 8, 128, 32, 128256),
+    "Llama-3.1-70B": BaseSizes(8192, 28672, 64, 8, 128, 80, 128256),
+}
+MODULES = {
+    "q_proj": "self_attn",
+    "k_proj": "self_attn",
+    "v_proj": "self_attn",
+    "o_proj": "self_attn",
+    "gate_proj": "mlp",
+    "up_proj": "mlp",
+    "down_proj": "mlp",
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What LoRA adds to a decode forward on the TP rank that it costs most; all tokens under one adapter.
+
+    input_bytes  what the rank puts into the collectives
+    sent_bytes   what it sends with ring algorithms: 2 (N - 1) / N of an all-reduce's input, N - 1 of an all-gather's
+    """
+
+    all_gathers: int
+    all_reduces: int
+    gather_input_bytes: int
+    reduce_input_bytes: int
+    sent_bytes: int
+    adapter_bytes: int
+    flops: int
+
+
+def modules_of(base: BaseSizes) -> list[tuple[str, int, int]]:
+    """(module, in, out) of the seven linears of one layer."""
+    features = base.features()
+    return [(suffix, *features[suffix]) for suffix in MODULES]
+
+
+def parameters(base: BaseSizes, rank: int, nblocks: int = 1) -> int:
+    """Trained numbers of an adapter on all linears of all layers."""
+    total = 0
+    for suffix, inputs, outputs in modules_of(base):
+        total += rank * (inputs // nblocks + outputs if kind_of(suffix) == "row" else inputs + outputs // nblocks)
+    return total * base.layers
+
+
+def matched_rank(base: BaseSizes, rank: int, nblocks: int) -> int:
+    """Rank of a block-diagonal adapter with no more parameters than the plain one of ``rank``."""
+    modules = modules_of(base)
+    return match_rank(modules, nblocks, plain_parameters(modules, rank)).rank
+
+
+def lora_cost(base: BaseSizes, sharding: Sharding, rank: int, tp: int, batch: int, dtype: torch.dtype) -> Cost:
+    """The cost of an adapter of ``rank`` on all linears; block-diagonal ones have ``tp`` blocks.
+
+    stock: SGLang 0.5.21 holds what our ``replicate`` holds, and all-reduces the shrink output of o and down.
+    """
+    costs = [_rank_cost(base, sharding, rank, tp, tp_rank, batch, dtype) for tp_rank in range(tp)]
+    return Cost(*(max(values) for values in zip(*map(dataclasses.astuple, costs), strict=True)))
+
+
+def _rank_cost(
+    base: BaseSizes, sharding: Sharding, rank: int, tp: int, tp_rank: int, batch: int, dtype: torch.dtype
+) -> Cost:
+    features = {f"model.layers.0.{MODULES[suffix]}.{suffix}": (i, o) for suffix, i, o in modules_of(base)}
+    spec = standalone_spec("computed", features, dtype, tp_rank, tp, base)
+    spec = dataclasses.replace(spec, s_lora=sharding == "s-lora" and tp > 1)
+    shapes = {module: _shape(sharding, module, rank, tp) for module in features}
+    plans = [plan_linear(linear, shapes, spec) for linear in spec.layers[0]]
+    gathers = [_exchanged(plan, sharding, rank) for plan in plans if plan.linear.kind == "column"]
+    reduces = [_exchanged(plan, sharding, rank) for plan in plans if plan.linear.kind == "row"]
+    elements = base.layers * sum(sum(plan.sizes()) for plan in plans)
+    scale = base.layers * batch * dtype.itemsize
+    gather_bytes, reduce_bytes = scale * sum(gathers), scale * sum(reduces)
+    return Cost(
+        base.layers * sum(map(bool, gathers)),
+        base.layers * sum(map(bool, reduces)),
+        gather_bytes,
+        reduce_bytes,
+        (tp - 1) * gather_bytes + 2 * (tp - 1) * reduce_bytes // tp,
+        elements * dtype.itemsize,
+        2 * batch * elements,
+    )
+
+
+def _shape(sharding: Sharding, module: str, rank: int, nblocks: int) -> ModuleShape:
+    if sharding != "block-diagonal":
+        return ModuleShape(rank, 1, "plain")
+    return ModuleShape(rank, nblocks, "block_a" if kind_of(module) == "row" else "block_b")
+
+
+def _exchanged(plan: LinearPlan, sharding: Sharding, rank: int) -> int:
+    """Elements a token that the rank puts into the linear's collective; 0 where there is none."""
+    if sharding == "stock":
+        return rank if plan.linear.kind == "row" else 0
+    return sum(plan.shares)

@@ -1,0 +1,89 @@
+"""The computed side of benchmark/paper: against arithmetic by hand and the paper's own parameter ratios."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmark.paper import counts
+from benchmark.paper.shardings import LLAMA, Sharding, lora_cost, matched_rank, parameters
+
+# Elements a layer and unit of plain rank on one of 8 TP ranks. Stock, 8B: 5 whole A of 4096, B of q, k, v, gate, up
+# (4096 + 2 * 1024 + 2 * 14336) / 8, A of o and down (4096 + 14336) / 8, 2 whole B of 4096.
+BY_HAND = {
+    ("Llama-3.1-8B", "stock"): 35328,
+    ("Llama-3.1-8B", "s-lora"): 10240,
+    ("Llama-3.1-8B", "block-diagonal"): 8832,
+    ("Llama-3.1-70B", "stock"): 70400,
+    ("Llama-3.1-70B", "s-lora"): 20224,
+    ("Llama-3.1-70B", "block-diagonal"): 17600,
+}
+
+
+@pytest.mark.parametrize(("model", "sharding"), BY_HAND)
+def test_bytes_flops_and_collectives_at_tp_8(model: str, sharding: Sharding) -> None:
+    base, batch = LLAMA[model], 3
+    rank = 128 if sharding == "block-diagonal" else 64
+    cost = lora_cost(base, sharding, rank, 8, batch, torch.bfloat16)
+    elements = BY_HAND[model, sharding] * 64 * base.layers
+    assert cost.adapter_bytes == 2 * elements
+    assert cost.flops == 2 * elements * batch
+    assert cost.all_gathers == (2 * base.layers if sharding == "s-lora" else 0)
+    assert cost.all_reduces == (0 if sharding == "block-diagonal" else 2 * base.layers)
+    # q, k, v, gate and up gather 64 / 8 numbers a token each; o and down reduce 64
+    assert cost.gather_input_bytes == (2 * base.layers * batch * 5 * 8 if sharding == "s-lora" else 0)
+    assert cost.reduce_input_bytes == (0 if sharding == "block-diagonal" else 2 * base.layers * batch * 2 * 64)
+    assert cost.sent_bytes == 7 * cost.gather_input_bytes + 2 * 7 * cost.reduce_input_bytes // 8
+
+
+@pytest.mark.parametrize(
+    ("model", "multiple", "published"),
+    [("Llama-3.1-70B", 2, 0.87), ("Llama-3.1-70B", 4, 1.74), ("Llama-3.1-8B", 2, 0.86), ("Llama-3.1-8B", 4, 1.73)],
+)
+def test_parameters_over_plain_are_the_papers(model: str, multiple: int, published: float) -> None:
+    base = LLAMA[model]
+    assert parameters(base, multiple * 64, 8) / parameters(base, 64) == pytest.approx(published, abs=0.006)
+    assert parameters(base, matched_rank(base, 64, 8), 8) <= parameters(base, 64)
+
+
+def line(rank: int, names: list[str], flops: int, **calls: int) -> dict:
+    put_in = {name: 8 * number for name, number in calls.items()}
+    return {"rank": rank, "names": names, "calls": calls, "input_bytes": put_in, "flops": flops}
+
+
+def forwards(gathers: int) -> list[dict]:
+    """Three decode forwards of the base model and three with an adapter on two TP ranks."""
+    base = [line(rank, [], 100, all_reduce=5) for rank in (0, 1)] * 3
+    return base + [line(rank, ["a"], 130, all_reduce=7, all_gather_single=gathers) for rank in (0, 1)] * 3
+
+
+def test_counts_are_differences_to_the_base_model() -> None:
+    cost = counts.count(forwards(4), "a", 2)
+    assert (cost.all_gathers, cost.all_reduces) == (4, 2)
+    assert (cost.gather_input_bytes, cost.reduce_input_bytes, cost.sent_bytes) == (32, 16, 32 + 16)
+    assert cost.flops == 30
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"calls": {"all_reduce": 8, "all_gather_single": 4}},
+        {"calls": {"all_reduce": 7, "all_gather_single": 4, "broadcast": 1}},
+        {"input_bytes": {"all_reduce": 64, "all_gather_single": 32}},
+    ],
+)
+def test_ranks_and_forwards_that_differ_stop_the_count(change: dict) -> None:
+    lines = json.loads(json.dumps(forwards(4)))
+    lines[-1] |= change
+    with pytest.raises(SystemExit):
+        counts.count(lines, "a", 2)
+
+
+def test_decode_forwards_of_one_request_are_chosen(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    kinds = [("EXTEND", 1), ("DECODE", 2), ("DECODE", 1)]
+    log.write_text("".join(json.dumps({"mode": mode, "tokens": tokens}) + "\n" for mode, tokens in kinds))
+    assert counts.decode_lines(log) == [{"mode": "DECODE", "tokens": 1}]
