@@ -21,7 +21,7 @@ def test_every_section_is_in_the_documentation_with_its_plot():
     text = (REPOSITORY / "docs/benchmarks.md").read_text()
     for section in SECTIONS:
         assert f"<!-- begin {section.part} -->" in text
-        if newest(section.part):
+        if section.plotted and newest(section.part):
             assert (REPOSITORY / IMAGES / f"{section.part}.svg").is_file()
 
 
