@@ -89,13 +89,16 @@ def measure(model: Path, adapters: Mapping[str, Path], tp: int, folder: Path) ->
         environment = collectives.environment(log) | {"COUNT_FLOPS": "1"}
         environment["PYTHONPATH"] += f":{REPOSITORY}"
         paths = ["--lora-paths", *(f"{key}={adapters[key]}" for key in loaded)]
-        common = ("--tp", str(tp), "--disable-radix-cache", "--max-lora-rank", "64", *flags, *paths)
+        common = ("--tp", str(tp), "--disable-radix-cache", *flags, *paths)
         with running(
             model, *common, log=folder / f"{name}-{tp}.log", environment=environment, module=(module,)
         ) as server:
             log.unlink()  # the warm-up's
-            for adapter in (None, *loaded):
-                server.tokens([1, 2, 3, 4, 5], adapter, NEW_TOKENS)
+            try:
+                for adapter in (None, *loaded):
+                    server.tokens([1, 2, 3, 4, 5], adapter, NEW_TOKENS)
+            except OSError as error:
+                raise SystemExit(f"{name} did not answer ({error}):\n{server.log_text()[-4000:]}") from error
         for sharding in shardings:
             costs[sharding] = count(decode_lines(log), ADAPTER[sharding], tp)
     return costs
