@@ -78,14 +78,14 @@ def _make(folder: Path, family: str, kv_heads: int) -> Case:
 @pytest.fixture(scope="session")
 def api_case(case: Callable[[str, int], Case]) -> Case:
     """What ``api_server`` serves."""
-    return case("llama", 4)
+    return case("llama", 2)
 
 
 @pytest.fixture(scope="session")
 def api_server(api_case: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The server at TP 2 that tests of the HTTP API and of the frontend language share; each leaves it as it was."""
     log = tmp_path_factory.mktemp("api-server") / "log"
-    flags = ["--tp", "2", "--adapter-memory", "unified", "--max-loras-per-batch", "4", "--max-running-requests", "4"]
+    flags = ["--tp", "2", "--max-loras-per-batch", "4", "--max-running-requests", "4"]
     flags += ["--served-model-name", "llama", "--enable-metrics", "--admin-api-key", ADMIN_KEY]
     flags += ["--max-total-tokens", "3072"]  # too few for all adapters of the tests
     flags += ["--sleep-on-idle"]  # it lives to the end of the session, beside servers of other tests

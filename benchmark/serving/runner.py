@@ -95,7 +95,8 @@ def measure_decode(options: argparse.Namespace, folder: Path) -> None:
     launches = {
         "base": Launch(True, common),
         "stock LoRA": Launch(True, (*common, *plain)),
-        "ours": Launch(False, (*common, *tiny.lora_paths({"bd": adapters["bd"]}))),
+        # Static: unified memory needs the radix cache, which is off so that every prompt is computed.
+        "ours": Launch(False, (*common, "--adapter-memory", "static", *tiny.lora_paths({"bd": adapters["bd"]}))),
     }
     one = Workload(
         1,

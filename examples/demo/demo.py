@@ -53,7 +53,7 @@ def server_flags(model: Path, tp: int) -> list[str]:
     dtype = "float32" if cpu_only.is_cpu_only() else "bfloat16"
     return [
         *("--model-path", str(model), "--served-model-name", BASE_NAME, "--tp", str(tp), "--dtype", dtype),
-        *("--context-length", "2048", "--max-total-tokens", "8192", "--adapter-memory-mb", "64"),
+        *("--context-length", "2048", "--max-total-tokens", "8192"),
         *("--lora-paths", *(f"{folder.name}={folder}" for folder in adapter_folders())),
     ]
 

@@ -28,7 +28,6 @@ from blocklora_patches.hook import Hook
 from blocklora_patches.linear import AdaptedLinearMethod
 from blocklora_patches.model_spec import adaptable_linears, build_spec
 from blocklora_patches.parallel_state import TPCollectives
-from blocklora_patches.unsupported import refuse_unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,6 @@ class BlockLoRAManager(LoRAManager):
         target_modules: Iterable[str] | None = None,
         lora_paths: list[LoRARef] | None = None,
     ) -> None:
-        refuse_unsupported()
         settings = Settings.active()
         assert settings is not None, "the plugin installs this class only where the launcher's settings are present"
         self._adapter_root = settings.adapter_root
@@ -113,8 +111,8 @@ class BlockLoRAManager(LoRAManager):
         widths = {plane.shape[1] for layer in arena.planes for plane in layer}
         if widths != {self._spec.row_width}:
             raise ValueError(
-                f"--adapter-memory unified needs rows of {self._spec.row_width} elements (KV heads of a TP rank times "
-                f"head dimension, a multiple of 8) in K and V; found {sorted(widths)}. Use --adapter-memory static."
+                f"--adapter-memory unified does not support K and V rows of {sorted(widths)} elements (they must all "
+                f"have {self._spec.row_width}). Use --adapter-memory static."
             )
         self.pool.bind_arena(arena, total_slots)
         self._install_step(settings)

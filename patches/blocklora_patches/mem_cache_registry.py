@@ -11,14 +11,11 @@ from sglang_blocklora.memory.eviction import STRATEGIES
 from sglang_blocklora.settings import Settings
 
 from blocklora_patches.unified_radix_cache import AdapterPrefixCache
-from blocklora_patches.unsupported import refuse_unified_with
-
-BACKEND_NAME = "blocklora"
+from blocklora_patches.unsupported import BACKEND_NAME
 
 
 def build_cache(context: TreeCacheBuildContext) -> AdapterPrefixCache:
-    """The radix cache of a scheduler, bound to the adapters of its model runner. ``ValueError`` where it cannot be."""
-    refuse_unified_with(context)
+    """The radix cache of a scheduler, bound to the adapters of its model runner."""
     cache = create_unified_radix_cache(context, cache_class=AdapterPrefixCache)
     pool = context.tp_worker.model_runner.lora_manager.pool
     cache.decisions = pool.decisions

@@ -43,7 +43,7 @@ def engine(**options: Any) -> Any:
     """An ``sgl.Engine`` in this process with block-diagonal LoRA.
 
     options  the launcher's flags with underscores: ``model_path=..., tp=2, lora_paths=["sql=/adapters/sql"],
-             adapter_memory_mb=512``; True for a flag without value
+             adapter_memory="static"``; True for a flag without value
     Its ``generate`` takes ``adapter=``; ``EngineEndpoint(engine)`` is a backend for programs. As with ``sgl.Engine``
     the script is guarded by ``if __name__ == "__main__"``, and it imports this module before SGLang.
     """

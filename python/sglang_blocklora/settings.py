@@ -19,8 +19,8 @@ SWITCH_VARIABLE = "SGLANG_BLOCKLORA"
 
 @dataclass(frozen=True)
 class Settings:
-    """adapter_memory     "static": adapters in an arena of their own; "unified": in the KV cache's slots
-    adapter_memory_mb  MiB per TP rank of the arena of its own
+    """adapter_memory     "unified": adapters in the KV cache's slots; "static": in an arena of their own
+    adapter_memory_mb  static: MiB per TP rank of that arena
     adapter_root       adapters may only be loaded from below this folder; None: from anywhere
     adapter_kernels    "torch", "triton", or "auto": triton on a GPU, torch elsewhere
     adapter_eviction   unified memory: a key of ``memory.eviction.STRATEGIES``
@@ -30,7 +30,7 @@ class Settings:
                        collective; "s-lora": both factors split, one collective more per linear
     """
 
-    adapter_memory: str = "static"
+    adapter_memory: str = "unified"
     adapter_memory_mb: int = 1024
     adapter_root: str | None = None
     adapter_kernels: str = "auto"
@@ -57,15 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sglang-blocklora")
     group.add_argument(
         "--adapter-memory",
-        choices=["static", "unified"],
+        choices=["unified", "static"],
         default=Settings.adapter_memory,
-        help="where adapter weights live: in memory of their own, or in the KV cache's slots (default: %(default)s)",
+        help="where adapter weights live: in the KV cache's slots, or in memory of their own (default: %(default)s)",
     )
     group.add_argument(
         "--adapter-memory-mb",
         type=int,
-        default=Settings.adapter_memory_mb,
-        help="static memory: MiB per TP rank for adapter weights (default: %(default)s)",
+        default=None,
+        help=f"static memory: MiB per TP rank for adapter weights (default: {Settings.adapter_memory_mb})",
     )
     group.add_argument(
         "--adapter-eviction",
@@ -110,8 +110,14 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
     root: Path | None = arguments.adapter_root
     if root is not None and not root.is_dir():
         raise SystemExit(f"--adapter-root {root} is not a folder")
-    if arguments.adapter_memory_mb < 1:
-        raise SystemExit(f"--adapter-memory-mb {arguments.adapter_memory_mb} must be at least 1")
+    megabytes: int | None = arguments.adapter_memory_mb
+    if megabytes is not None and arguments.adapter_memory != "static":
+        raise SystemExit(
+            "--adapter-memory-mb is the size of --adapter-memory static: add that flag, or drop this one (unified "
+            "memory is the KV cache's own, sized by --mem-fraction-static or --max-total-tokens)"
+        )
+    if megabytes is not None and megabytes < 1:
+        raise SystemExit(f"--adapter-memory-mb {megabytes} must be at least 1")
     if arguments.adapter_memory == "static" and arguments.adapter_eviction != DEFAULT_STRATEGY:
         raise SystemExit(
             f"--adapter-eviction {arguments.adapter_eviction} needs --adapter-memory unified; static memory evicts "
@@ -119,7 +125,7 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
         )
     return Settings(
         arguments.adapter_memory,
-        arguments.adapter_memory_mb,
+        Settings.adapter_memory_mb if megabytes is None else megabytes,
         str(root.resolve()) if root else None,
         arguments.adapter_kernels,
         arguments.adapter_overlap,

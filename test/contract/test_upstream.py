@@ -45,7 +45,7 @@ def state(**environment: str) -> dict:
 
 @pytest.fixture
 def settings() -> dict[str, str]:
-    return {SETTINGS_VARIABLE: json.dumps({"adapter_memory_mb": 1})}
+    return {SETTINGS_VARIABLE: json.dumps({"adapter_memory_mb": 3})}
 
 
 def test_every_upstream_symbol_is_as_expected() -> None:
@@ -87,31 +87,120 @@ def test_a_changed_symbol_stops_with_its_name(settings: dict[str, str]) -> None:
     assert "fetch_new_loras: expected parameters ('self', 'new_loras', 'running_loras')" in result.stderr
 
 
-def test_unsupported_modes_are_refused_in_one_message() -> None:
-    """Two modes are on; the real runtime context must have all of them."""
-    code = """
+REFUSALS = """
+import contextlib, json, os
 from types import SimpleNamespace
+import torch
 import blocklora_patches.unsupported as u
-from sglang.srt.arg_groups.fields import disagg, exec_, lora, parallel, spec
+from sglang.srt.arg_groups.fields import disagg, exec_, lora, memory, model, parallel, schedule, serving, spec
+from sglang.srt.configs.model_config import AttentionArch
 
-real = {"get_disagg": disagg.Disagg, "get_lora": lora.Lora, "get_spec": spec.Spec, "get_parallel": parallel.Parallel}
-bags = {name: SimpleNamespace(**{f: getattr(bag(), f) for f in bag.__struct_fields__}) for name, bag in real.items()}
-bags["get_exec"] = SimpleNamespace(overlap=exec_.ExecOverlap(), graph=exec_.ExecGraph())
-bags["get_parallel"].attn_dcp_size = 1
-for name, bag in bags.items():
-    setattr(u, name, lambda bag=bag: bag)
-u.refuse_unsupported()
-bags["get_parallel"].pp_size, bags["get_exec"].graph.enable_torch_compile = 2, True
-try:
-    u.refuse_unsupported()
-except ValueError as error:
-    print("REFUSED", error)
+real = {
+    "get_disagg": disagg.Disagg, "get_lora": lora.Lora, "get_spec": spec.Spec, "get_parallel": parallel.Parallel,
+    "get_memory": memory.Memory, "get_model": model.Model, "get_schedule": schedule.Schedule,
+    "get_serving": serving.Serving,
+}
+
+def refusal(unified, **changed):
+    bags = {n: SimpleNamespace(**{f: getattr(bag, f, None) for f in bag.__struct_fields__}) for n, bag in real.items()}
+    for name, bag in real.items():  # defaults of the fields that have one
+        vars(bags[name]).update(zip(bag.__struct_fields__[-len(bag.__struct_defaults__):], bag.__struct_defaults__))
+    bags["get_exec"] = SimpleNamespace(overlap=exec_.ExecOverlap(), graph=exec_.ExecGraph())
+    bags["get_parallel"].attn_dcp_size = 1
+    bags["get_memory"].radix_cache_backend = "blocklora" if unified else None
+    config = SimpleNamespace(
+        hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]), attention_arch=AttentionArch.MHA,
+        is_hybrid_swa=False, dtype=torch.bfloat16, head_dim=64, v_head_dim=64, get_num_kv_heads=lambda tp: 8 // tp,
+    )
+    u.uses_ssm_state = lambda config: changed.get("uses_ssm_state", False)
+    for target in (config, *bags.values(), bags["get_exec"].overlap, bags["get_exec"].graph):
+        for name, value in changed.items():
+            if hasattr(target, name):
+                setattr(target, name, value)
+    for name, bag in bags.items():
+        setattr(u, name, lambda bag=bag: bag)
+    try:
+        u.refuse_unsupported(config, unified)
+    except ValueError as error:
+        return str(error)
+
+cases = json.loads(os.environ["CASES"])
+for changed in [c for _, c, _ in cases]:
+    if "attention_arch" in changed:
+        changed["attention_arch"] = AttentionArch[changed["attention_arch"]]
+    if "architectures" in changed:
+        changed["hf_config"] = SimpleNamespace(architectures=changed.pop("architectures"))
+print("FOUND" + json.dumps([refusal(unified, **changed) for unified, changed, _ in cases]))
 """
-    result = run(code)
-    refused = result.stdout.rpartition("REFUSED")[2]
-    assert "--pp-size" in refused, result.stderr[-2000:]
-    assert "--enable-torch-compile" in refused
-    assert "--enable-pdmux" not in refused
+STATIC, STOCK = "Use --adapter-memory static", "start stock SGLang"
+# unified?, what is on, what one message must name
+REFUSED = [
+    (True, {}, []),
+    (False, {"enable_hierarchical_cache": True, "disable_radix_cache": True, "kv_cache_dtype": "fp8_e4m3"}, []),
+    (True, {"kv_cache_dtype": "bf16", "kv_events_config": "{}"}, []),
+    (True, {"head_dim": 12, "v_head_dim": 12, "tp_size": 8}, ["a K row of 12 elements", STATIC]),
+    (False, {"pp_size": 2, "enable_torch_compile": True}, ["--pp-size", "--enable-torch-compile", STOCK]),
+    (False, {"radix_cache_backend": "blocklora"}, ["--radix-cache-backend blocklora"]),
+    (True, {"radix_cache_backend": "theirs"}, ["--radix-cache-backend theirs", STATIC]),
+    (
+        True,
+        {
+            "enable_hierarchical_cache": True,
+            "disable_radix_cache": True,
+            "enable_session_radix_cache": True,
+            "enable_streaming_session": True,
+            "enable_lmcache": True,
+            "enable_flexkv": True,
+            "enable_unified_cache_external_linker": True,
+            "enable_page_major_kv_layout": True,
+            "prefill_only_disable_kv_cache": True,
+            "disaggregation_mode": "prefill",
+            "kv_cache_dtype": "fp8_e4m3",
+            "pp_size": 2,
+        },
+        [
+            "--enable-hierarchical-cache",
+            "--disable-radix-cache",
+            "--enable-session-radix-cache",
+            "--enable-streaming-session",
+            "--enable-lmcache",
+            "--enable-flexkv",
+            "--enable-unified-cache-external-linker",
+            "--enable-page-major-kv-layout",
+            "--prefill-only-disable-kv-cache",
+            "--disaggregation-mode",
+            "--kv-cache-dtype fp8_e4m3",
+            "--pp-size",
+            STATIC,
+            STOCK,
+        ],
+    ),
+    (
+        True,
+        {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "attention_arch": "MLA",
+            "is_hybrid_swa": True,
+            "uses_ssm_state": True,
+            "v_head_dim": 32,
+        },
+        ["DeepseekV3ForCausalLM", "(MLA)", "sliding-window", "(Mamba)", "V rows of another width", STATIC, STOCK],
+    ),
+]
+
+
+def test_everything_unsupported_is_refused_in_one_message() -> None:
+    """The real runtime context's fields at their defaults, but for what is on; nothing else may be named."""
+    result = run(REFUSALS, CASES=json.dumps(REFUSED))
+    assert "FOUND" in result.stdout, result.stderr[-3000:]
+    found = json.loads(result.stdout.split("FOUND")[1])
+    every_flag = {part for _, _, named in REFUSED for part in named}
+    for (_, on, named), message in zip(REFUSED, found, strict=True):
+        assert (message is None) == (named == []), (on, message)
+        if message is not None:
+            assert {part for part in every_flag if part in message} >= set(named), (on, message)
+            unwanted = {p for p in every_flag - set(named) if p in message and not any(p in n for n in named)}
+            assert not unwanted, (on, message)
 
 
 def test_other_architectures_are_refused_at_start_up() -> None:
@@ -128,4 +217,4 @@ except ValueError as error:
 
 def test_settings_survive_the_trip(settings: dict[str, str]) -> None:
     code = "from sglang_blocklora.settings import Settings; print(Settings.active())"
-    assert run(code, **settings).stdout.strip() == str(Settings(adapter_memory_mb=1))
+    assert run(code, **settings).stdout.strip() == str(Settings(adapter_memory_mb=3))

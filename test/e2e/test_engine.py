@@ -115,7 +115,6 @@ def found(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> dict:
         "tp": 2,
         "dtype": "float32",
         "max_total_tokens": 16384,
-        "adapter_memory_mb": 8,
         "lora_paths": [f"{name}={llama.adapters[name]}" for name in ("n2", "plain")],
     }
     task = {"options": options, "prompt": llama.prompts[0], "new_tokens": NEW_TOKENS}

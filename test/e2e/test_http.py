@@ -64,7 +64,7 @@ def test_list_tells_what_each_adapter_is(server: Server, llama: Case) -> None:
         assert own["rank"] == config["r"]
         assert own["nblocks"] == (config["use_bdlora"] or {"nblocks": 1})["nblocks"]
         assert (own["running"], own["waiting"], own["pinned"], own["last_error"]) == (0, 0, False, None)
-        # 2 layers, K and V plane, two KV heads of 12 float32 numbers on each TP rank.
+        # 2 layers, K and V plane, one KV head of 24 float32 numbers on each TP rank.
         assert own["bytes_per_tp_rank"] == own["slots"] * 2 * 2 * 24 * 4
         (cost,) = inspect_adapter(path, BaseSizes.read(llama.model), [2], torch.float32).tp
         assert (own["slots"], own["bytes_per_tp_rank"]) == (cost.slots, cost.arena_bytes)

@@ -32,7 +32,15 @@ def server(llama: Case, root: Path, tmp_path_factory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     flags = ["--tp", "2", "--adapter-root", str(root), "--served-model-name", "tiny", "--max-lora-rank", "64"]
     # Room for about four of the eight adapters: they also come and go.
-    flags += ["--adapter-memory-mb", "1", "--max-loras-per-batch", "4", "--enable-cache-report"]
+    flags += [
+        "--adapter-memory",
+        "static",
+        "--adapter-memory-mb",
+        "1",
+        "--max-loras-per-batch",
+        "4",
+        "--enable-cache-report",
+    ]
     with running(llama.model, *flags, *llama.lora_paths, log=log) as server:
         yield server
         text = log.read_text(errors="replace")

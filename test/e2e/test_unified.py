@@ -19,7 +19,7 @@ POOL_TOKENS = 4096  # about six adapters of some 500 slots each, and KV
 def many(tmp_path_factory):
     """40 adapters, prompts with a shared beginning, and what PEFT answers: ``expected[adapter][prompt index]``."""
     folder = tmp_path_factory.mktemp("unified")
-    model = build_model(folder / "model", "llama", kv_heads=4)
+    model = build_model(folder / "model", "llama")
     choices = {f"a{i}": AdapterChoice([None, 1, 2, 4][i % 4], rank=4) for i in range(ADAPTERS)}
     adapters = build_adapters(model, folder / "adapters", choices)
     generator = torch.Generator().manual_seed(7)

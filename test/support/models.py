@@ -59,9 +59,9 @@ def build_model(
     folder: Path,
     family: str,
     *,
-    heads: int = 24,
+    heads: int = 12,
     kv_heads: int = 2,
-    head_dim: int = 12,
+    head_dim: int = 24,  # a multiple of 8, so that one KV head makes a row that unified memory can use
     layers: int = 2,
     hidden_size: int = 288,  # heads times head_dim: SGLang's Qwen2 does not read head_dim
     intermediate_size: int = 192,
@@ -69,7 +69,7 @@ def build_model(
 ) -> Path:
     """Save a random float32 model with a byte-level tokenizer.
 
-    The default sizes divide by 1, 2, 3, 4 and 8, the TP sizes and block counts of the tests.
+    The default widths divide by 1, 2, 3, 4 and 8, the TP sizes and block counts of the tests.
     """
     torch.manual_seed(seed)
     extra: dict = {"tie_word_embeddings": False} | {
@@ -78,7 +78,7 @@ def build_model(
         # torch_native attention ignores it (the base model's tokens differ from Hugging Face's too).
         "gemma2": {
             "hidden_act": "gelu_pytorch_tanh",
-            "query_pre_attn_scalar": 12,
+            "query_pre_attn_scalar": 24,
             "attn_logit_softcapping": 1e4,
             "tie_word_embeddings": True,
         },

@@ -16,16 +16,29 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def test_defaults_for_adapters_are_added_and_the_users_flags_win() -> None:
-    settings, argv = launch_server.parse(["--model-path", "m", "--max-loras-per-batch=5", "--adapter-memory-mb", "7"])
-    assert settings == Settings(adapter_memory_mb=7)
+    own = ["--adapter-memory", "static", "--adapter-memory-mb", "7"]
+    settings, argv = launch_server.parse(["--model-path", "m", "--max-loras-per-batch=5", *own])
+    assert settings == Settings("static", 7)
     assert argv[:3] == ["--model-path", "m", "--max-loras-per-batch=5"]
     assert argv.count("--enable-lora") == 1
     assert "--max-loras-per-batch" not in argv
-    assert "--adapter-memory-mb" not in argv
+    assert not {"--adapter-memory", "--adapter-memory-mb", "--radix-cache-backend"} & set(argv)
+
+
+def test_unified_memory_is_the_default_and_brings_its_cache() -> None:
+    settings, argv = launch_server.parse(["--model-path", "m"])
+    assert settings.adapter_memory == "unified"
+    assert argv[argv.index("--radix-cache-backend") + 1] == "blocklora"
 
 
 @pytest.mark.parametrize(
-    "flags", [["--adapter-root", "/nowhere"], ["--adapter-memory-mb", "0"], ["--adapter-eviction", "kv-first"]]
+    "flags",
+    [
+        ["--adapter-root", "/nowhere"],
+        ["--adapter-memory-mb", "0", "--adapter-memory", "static"],
+        ["--adapter-eviction", "kv-first", "--adapter-memory", "static"],
+        ["--adapter-memory-mb", "64"],  # of no use to unified memory
+    ],
 )
 def test_impossible_flags_stop_with_a_message(flags: list[str]) -> None:
     with pytest.raises(SystemExit, match=flags[0]):
