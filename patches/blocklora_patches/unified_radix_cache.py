@@ -11,6 +11,7 @@ import dataclasses
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import (
@@ -24,10 +25,13 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 )
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang_blocklora.decisions import DecisionLog
 from sglang_blocklora.memory.eviction import LRU, EvictionStrategy
 from sglang_blocklora.memory.prefix import pseudo_tokens, salted_tokens
+
+from blocklora_patches.events import KVEvents, Namespace
 
 LORA_ID_LENGTH = 32  # hex digits that upstream appends to a request's extra key
 
@@ -65,13 +69,16 @@ class AdapterPrefixCache(UnifiedRadixCache):
         self._prefixes: dict[str, AdapterPrefix] = {}
         self._resident: dict[str, ResidentAdapter] = {}  # by content hash, in order of loading
         self._pins: dict[str, int] = {}
-        super().__init__(params)
+        self._events = KVEvents(params.page_size) if params.enable_kv_cache_events else None
+        super().__init__(dataclasses.replace(params, enable_kv_cache_events=False))
 
     def reset(self) -> None:
         """Everything is dropped, adapters too, pinned ones among them; upstream calls it to flush an idle server."""
         self._resident.clear()
         self._pins.clear()
         super().reset()
+        if self._events is not None:
+            self._events.cleared()
 
     def know(self, lora_id: str, content_hash: str, slots: int) -> None:
         """Tell how keys of ``lora_id`` look; for good, since a request may outlive its adapter's name by a step."""
@@ -99,6 +106,15 @@ class AdapterPrefixCache(UnifiedRadixCache):
         prefix = self._prefixes[lora_id]
         found = self.tree_core.match_full_device_prefix(self._behind(prefix, key, own_extra))[0]
         return max(found - prefix.slots, 0)
+
+    def can_admit(self, lora_id: str | None) -> bool:
+        """Whether a request would find its adapter resident; the base model's (None) needs none."""
+        return lora_id not in self._prefixes or self.slots_of(lora_id) is not None
+
+    def slots_held_for(self, lora_id: str | None) -> int:
+        """Slots that cannot be freed while a request of ``lora_id`` runs: its adapter's and those of pinned ones."""
+        held = [self._prefixes[key] for key in (*self._pins, lora_id) if key in self._prefixes]
+        return sum({prefix.content_hash: prefix.slots for prefix in held}.values())
 
     def reserve(self, lora_id: str) -> torch.Tensor | None:
         """Take free slots for an adapter, evicting what is not in use; None where that is not enough.
@@ -189,8 +205,16 @@ class AdapterPrefixCache(UnifiedRadixCache):
 
     def insert(self, params: InsertParams) -> InsertResult:
         lora_id, own_extra = self._split(params.key.extra_key)
-        if lora_id is None:
-            return super().insert(params)
+        result = super().insert(params) if lora_id is None else self._insert_behind(lora_id, own_extra, params)
+        if self._events is not None:
+            content_hash = None if lora_id is None else self._prefixes[lora_id].content_hash
+            namespace = Namespace(content_hash, own_extra or None, params.key.cache_salt)
+            known = min(params.prev_prefix_len, result.prefix_len)
+            tokens = params.key.raw_token_ids()
+            self._events.stored(namespace, tokens, params.value, known, result.prefix_len, params.session_id)
+        return result
+
+    def _insert_behind(self, lora_id: str, own_extra: str | None, params: InsertParams) -> InsertResult:
         prefix, slots = self._prefixes[lora_id], self.slots_of(lora_id)
         if slots is None:
             raise RuntimeError(f"KV of adapter {lora_id} without its weights: its prefix was not locked")
@@ -205,6 +229,16 @@ class AdapterPrefixCache(UnifiedRadixCache):
         return dataclasses.replace(
             result, prefix_len=result.prefix_len - prefix.slots, total_len=result.total_len - prefix.slots
         )
+
+    def take_events(self) -> list[Any]:
+        """KV events since the last call; none where they are off."""
+        return [] if self._events is None else self._events.take()
+
+    def _drain_device_frees(self, device_frees: dict[ComponentType, list[torch.Tensor]]) -> None:
+        if self._events is not None:
+            for slots in device_frees.get(ComponentType.FULL, ()):
+                self._events.removed(slots)
+        super()._drain_device_frees(device_frees)
 
     def _split(self, extra_key: str | None) -> tuple[str | None, str | None]:
         """The adapter and the user's own part of an extra key (upstream appends the adapter's id to it)."""

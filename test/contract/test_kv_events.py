@@ -1,0 +1,151 @@
+"""KV events of the real tree: whoever replays them knows what is cached, and nothing of adapters' weights."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections import Counter
+
+import pytest
+import torch
+from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from support.real_cache import AdapterPrefixCache, UnifiedRadixCache, digest, new_cache
+
+POOL_TOKENS = 240
+CONTENTS = {None: None, "x": "A", "y": "B", "z": "A"}  # lora_id (short) -> contents: x and z are the same bytes
+SPACES = [(name, user, salt) for name in CONTENTS for user in (None, "u") for salt in (None, "s", "t")]
+
+
+class Subscriber:
+    """What a router makes of the events: block hash -> (adapter's number, salt, the token path up to it)."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.blocks: dict[int, tuple] = {}
+
+    def replay(self, events: list) -> None:
+        for event in events:
+            if isinstance(event, AllBlocksCleared):
+                self.blocks.clear()
+            elif isinstance(event, BlockRemoved):
+                for block in event.block_hashes:
+                    del self.blocks[block]
+            else:
+                self.store(event)
+
+    def store(self, event: BlockStored) -> None:
+        space = (event.lora_id, event.cache_salt)
+        *parent_space, path = self.blocks[event.parent_block_hash] if event.parent_block_hash else (*space, ())
+        assert tuple(parent_space) == space
+        assert event.block_size == self.page_size
+        assert len(event.token_ids) == len(event.block_hashes) * self.page_size
+        for i, block in enumerate(event.block_hashes):
+            path += tuple(event.token_ids[i * self.page_size : (i + 1) * self.page_size])
+            assert block not in self.blocks, "two blocks of one hash"
+            self.blocks[block] = (*space, path)
+
+
+class Operations:
+    """Random requests without locks on one cache; remembers every key that was ever inserted."""
+
+    def __init__(self, cache: AdapterPrefixCache, page_size: int, seed: int, spaces: list[tuple] = SPACES) -> None:
+        self.cache, self.page_size, self.random = cache, page_size, random.Random(seed)
+        self.inserted: dict[tuple, set[tuple[int, ...]]] = {space: set() for space in spaces}
+
+    def key(self, space: tuple, tokens: list[int]) -> RadixKey:
+        name, user, salt = space
+        extra = (user or "") + (digest(name)[:32] if name else "")
+        return RadixKey(array("q", tokens), extra or None, cache_salt=salt)
+
+    def reserve(self, count: int):
+        allocator = self.cache.token_to_kv_pool_allocator
+        if count > allocator.available_size():
+            self.cache.evict(EvictParams(num_tokens=count - allocator.available_size()))
+        return allocator.alloc(count)
+
+    def step(self) -> None:
+        """Insert a key (in two chunks, as chunked prefill does), evict, or rarely flush."""
+        choice = self.random.random()
+        if choice < 0.15:
+            self.cache.evict(EvictParams(num_tokens=self.random.randint(1, 60)))
+        elif choice < 0.17:
+            self.cache.reset()
+            self.cache.token_to_kv_pool_allocator.clear()
+        else:
+            space = self.random.choice(list(self.inserted))
+            tokens = [self.random.randint(0, 1) for _ in range(self.random.randint(1, 5) * self.page_size)]
+            self.insert(space, tokens, self.random.randint(0, len(tokens) // self.page_size) * self.page_size)
+
+    def insert(self, space: tuple, tokens: list[int], middle: int) -> None:
+        name = space[0]
+        lora_id = digest(name)[:32] if name else None
+        if lora_id and self.cache.slots_of(lora_id) is None:
+            self.cache.publish(lora_id, self.cache.reserve(lora_id))
+        match = self.cache.match_prefix(MatchPrefixParams(key=self.key(space, tokens)))
+        receipt = self.cache.inc_lock_ref(match.last_device_node).to_dec_params()
+        matched = match.device_indices
+        own = self.reserve(len(tokens) - len(matched)) if len(tokens) > len(matched) else matched[:0]
+        values = torch.cat([matched, own])
+        for end in sorted({max(middle, len(matched)), len(tokens)}):
+            params = InsertParams(key=self.key(space, tokens[:end]), value=values[:end], prev_prefix_len=len(matched))
+            self.cache.insert(params)
+            found = self.cache.match_prefix(MatchPrefixParams(key=self.key(space, tokens[:end]))).device_indices
+            values[:end], matched = found, found
+        self.cache.dec_lock_ref(match.last_device_node, receipt)
+        self.inserted[space].add(tuple(tokens))
+
+    def truth(self) -> Counter:
+        """(adapter's number, salt, token path) of all cached blocks, asked of the tree; users' keys are not told."""
+        found: set[tuple] = set()
+        for space, keys in self.inserted.items():
+            name, user, salt = space
+            contents = CONTENTS[name]
+            number = int(digest(contents)[:15], 16) if contents else None
+            for tokens in keys:
+                hit = self.cache.match_prefix(MatchPrefixParams(key=self.key(space, list(tokens)))).device_indices
+                ends = range(self.page_size, len(hit) + 1, self.page_size)
+                found |= {(number, salt, tokens[:end], user) for end in ends}
+        return Counter(entry[:3] for entry in found)
+
+
+@pytest.mark.parametrize(("page_size", "seed"), [(1, 0), (1, 1), (4, 2), (4, 3)])
+def test_a_subscriber_knows_what_is_cached(page_size: int, seed: int) -> None:
+    cache = new_cache(page_size, POOL_TOKENS, events=True)
+    for name, contents in CONTENTS.items():
+        if contents:
+            cache.know(digest(name)[:32], digest(contents), 30)
+    operations, subscriber = Operations(cache, page_size, seed), Subscriber(page_size)
+    most = 0
+    for step in range(300):
+        operations.step()
+        if step % 7 == 0:
+            subscriber.replay(cache.take_events())
+            assert Counter(subscriber.blocks.values()) == operations.truth()
+            most = max(most, len(subscriber.blocks))
+    assert most > 10, "nothing was cached: the test shows nothing"
+    cache.evict(EvictParams(num_tokens=POOL_TOKENS))
+    subscriber.replay(cache.take_events())
+    assert subscriber.blocks == {}
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_events_of_the_base_model_are_upstreams_own(page_size: int) -> None:
+    """The same operations without adapters and users' keys on upstream's cache: the same events, hashes too."""
+    found = []
+    for kind in (AdapterPrefixCache, UnifiedRadixCache):
+        cache = new_cache(page_size, POOL_TOKENS, events=True, kind=kind)
+        operations, events = Operations(cache, page_size, 4, [(None, None, None), (None, None, "s")]), []
+        for _ in range(100):
+            operations.step()
+            events.append(cache.take_events())
+        found.append(events)
+    assert found[0] == found[1]
+    assert sum(map(len, found[0])) > 50
+
+
+def test_no_events_are_kept_where_nobody_asked_for_them() -> None:
+    cache = new_cache(1, POOL_TOKENS)
+    Operations(cache, 1, 5).insert((None, None, None), [1, 2, 3], 0)
+    assert cache.take_events() == []
