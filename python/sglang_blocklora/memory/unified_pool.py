@@ -146,6 +146,9 @@ class UnifiedPool:
             slots = self.cache.slots_of(key)
             if slots is None:
                 raise RuntimeError(f"adapter {adapter.name!r} runs but is not resident")
+            if adapter.pinned:
+                # Not when it is loaded: requests that were admitted before it in one pass count on those slots.
+                self.cache.pin_adapter(key)
             known = self.resident.get(key)
             if known is None or not torch.equal(known.slots, slots.cpu()):
                 self.resident[key] = Resident(adapter, slots.cpu())
@@ -160,6 +163,4 @@ class UnifiedPool:
             with self.load_counts.measure(key):
                 self.arena.write(slots, adapter.shard.image)
                 self.cache.publish(key, slots)
-        if adapter.pinned:
-            self.cache.pin_adapter(key)
         return True
