@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmark.record import REPOSITORY, RESULTS, Run, newest
 
-DOCUMENTS = ("docs/benchmarks.md", "README.md")
+DOCUMENTS = ("docs/benchmarks.md", "docs/memory.md", "README.md")
 IMAGES = "docs/images"
 
 
@@ -88,6 +88,20 @@ SECTIONS = (
             Column("error, %", "error", 0, PERCENT),
             Column("parameters over plain", "parameters_over_plain", 2),
         ),
+    ),
+    Section(
+        "memory_simulated",
+        "stock, 8 slots",
+        (
+            Column("TTFT P50, ms", "ttft_p50_ms", 0),
+            Column("P99, ms", "ttft_p99_ms", 0),
+            Column("tokens/s", "output_tokens_per_s", 0),
+            Column("adapter hits, %", "adapter_hit_share", 0, PERCENT),
+            Column("prefix hits, %", "prefix_hit_share", 0, PERCENT),
+            Column("invalid KV, %", "invalid_kv_share", 0, PERCENT),
+            Column("GB copied", "copied_gb", 0),
+        ),
+        plotted=False,
     ),
 )
 

@@ -35,6 +35,7 @@ PARTS = {
     "cost_model": Part("benchmark.paper.cost_model", 60),
     "end_to_end_tp2": Part("benchmark.paper.end_to_end", 300, ("--tp", "2")),
     "end_to_end_tp4": Part("benchmark.paper.end_to_end", 540, ("--tp", "4", "--rounds", "2")),
+    "memory_simulated": Part("benchmark.memory.simulate", 300),
 }
 
 

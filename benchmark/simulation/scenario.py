@@ -1,0 +1,114 @@
+"""A simulated experiment: a workload, adapters and bytes, played for each seed and each contender in processes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+
+from benchmark.record import Recorder
+from benchmark.report import SECTIONS, table
+from benchmark.serving.workload import Workload
+from benchmark.simulation.costs import GIB, Costs
+from benchmark.simulation.figures import figures
+from benchmark.simulation.policies import Policy
+from benchmark.simulation.simulator import Simulator
+from benchmark.simulation.systems import Adapter, System, make_adapters
+
+SEEDS = (0, 1, 2)
+PROCESSES = 2
+MIXED_RANKS = (16, 32, 64)
+MANY = 64
+SECONDS = 60  # of arrivals
+MULTI_TURN = Workload(
+    sessions=0,
+    rate=0.0,
+    adapters=MANY,
+    turns=(2, 6),
+    user_tokens=(16, 257),
+    new_tokens=(16, 257),
+    system_tokens=512,
+    think_s=5.0,
+)
+SETTINGS = {
+    "SIMULATED": "nothing was measured on a GPU; SGLang's and our own tree, allocator, admission and pools",
+    "model": "Llama-3.1-8B, bfloat16, one H100 80GB; costs and their sources in benchmark/simulation/costs.py",
+    "adapters": "plain, all linears, ranks 16, 32 and 64 in turn where the scenario does not say otherwise",
+    "memory": "GiB for adapters and KV together, the same for every row",
+}
+
+
+def multi_turn(rate: float, adapters: int = MANY) -> Workload:
+    """Sessions of 2 to 5 turns behind a shared system prompt, Zipf 1.0; ``rate`` sessions a second."""
+    return replace(MULTI_TURN, sessions=int(rate * SECONDS), rate=rate, adapters=adapters)
+
+
+def single_turn(rate: float, popularity: str, cv: float = 1.0, adapters: int = MANY) -> Workload:
+    """S-LoRA's synthetic requests: prompts and answers of 8 to 512 random tokens, nothing shared."""
+    return Workload(int(rate * SECONDS), rate, adapters, popularity=popularity, cv=cv)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """memory_gib  left for adapters and KV after the model's weights
+    ranks       of the adapters, taking turns
+    """
+
+    name: str
+    workload: Workload
+    memory_gib: int
+    ranks: tuple[int, ...] = MIXED_RANKS
+
+    def shortened(self) -> Scenario:
+        """A fifth of the sessions."""
+        return replace(self, workload=replace(self.workload, sessions=max(self.workload.sessions // 5, 20)))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to keep adapters, and an order of the queue."""
+
+    system: Callable[[Sequence[Adapter], int, Costs], System]
+    policy: Callable[[System], Policy]
+
+
+Contenders = Callable[[Scenario], Mapping[str, Contender]]
+
+
+def play(contenders: Contenders, scenario: Scenario, name: str, seed: int) -> dict[str, float]:
+    """Figures of one run."""
+    contender, costs = contenders(scenario)[name], Costs()
+    adapters = make_adapters(scenario.ranks, scenario.workload.adapters, costs)
+    system = contender.system(adapters, scenario.memory_gib * GIB // costs.model.slot_bytes, costs)
+    sessions = replace(scenario.workload, seed=seed).generate()
+    return figures(Simulator(system, contender.policy(system), adapters, sessions, costs).run())
+
+
+def main(part: str, document: str, scenarios: Sequence[Scenario], contenders: Contenders) -> None:
+    """The command line of an experiment: play everything, record it as ``part``, print its tables.
+
+    document  docstring of the experiment; ``contenders`` has to be a function of a module, for the processes
+    """
+    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed and a fifth of the sessions; nothing is recorded"
+    )
+    quick = parser.parse_args().quick
+    seeds = SEEDS[:1] if quick else SEEDS
+    scenarios = [scenario.shortened() for scenario in scenarios] if quick else scenarios
+    recorder = None if quick else Recorder(part, seeds[0], SETTINGS | {"seeds": ", ".join(map(str, seeds))})
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    jobs = [(scenario, name, seed) for scenario in scenarios for name in contenders(scenario) for seed in seeds]
+    with ProcessPoolExecutor(PROCESSES) as pool:
+        futures = [pool.submit(play, contenders, *job) for job in jobs]
+        for (scenario, name, seed), future in zip(jobs, futures, strict=True):
+            for figure, value in future.result().items():
+                found.setdefault(scenario.name, {}).setdefault(name, {}).setdefault(figure, []).append(value)
+            if recorder is not None:
+                recorder.add(scenario.name, name, seed, future.result())
+    if recorder is not None:
+        recorder.finish()
+    section = next(section for section in SECTIONS if section.part == part)
+    for scenario, variants in found.items():
+        print(f"\nSIMULATED: {scenario}\n\n{table(section, variants)}")

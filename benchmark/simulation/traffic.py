@@ -1,0 +1,53 @@
+"""Workloads as the simulated tree sees them: sessions whose prompts are pages of ``PAGE_TOKENS`` tokens."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from benchmark.serving.workload import Session, Turn
+from benchmark.simulation.costs import PAGE_TOKENS
+
+_MIX = np.random.default_rng(0).integers(1, 2**62, PAGE_TOKENS, dtype=np.uint64) | np.uint64(1)
+ANSWER_BIT = 1 << 60  # tells pages of answers from pages of prompts, whose keys stay below
+
+
+def pages(tokens: int) -> int:
+    """``tokens`` in whole pages."""
+    return -(-tokens // PAGE_TOKENS)
+
+
+def page_keys(tokens: np.ndarray) -> array[int]:
+    """One int64 key a page: equal pages of tokens have equal keys. The last page is padded."""
+    padded = np.full(pages(len(tokens)) * PAGE_TOKENS, -1, dtype=np.int64)
+    padded[: len(tokens)] = tokens
+    mixed = (padded.reshape(-1, PAGE_TOKENS).astype(np.uint64) * _MIX).sum(axis=1, dtype=np.uint64)
+    return array("q", (mixed >> np.uint64(4)).astype(np.int64).tolist())
+
+
+@dataclass
+class Conversation:
+    """A session being played. ``history`` is what its next prompt begins with."""
+
+    index: int
+    session: Session
+    history: array[int] = field(default_factory=lambda: array("q"))
+    asked: int = 0
+
+    def ask(self) -> tuple[array[int], Turn]:
+        """The prompt of the next turn (in pages) and the turn."""
+        turn = self.session.turns[self.asked]
+        self.asked += 1
+        self.history = self.history + page_keys(turn.tokens)
+        return self.history, turn
+
+    def answer_key(self, page: int) -> int:
+        """Key of the ``page``-th page of the answer to the last question."""
+        return ANSWER_BIT | self.index << 32 | self.asked << 16 | page
+
+    def answered(self, answer: array[int]) -> Turn | None:
+        """Take an answer into the history; the turn that follows, if any."""
+        self.history = self.history + answer
+        return self.session.turns[self.asked] if self.asked < len(self.session.turns) else None
