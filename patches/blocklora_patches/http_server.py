@@ -57,15 +57,15 @@ class AdapterRoutes:
     def __init__(self, tokenizer_manager: Any) -> None:
         self._manager = tokenizer_manager
 
-    async def _adapters(self) -> list[AdapterFacts]:
-        facts = await scheduler_facts(self._manager)
+    def _adapters(self, facts: Mapping[str, Any]) -> list[AdapterFacts]:
         known = {**self._manager.lora_ref_cache, **self._manager.lora_registry.get_all_adapters()}
         on_disk = [(name, ref.lora_path, ref.lora_id, bool(ref.pinned)) for name, ref in known.items()]
         return merge_facts(facts, on_disk, adapter_errors(self._manager))
 
     async def list_adapters(self, limit: int = Query(100, ge=1, le=MAX_PAGE), after: str | None = None) -> Response:
-        """Adapters by name; ``after`` is the ``last_id`` of the page before."""
-        return JSONResponse(page(await self._adapters(), limit, after))
+        """Adapters by name, and who has the slots; ``after`` is the ``last_id`` of the page before."""
+        facts = await scheduler_facts(self._manager)
+        return JSONResponse(page(self._adapters(facts), limit, after) | {"slots": facts["slots"]})
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def pin(self, name: str) -> Response:

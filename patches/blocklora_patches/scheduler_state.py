@@ -1,4 +1,4 @@
-"""``managers/scheduler.py``: facts about adapters on the scheduler's own control channel, and pinning.
+"""``managers/scheduler.py``: facts about adapters on the scheduler's own control channel, pinning, and a check.
 
 ``get_internal_state`` is answered by rank 0; ``set_internal_state`` reaches every TP rank in the same order, so all of
 them pin alike.
@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.plugins.hook_registry import HookType
-from sglang_blocklora.reports import pool_facts
+from sglang_blocklora.reports import pool_facts, tier
 
 from blocklora_patches.hook import Hook
 
@@ -55,10 +56,16 @@ def _add_request_to_queue(self: Any, req: Any, is_retracted: bool = False) -> No
     if manager is None or is_retracted:
         return
     if req.lora_id in manager.pool.loaded:
-        manager.pool.load_counts.arrived(req.lora_id, manager.pool.is_resident(req.lora_id))
+        manager.pool.load_counts.arrived(req.lora_id, tier(manager.pool, req.lora_id))
     if manager.unified:
         key = RadixKey(req.origin_input_ids, req.extra_key, cache_salt=req.cache_salt)
         self.tree_cache.arrived(req.lora_id, key)
+
+
+def _on_idle(self: Any) -> None:
+    manager = _manager(self)
+    if manager is not None and envs.SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK.get() and self.is_fully_idle():
+        manager.pool.check_integrity(self.pool_stats_observer.session_held_tokens())
 
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
@@ -71,4 +78,5 @@ HOOKS = (
         HookType.BEFORE,
         "Hits, misses and reuse per adapter.",
     ),
+    Hook(f"{_SCHEDULER}.on_idle", _on_idle, HookType.BEFORE, "Every slot has one owner (upstream's debug switch)."),
 )

@@ -28,6 +28,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang_blocklora.decisions import DecisionLog
+from sglang_blocklora.memory.accounting import SlotCounts, SlotOwners
 from sglang_blocklora.memory.eviction import LRU, EvictionStrategy
 from sglang_blocklora.memory.prefix import pseudo_tokens, salted_tokens
 
@@ -66,14 +67,19 @@ class AdapterPrefixCache(UnifiedRadixCache):
     def __init__(self, params: CacheInitParams) -> None:
         self.decisions = DecisionLog(None, 0)  # replaced, as is the strategy, when bound to a server's adapters
         self.strategy: EvictionStrategy = LRU()
+        self.on_evicted: Callable[[str], None] = lambda content_hash: None
         self._prefixes: dict[str, AdapterPrefix] = {}
         self._resident: dict[str, ResidentAdapter] = {}  # by content hash, in order of loading
         self._pins: dict[str, int] = {}
         self._events = KVEvents(params.page_size) if params.enable_kv_cache_events else None
+        allocator = params.token_to_kv_pool_allocator
+        self._owners = SlotOwners(allocator.size + params.page_size, allocator.device)
         super().__init__(dataclasses.replace(params, enable_kv_cache_events=False))
 
     def reset(self) -> None:
         """Everything is dropped, adapters too, pinned ones among them; upstream calls it to flush an idle server."""
+        for content_hash in self._resident:
+            self.on_evicted(content_hash)
         self._resident.clear()
         self._pins.clear()
         super().reset()
@@ -133,7 +139,26 @@ class AdapterPrefixCache(UnifiedRadixCache):
         """Insert an adapter whose weights lie in ``slots``; from now on the tree owns them."""
         prefix, slots = self._prefixes[lora_id], slots.to(torch.int64)
         inserted = super().insert(InsertParams(key=RadixKey(prefix.tokens), value=slots))
+        self._owners.wrote(prefix.content_hash, slots)
         self._resident[prefix.content_hash] = ResidentAdapter(inserted.last_device_node, slots)
+
+    def slot_counts(self) -> SlotCounts:
+        """Who has the pool's slots; walks the tree and waits for the device, so it is for reports and checks."""
+        allocator, cached = self.token_to_kv_pool_allocator, self.all_values_flatten()
+        adapters = {content_hash: len(adapter.slots) for content_hash, adapter in self._resident.items()}
+        kv = {owner: count - adapters.get(owner, 0) for owner, count in self._owners.count(cached).items()}
+        total, free = allocator.size, allocator.available_size()
+        return SlotCounts(total, free, total - free - len(cached), adapters, {o: c for o, c in kv.items() if c})
+
+    def check_slots(self, in_use: int) -> None:
+        """``AssertionError`` unless every slot has exactly one owner, ``in_use`` of them requests outside the tree."""
+        counts, cached = self.slot_counts(), self.all_values_flatten()
+        assert len(cached) == len(cached.unique()), "a slot is in the tree twice"
+        assert counts.in_use == in_use, f"slots leaked or freed twice: {counts}, {in_use} expected in use"
+        assert len(cached) == self.evictable_size() + self.protected_size(), "the tree's sizes are wrong"
+        assert counts.invalid_kv == 0, f"KV without its adapter: {counts}"
+        for adapter in self._resident.values():
+            assert torch.isin(adapter.slots, cached).all(), "the tree lost slots of a resident adapter"
 
     def pin_adapter(self, lora_id: str) -> None:
         """Lock a resident adapter until ``unpin_adapter`` or a flush."""
@@ -165,8 +190,8 @@ class AdapterPrefixCache(UnifiedRadixCache):
             while given_up < len(held) and result.num_tokens_evicted < params.num_tokens:
                 self.tree_core.dec_full_pin(held[given_up])
                 given_up += 1
-                rest = evict(dataclasses.replace(params, num_tokens=params.num_tokens - result.num_tokens_evicted))
-                result.num_tokens_evicted += rest.num_tokens_evicted
+                # Nothing but the adapter just given up is left to evict.
+                result.num_tokens_evicted += evict(params).num_tokens_evicted
         finally:
             for node in held[given_up:]:
                 self.tree_core.dec_full_pin(node)
@@ -181,6 +206,7 @@ class AdapterPrefixCache(UnifiedRadixCache):
         evicted = [content_hash for content_hash, adapter in self._resident.items() if self._is_gone(adapter.node)]
         for content_hash in evicted:
             del self._resident[content_hash]
+            self.on_evicted(content_hash)
         return evicted
 
     def _is_gone(self, node: int) -> bool:
@@ -206,8 +232,9 @@ class AdapterPrefixCache(UnifiedRadixCache):
     def insert(self, params: InsertParams) -> InsertResult:
         lora_id, own_extra = self._split(params.key.extra_key)
         result = super().insert(params) if lora_id is None else self._insert_behind(lora_id, own_extra, params)
+        content_hash = None if lora_id is None else self._prefixes[lora_id].content_hash
+        self._owners.wrote(content_hash, params.value[params.prev_prefix_len :])
         if self._events is not None:
-            content_hash = None if lora_id is None else self._prefixes[lora_id].content_hash
             namespace = Namespace(content_hash, own_extra or None, params.key.cache_salt)
             known = min(params.prev_prefix_len, result.prefix_len)
             tokens = params.key.raw_token_ids()

@@ -10,9 +10,10 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from sglang_blocklora.reports import BASE, UNLOADED
+
 # Labels are never given up again, so that no counter jumps; adapters beyond them share "other".
 MAX_LABELS = 100
-BASE_LABEL = "(base)"
 OTHER_LABEL = "other"
 PREFIX = "sglang_blocklora:"
 TTFT_BUCKETS_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 6, 10, 20, 40, 80)
@@ -28,7 +29,7 @@ class LabelBudget:
     def label(self, adapter: str | None) -> str:
         """The ``adapter`` label of ``adapter``; None is the base model."""
         if adapter is None:
-            return BASE_LABEL
+            return BASE
         if adapter not in self._names:
             if len(self._names) >= self._size:
                 return OTHER_LABEL
@@ -73,6 +74,9 @@ class AdapterCollector(Collector):
         ("loads", "adapter_loads", "Times an adapter was brought into the arena."),
         ("load_seconds", "adapter_load_seconds", "Host time spent on that."),
         ("evictions", "adapter_evictions", "Times an adapter was put out of the arena."),
+        ("hits", "adapter_resident_hits", "Requests that found their adapter resident when they arrived."),
+        ("host_hits", "adapter_host_hits", "Requests that found it in host memory only."),
+        ("misses", "adapter_misses", "Requests that did not find it resident."),
     )
 
     def __init__(self, budget: LabelBudget) -> None:
@@ -98,23 +102,38 @@ class AdapterCollector(Collector):
             return
         adapters = self._facts["adapters"]
         for state in ("running", "waiting"):
-            counts = {BASE_LABEL: self._facts["base"][state]}
+            counts = {BASE: self._facts["base"][state]}
             for adapter in adapters:
                 label = self._budget.label(adapter["name"])
                 counts[label] = counts.get(label, 0) + adapter[state]
             yield _gauge(f"{PREFIX}adapter_requests_{state}", f"Requests {state}.", "adapter", counts)
-        slots: dict[str, float] = {}
-        for adapter in adapters:
-            if adapter["tier"] == "resident":
-                label = self._budget.label(adapter["name"])
-                slots[label] = slots.get(label, 0) + adapter["slots"]
-        yield _gauge(f"{PREFIX}adapter_slots", "Slots that resident adapters hold.", "owner", slots)
+        yield from self._slots(self._facts["slots"])
         for key, name, text in self.TOTALS:
             family = CounterMetricFamily(PREFIX + name, text, labels=["adapter"])
             for label, value in self._totals[key].items():
                 family.add_metric([label], value)
             yield family
         yield self._lora_requests_info(adapters)
+
+    def _slots(self, slots: Mapping[str, Any]) -> Iterator[Metric]:
+        owned: dict[tuple[str, str], int] = {}
+        for owner, kinds in slots["owners"].items():
+            label = owner if owner in (BASE, UNLOADED) else self._budget.label(owner)
+            for kind, count in kinds.items():
+                owned[label, kind] = owned.get((label, kind), 0) + count
+        family = GaugeMetricFamily(
+            f"{PREFIX}adapter_slots",
+            "Slots of the arena that adapters' weights and their KV hold.",
+            labels=["owner", "kind"],
+        )
+        for labels, count in owned.items():
+            family.add_metric(labels, count)
+        yield family
+        states = {state: slots[state] for state in ("free", "in_use", "adapter", "kv")}
+        yield _gauge(f"{PREFIX}slots", "All slots of the arena.", "state", states)
+        yield GaugeMetricFamily(
+            f"{PREFIX}invalid_kv_share", "Share of cached KV whose adapter is not resident.", slots["invalid_kv_share"]
+        )
 
     def _lora_requests_info(self, adapters: list[Mapping[str, Any]]) -> Metric:
         """vLLM's series, which routers read: the names are the labels and the value is the time."""

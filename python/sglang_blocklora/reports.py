@@ -10,6 +10,9 @@ from typing import Any
 from sglang_blocklora.memory.pool import Pool
 
 MAX_PAGE = 1000
+# Owners of slots beside the adapters' names.
+BASE = "(base)"
+UNLOADED = "(unloaded)"
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,9 @@ class AdapterFacts:
 
     bytes_per_tp_rank  rows of the arena on every TP rank, padding included
     tier               "resident" (in the arena), "host" (in host memory) or "disk" (loaded again when asked for)
-    running, waiting   requests now; hits, misses: requests that found it resident when they arrived, or not
+    running, waiting   requests now
+    hits, misses       requests that found it resident when they arrived, or not; host_hits: of the misses, those that
+                       found it in host memory
     loads, evictions   times it was brought into the arena, and was put out of it
     """
 
@@ -36,6 +41,7 @@ class AdapterFacts:
     waiting: int = 0
     hits: int = 0
     misses: int = 0
+    host_hits: int = 0
     loads: int = 0
     load_seconds: float = 0.0
     evictions: int = 0
@@ -51,13 +57,13 @@ def pool_facts(
     """
     adapters = []
     for key, adapter in pool.loaded.items():
-        count, resident = pool.load_counts.of(key), pool.is_resident(key)
+        count = pool.load_counts.of(key)
         facts = AdapterFacts(
             name=adapter.name,
             path=adapter.path,
             lora_id=key,
             pinned=adapter.pinned,
-            tier="resident" if resident else "host",
+            tier=tier(pool, key),
             content_hash=adapter.content_hash,
             rank=adapter.shard.rank,
             nblocks=adapter.shard.nblocks,
@@ -67,13 +73,49 @@ def pool_facts(
             waiting=waiting.get(key, 0),
             hits=count.hits,
             misses=count.misses,
+            host_hits=count.host_hits,
             loads=count.loads,
             load_seconds=count.seconds,
-            evictions=count.loads - resident,
+            evictions=count.evictions,
         )
         adapters.append(dataclasses.asdict(facts))
     base = {"running": running.get(None, 0), "waiting": waiting.get(None, 0)}
-    return {"adapters": adapters, "base": base, "max_adapters_per_batch": pool.max_adapters_per_batch}
+    return {
+        "adapters": adapters,
+        "base": base,
+        "max_adapters_per_batch": pool.max_adapters_per_batch,
+        "slots": slot_facts(pool),
+    }
+
+
+def tier(pool: Pool, key: str) -> str:
+    """Where a loaded adapter is now."""
+    return "resident" if pool.is_resident(key) else "host"
+
+
+def slot_facts(pool: Pool) -> dict[str, Any]:
+    """Slots of one TP rank by owner: free, in use and those of all owners add up to the total.
+
+    Contents that have several names count under the first; those that lost their name, under ``UNLOADED``.
+    """
+    counts = pool.slot_counts()
+    names = {adapter.content_hash: adapter.name for adapter in reversed(pool.loaded.values())}
+    owners: dict[str, dict[str, int]] = {}
+    for kind, slots in (("adapter", counts.adapters), ("kv", counts.kv)):
+        for content_hash, count in slots.items():
+            name = BASE if content_hash is None else names.get(content_hash, UNLOADED)
+            owner = owners.setdefault(name, {"adapter": 0, "kv": 0})
+            owner[kind] += count
+    kv = sum(counts.kv.values())
+    return {
+        "total": counts.total,
+        "free": counts.free,
+        "in_use": counts.in_use,
+        "adapter": sum(counts.adapters.values()),
+        "kv": kv,
+        "invalid_kv_share": counts.invalid_kv / kv if kv else 0.0,
+        "owners": owners,
+    }
 
 
 def merge_facts(

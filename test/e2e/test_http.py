@@ -243,7 +243,7 @@ def test_metrics_count_per_adapter(server: Server, llama: Case) -> None:
     assert value(after, "adapter_loads_total", "support") == facts["loads"]
     assert value(after, "adapter_load_seconds_total", "support") == pytest.approx(facts["load_seconds"])
     assert value(after, "adapter_evictions_total", "support") == facts["evictions"]
-    assert after["sglang_blocklora:adapter_slots", (("owner", "support"),)] == facts["slots"]
+    assert after["sglang_blocklora:adapter_slots", (("kind", "adapter"), ("owner", "support"))] == facts["slots"]
 
 
 def lora_requests_info(server: Server) -> tuple[float, int, list[str], list[str]]:

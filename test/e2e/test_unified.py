@@ -33,9 +33,17 @@ def server(many, tmp_path_factory) -> Iterator[Server]:
     model, adapters, _, _ = many
     folder = tmp_path_factory.mktemp("unified-server")
     flags = ["--tp", "2", "--adapter-memory", "unified", "--max-total-tokens", str(POOL_TOKENS)]
-    flags += ["--adapter-decision-log", str(folder / "decisions"), "--max-running-requests", "16"]
+    flags += [
+        "--adapter-eviction",
+        "cost-aware",
+        "--adapter-decision-log",
+        str(folder / "decisions"),
+        "--max-running-requests",
+        "16",
+    ]
     paths = ["--lora-paths", *(f"{name}={path}" for name, path in adapters.items())]
-    with running(model, *flags, *paths, log=folder / "log") as server:
+    debug = {"SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK": "1"}  # whenever idle, every slot has exactly one owner
+    with running(model, *flags, *paths, log=folder / "log", environment=debug) as server:
         yield server
     text = server.log_text()
     assert "memory leak" not in text.lower()
@@ -117,3 +125,25 @@ def test_flush_drops_adapters_too_and_they_come_back(server: Server, many) -> No
     assert server.call("/flush_cache", {})[0] == 200
     for name in ("a2", "a2", None):
         assert server.tokens(prompts[1], name, NEW_TOKENS) == expected[name][1]
+
+
+def test_slots_are_reported_by_owner(server: Server, many) -> None:
+    """Flushed and then used by two: whoever has slots is named, and all add up to the pool."""
+    _, adapters, prompts, expected = many
+    assert server.call("/flush_cache", {})[0] == 200
+    for name in ("a5", "a5", None):
+        assert server.tokens(prompts[0], name, NEW_TOKENS) == expected[name][0]
+    answer = server.call("/adapters?limit=1000")[1]
+    slots, listed = answer["slots"], {one["name"]: one for one in answer["data"]}
+    assert slots["total"] == POOL_TOKENS
+    assert slots["free"] + slots["in_use"] + slots["adapter"] + slots["kv"] == POOL_TOKENS
+    tokens = len(prompts[0]) + NEW_TOKENS - 1  # the last one's KV is never computed
+    assert slots["owners"] == {
+        "a5": {"adapter": listed["a5"]["slots"], "kv": tokens},
+        "(base)": {"adapter": 0, "kv": tokens},
+    }
+    assert (slots["in_use"], slots["invalid_kv_share"]) == (0, 0)
+    assert sum(one["tier"] == "resident" for one in listed.values()) == 1
+    assert all(one["loads"] - one["evictions"] == (name == "a5") for name, one in listed.items())
+    assert sum(one["hits"] for one in listed.values()) > ADAPTERS
+    assert adapters.keys() == listed.keys()

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from prometheus_client import CollectorRegistry, generate_latest
+from sglang_blocklora.memory.accounting import SlotCounts, SlotOwners
 from sglang_blocklora.memory.load_counts import LoadCounts
 from sglang_blocklora.metrics import AdapterCollector, LabelBudget
-from sglang_blocklora.reports import AdapterFacts, merge_facts, page
+from sglang_blocklora.reports import AdapterFacts, merge_facts, page, slot_facts
+
+SLOTS = {
+    "total": 100,
+    "free": 50,
+    "in_use": 11,
+    "adapter": 19,
+    "kv": 20,
+    "invalid_kv_share": 0.0,
+    "owners": {
+        "a": {"adapter": 7, "kv": 4},
+        "b": {"adapter": 7, "kv": 0},
+        "c": {"adapter": 5, "kv": 6},
+        "(base)": {"adapter": 0, "kv": 10},
+    },
+}
 
 
 def facts(**adapters: dict[str, Any]) -> dict[str, Any]:
@@ -18,6 +36,7 @@ def facts(**adapters: dict[str, Any]) -> dict[str, Any]:
         "adapters": [{"name": name, "lora_id": f"id-{name}"} | plain | own for name, own in adapters.items()],
         "base": {"running": 1, "waiting": 0},
         "max_adapters_per_batch": 8,
+        "slots": SLOTS,
     }
 
 
@@ -29,6 +48,7 @@ def exposed(collector: AdapterCollector) -> dict[str, float]:
 
 
 COUNTS = {"running": 0, "waiting": 0, "loads": 0, "load_seconds": 0.0, "evictions": 0}
+COUNTS |= {"hits": 0, "misses": 0, "host_hits": 0}
 
 
 def test_labels_are_bounded_and_an_adapter_keeps_its_own() -> None:
@@ -39,12 +59,21 @@ def test_labels_are_bounded_and_an_adapter_keeps_its_own() -> None:
 
 def test_adapters_beyond_the_budget_are_summed() -> None:
     collector = AdapterCollector(LabelBudget(1))
-    collector.update(facts(a=COUNTS | {"running": 2}, b=COUNTS | {"running": 3}, c=COUNTS | {"running": 4, "slots": 5}))
+    collector.update(facts(a=COUNTS | {"running": 2}, b=COUNTS | {"running": 3}, c=COUNTS | {"running": 4}))
     found = exposed(collector)
     assert found['sglang_blocklora:adapter_requests_running{adapter="a"}'] == 2
     assert found['sglang_blocklora:adapter_requests_running{adapter="other"}'] == 7
     assert found['sglang_blocklora:adapter_requests_running{adapter="(base)"}'] == 1
-    assert found['sglang_blocklora:adapter_slots{owner="other"}'] == 12
+    slots = {key: value for key, value in found.items() if "adapter_slots" in key}
+    assert slots == {
+        'sglang_blocklora:adapter_slots{kind="adapter",owner="a"}': 7,
+        'sglang_blocklora:adapter_slots{kind="kv",owner="a"}': 4,
+        'sglang_blocklora:adapter_slots{kind="adapter",owner="other"}': 12,
+        'sglang_blocklora:adapter_slots{kind="kv",owner="other"}': 6,
+        'sglang_blocklora:adapter_slots{kind="adapter",owner="(base)"}': 0,
+        'sglang_blocklora:adapter_slots{kind="kv",owner="(base)"}': 10,
+    }
+    assert sum(value for key, value in found.items() if key.startswith("sglang_blocklora:slots{")) == 100
     assert sum("adapter_loads_total" in key for key in found) == 2
 
 
@@ -101,7 +130,45 @@ def test_a_load_that_fails_is_not_counted() -> None:
         pass
     with pytest.raises(RuntimeError), counts.measure("a"):
         raise RuntimeError
-    counts.arrived("a", resident=True)
-    assert (counts.of("a").loads, counts.of("a").hits, counts.of("a").misses) == (1, 1, 0)
+    for tier in ("resident", "host", "disk", "host"):
+        counts.arrived("a", tier)
+    found = counts.of("a")
+    assert (found.loads, found.hits, found.misses, found.host_hits) == (1, 1, 3, 2)
     counts.forget("a")
     assert counts.of("a").loads == 0
+
+
+class Shared:
+    """A pool in which names a and b have the same contents, and contents X lost their name."""
+
+    loaded = MappingProxyType(
+        {
+            key: SimpleNamespace(name=key, content_hash=contents)
+            for key, contents in (("a", "S"), ("b", "S"), ("c", "T"))
+        }
+    )
+
+    def slot_counts(self) -> SlotCounts:
+        return SlotCounts(100, 20, 10, {"S": 8, "X": 4}, {None: 30, "S": 16, "X": 2, "T": 10})
+
+
+def test_slots_of_all_owners_add_up() -> None:
+    slots = slot_facts(Shared())
+    assert slots["owners"] == {
+        "a": {"adapter": 8, "kv": 16},
+        "(unloaded)": {"adapter": 4, "kv": 2},
+        "(base)": {"adapter": 0, "kv": 30},
+        "c": {"adapter": 0, "kv": 10},
+    }
+    assert slots["free"] + slots["in_use"] + slots["adapter"] + slots["kv"] == slots["total"]
+    assert slots["invalid_kv_share"] == 10 / 58, "T is not resident"
+
+
+def test_owners_of_slots_are_those_who_wrote_last() -> None:
+    owners = SlotOwners(12, "cpu")
+    owners.wrote("A", torch.tensor([1, 2, 3, 4]))
+    owners.wrote(None, torch.tensor([4, 5]))
+    owners.wrote("B", torch.tensor([2, 9]))
+    assert owners.count(torch.tensor([1, 2, 3, 4, 5, 9])) == {"A": 2, None: 2, "B": 2}
+    assert owners.count(torch.tensor([2, 9])) == {"B": 2}
+    assert owners.count(torch.empty(0, dtype=torch.int64)) == {}

@@ -12,13 +12,17 @@ from dataclasses import dataclass
 class LoadCount:
     """loads         times the adapter was brought into the arena
     seconds       of host time over all loads; on a GPU the copy itself goes on beside it
+    evictions     times it was put out of the arena
     hits, misses  requests that found it resident when they arrived, or not
+    host_hits     of the misses, those that found it in host memory
     """
 
     loads: int = 0
     seconds: float = 0.0
     hits: int = 0
     misses: int = 0
+    host_hits: int = 0
+    evictions: int = 0
 
 
 class LoadCounts:
@@ -36,13 +40,16 @@ class LoadCounts:
         count.loads += 1
         count.seconds += time.perf_counter() - started
 
-    def arrived(self, key: str, resident: bool) -> None:
-        """Count one request."""
+    def arrived(self, key: str, tier: str) -> None:
+        """Count one request that found its adapter in ``tier``: "resident", "host" or "disk"."""
         count = self._own(key)
-        if resident:
-            count.hits += 1
-        else:
-            count.misses += 1
+        count.hits += tier == "resident"
+        count.misses += tier != "resident"
+        count.host_hits += tier == "host"
+
+    def evicted(self, key: str) -> None:
+        """Count one time that an adapter was put out of the arena."""
+        self._own(key).evictions += 1
 
     def _own(self, key: str) -> LoadCount:
         return self._counts.setdefault(key, LoadCount())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from sglang_blocklora.adapters.shard import AdapterShard
+from sglang_blocklora.memory.accounting import SlotCounts
 from sglang_blocklora.memory.load_counts import LoadCounts
 
 
@@ -74,6 +75,8 @@ class Pool(Protocol):
     def set_pinned(self, key: str, pinned: bool) -> str | None: ...
     def fits(self, keys: Iterable[str]) -> bool: ...
     def make_resident(self, keys: Iterable[str]) -> None: ...
+    def slot_counts(self) -> SlotCounts: ...
+    def check_integrity(self, in_use: int) -> None: ...
 
 
 class AdapterPool:
@@ -158,11 +161,22 @@ class AdapterPool:
             if victim is None:
                 raise RuntimeError(f"no room for adapter {adapter.name!r} ({adapter.slots} slots) in this batch")
             self.arena.free(self.resident.pop(victim).slots)
+            self.load_counts.evicted(victim)
         self.arena.write(slots, adapter.shard.image)
         return Resident(adapter, slots)
 
-    def check_integrity(self) -> None:
-        """``AssertionError`` unless every slot has exactly one owner and only loaded adapters are resident."""
+    def slot_counts(self) -> SlotCounts:
+        """Who has the arena's slots; no KV lives here and nothing else uses it."""
+        adapters: Counter[str] = Counter()
+        for resident in self.resident.values():
+            adapters[resident.adapter.content_hash] += len(resident.slots)
+        return SlotCounts(self.arena.total_slots, self.arena.free_slots, 0, adapters, {})
+
+    def check_integrity(self, in_use: int = 0) -> None:
+        """``AssertionError`` unless every slot has exactly one owner and only loaded adapters are resident.
+
+        ``in_use`` counts slots of requests, of which this arena has none.
+        """
         owned = [slot for resident in self.resident.values() for slot in resident.slots.tolist()]
         assert len(owned) == len(set(owned)), "two adapters own one slot"
         assert len(owned) + self.arena.free_slots == self.arena.total_slots, "a slot leaked"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
 
 from sglang_blocklora.decisions import DecisionLog
+from sglang_blocklora.memory.accounting import SlotCounts
 from sglang_blocklora.memory.load_counts import LoadCounts
 from sglang_blocklora.memory.pool import LoadedAdapter, Resident
 
@@ -17,7 +18,12 @@ LINGER_STEPS = 8
 
 
 class PrefixCache(Protocol):
-    """What the pool needs of the radix cache (``AdapterPrefixCache``)."""
+    """What the pool needs of the radix cache (``AdapterPrefixCache``).
+
+    on_evicted  called with the content hash of each adapter that was put out
+    """
+
+    on_evicted: Callable[[str], None]
 
     def know(self, lora_id: str, content_hash: str, slots: int) -> None: ...
     def slots_needed(self, slots: int) -> int: ...
@@ -26,6 +32,8 @@ class PrefixCache(Protocol):
     def publish(self, lora_id: str, slots: torch.Tensor) -> None: ...
     def pin_adapter(self, lora_id: str) -> None: ...
     def unpin_adapter(self, lora_id: str) -> None: ...
+    def slot_counts(self) -> SlotCounts: ...
+    def check_slots(self, in_use: int) -> None: ...
 
 
 class KVArena:
@@ -76,6 +84,7 @@ class UnifiedPool:
     def bind_cache(self, cache: PrefixCache) -> None:
         """Set the tree; adapters that are loaded already become known to it."""
         self._cache = cache
+        cache.on_evicted = self._count_eviction
         for key, adapter in self.loaded.items():
             cache.know(key, adapter.content_hash, adapter.slots)
 
@@ -152,6 +161,20 @@ class UnifiedPool:
             known = self.resident.get(key)
             if known is None or not torch.equal(known.slots, slots.cpu()):
                 self.resident[key] = Resident(adapter, slots.cpu())
+
+    def slot_counts(self) -> SlotCounts:
+        """Who has the KV pool's slots."""
+        return self.cache.slot_counts()
+
+    def check_integrity(self, in_use: int) -> None:
+        """``AssertionError`` unless every slot has exactly one owner, ``in_use`` of them requests outside the tree."""
+        self.cache.check_slots(in_use)
+
+    def _count_eviction(self, content_hash: str) -> None:
+        """An adapter went; each name it has counts that."""
+        for key, adapter in self.loaded.items():
+            if adapter.content_hash == content_hash:
+                self.load_counts.evicted(key)
 
     def _load(self, key: str) -> bool:
         adapter = self.loaded[key]
