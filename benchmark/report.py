@@ -61,9 +61,31 @@ COUNTS = (
     Column("parameters over plain", "parameters_over_plain", 2),
 )
 STEP = (Column("ms per token", "itl_ms_p50"), Column("TTFT, ms", "ttft_ms_p50"))
-
+LATENCIES = (
+    Column("TTFT P50, ms", "ttft_ms_p50", 0),
+    Column("TTFT P99, ms", "ttft_ms_p99", 0),
+    Column("TPOT P50, ms", "tpot_ms_p50"),
+    Column("tokens/s", "output_tokens_per_s", 0),
+)
+CACHES = (
+    Column("KV hits, %", "kv_hit_rate", 0, PERCENT),
+    Column("adapter hits, %", "adapter_hit_rate", 0, PERCENT),
+    Column("MiB copied", "copied_mib", 0),
+    Column("failed", "failed_requests", 0),
+)
 SECTIONS = (
     Section("decode", "base", (Column("TPOT, ms", "tpot_ms_p50"), Column("tokens/s", "output_tokens_per_s", 0))),
+    Section("memory", "stock slots", (*LATENCIES, *CACHES)),
+    Section(
+        "scheduler",
+        "lpm",
+        (
+            *LATENCIES,
+            Column("worst adapter's TTFT P99, ms", "worst_adapter_ttft_ms_p99", 0),
+            Column("SLO, %", "slo_attainment", 0, PERCENT),
+            *CACHES,
+        ),
+    ),
     Section(
         "quality",
         "plain, r = 16",

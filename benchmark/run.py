@@ -21,28 +21,33 @@ STOP_S = 60  # a part that was told to stop ends its servers within this
 
 @dataclass(frozen=True)
 class Part:
-    """A module to run with its arguments, and the seconds after which it is stopped."""
+    """A module to run with its options, and the seconds after which it is stopped.
 
-    module: str
+    ``quick``: part of the default set, which together takes less than 20 minutes on 2 cores
+    """
+
+    command: str
     limit_s: int
-    arguments: tuple[str, ...] = ()
+    quick: bool = True
 
 
 PARTS = {
-    "decode": Part("benchmark.serving.runner", 300),
+    "decode": Part("benchmark.serving.runner", 420),
+    "end_to_end_tp2": Part("benchmark.paper.end_to_end --tp 2", 420),
+    "memory": Part("benchmark.memory.serve", 480),
+    "scheduler": Part("benchmark.scheduler.serve", 420),
     "quality": Part("benchmark.quality.train", 420),
-    "counts": Part("benchmark.paper.counts", 240),
     "cost_model": Part("benchmark.paper.cost_model", 60),
-    "end_to_end_tp2": Part("benchmark.paper.end_to_end", 300, ("--tp", "2")),
-    "end_to_end_tp4": Part("benchmark.paper.end_to_end", 540, ("--tp", "4", "--rounds", "2")),
-    "memory_simulated": Part("benchmark.memory.simulate", 300),
+    "counts": Part("benchmark.paper.counts", 240, quick=False),
+    "end_to_end_tp4": Part("benchmark.paper.end_to_end --tp 4 --rounds 2", 540, quick=False),
+    "memory_simulated": Part("benchmark.memory.simulate", 300, quick=False),
 }
 
 
 def run(name: str, part: Part) -> str | None:
     """Run one part; what went wrong, or None."""
     print(f"\n== {name} (at most {part.limit_s // 60} minutes)", flush=True)
-    process = subprocess.Popen([sys.executable, "-m", part.module, *part.arguments], cwd=REPOSITORY)
+    process = subprocess.Popen([sys.executable, "-m", *part.command.split()], cwd=REPOSITORY)
     try:
         status = process.wait(part.limit_s)
         return f"ended with status {status}" if status else None
@@ -63,23 +68,29 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
+def chosen(asked: list[str]) -> list[str]:
+    """The parts to run: the quick ones when none is asked for, ``all``, or those named. ``SystemExit`` for unknown ones."""
+    if unknown := set(asked) - {*PARTS, "all"}:
+        raise SystemExit(f"unknown parts {sorted(unknown)}; known: {', '.join(PARTS)}, all")
+    return [name for name, part in PARTS.items() if name in asked or "all" in asked or (part.quick and not asked)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    names = parser.parse_args().parts or list(PARTS)
-    if unknown := set(names) - set(PARTS):
-        parser.error(f"unknown parts {sorted(unknown)}; known: {', '.join(PARTS)}")
-    started, failures = time.monotonic(), {}
-    for name in names:
-        if problem := run(name, PARTS[name]):
-            failures[name] = problem
-            print(f"{name}: {problem}", flush=True)
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}, all (default: the quick ones)"
+    )
+    failed, began = [], time.monotonic()
+    for name in chosen(parser.parse_args().parts):
+        started = time.monotonic()
+        problem = run(name, PARTS[name])
+        print(f"{name}: {problem or 'done'} after {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
+        failed += [name] if problem else []
     if problem := run("report", Part("benchmark.report", 120)):
-        failures["report"] = problem
-    print(f"\n{(time.monotonic() - started) / 60:.1f} minutes")
-    if failures:
-        retry = " ".join(failures)
-        raise SystemExit(f"failed: {failures}; the others are done. Again: make bench PARTS='{retry}'")
+        raise SystemExit(f"report: {problem}. Again: make bench-report")
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes in all")
+    if failed:
+        raise SystemExit(f"failed, the others are done. Again: make bench PARTS='{' '.join(failed)}'")
 
 
 if __name__ == "__main__":

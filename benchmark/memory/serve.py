@@ -9,7 +9,7 @@ bytes on each TP rank for adapters and KV together:
 
 A second workload asks 8 adapters only, so that they fit everywhere.
 
-    python -m benchmark.memory.serve [--rounds 2] [--sessions 60] [--rate 5]
+    python -m benchmark.memory.serve [--rounds 2] [--sessions 48] [--rate 5]
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class EqualMemory:
 
 def launches(memory: EqualMemory, paths: tuple[str, ...]) -> dict[str, Launch]:
     """A server for each way to use the memory."""
-    common = ("--tp", str(TP), "--max-running-requests", str(MAX_RUNNING), *paths)
+    common = ("--tp", str(TP), "--max-running-requests", str(MAX_RUNNING), "--schedule-policy", "fcfs", *paths)
     stock = ("--lora-backend", "torch_native", "--max-loras-per-batch", str(STOCK_SLOTS))
     static = ("--adapter-memory", "static", "--adapter-memory-mb", str(memory.arena_mib))
     made = {
@@ -103,7 +103,7 @@ def scenarios(options: argparse.Namespace) -> dict[str, Workload]:
         think_s=1.0,
         vocab=tiny.VOCAB,
     )
-    few = dataclasses.replace(many, adapters=STOCK_SLOTS, sessions=options.sessions // 2)
+    few = dataclasses.replace(many, adapters=STOCK_SLOTS, sessions=options.sessions // 3)
     return {f"{options.adapters} adapters": many, f"{STOCK_SLOTS} adapters (they fit)": few}
 
 
@@ -114,14 +114,14 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     model, adapters = tiny.build(folder, {name: AdapterChoice(rank=rank) for name, rank in ranks.items()})
     checked = {name: adapters[name] for name in list(adapters)[: len(RANKS)]}
     prompts, expected = tiny.prompts_and_answers(model, checked, (40,), CHECKED_TOKENS)
-    servers = launches(memory, tiny.lora_paths(adapters))
+    servers = {k: v for k, v in launches(memory, tiny.lora_paths(adapters)).items() if k in options.variants}
     workloads = scenarios(options)
     settings = {
         "model": tiny.DESCRIPTION,
         "TP size": TP,
         "adapters": f"{options.adapters} plain, ranks {', '.join(map(str, RANKS))} in turn",
         "equal memory": str(memory),
-        "workload": f"Zipf 1.0; {options.rate:g} sessions/s, {options.sessions} and {options.sessions // 2} of them; "
+        "workload": f"Zipf 1.0; {options.rate:g} sessions/s, {options.sessions} and {options.sessions // 3} of them; "
         "1 to 3 turns of 16 to 48 random tokens, answers of 16 to 32, system prompt of 96, 1 s mean think time",
         "rounds": options.rounds,
     }
@@ -143,9 +143,11 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(launches(EqualMemory(1), ()))
+    parser.add_argument("--variants", nargs="+", choices=names, default=names)
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--kv-tokens", type=int, default=4096, help="KV tokens that the stock server has")
-    parser.add_argument("--sessions", type=int, default=60)
+    parser.add_argument("--sessions", type=int, default=48)
     parser.add_argument("--rate", type=float, default=5.0, help="sessions per second")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--slo-ttft-s", type=float, default=1.0)

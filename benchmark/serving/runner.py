@@ -3,7 +3,7 @@
 ``interleave`` is what every serving benchmark calls: rounds run forth and back (A B B A), each pass under the same
 workload, every figure written as soon as it is there.
 
-    python -m benchmark.serving.runner [--tp 2] [--rank 16] [--rounds 8] [--tokens 64]
+    python -m benchmark.serving.runner [--tp 2] [--rank 16] [--rounds 6] [--tokens 64]
 
 compares the base model on stock SGLang, stock LoRA (plain, rank r), and ours with the base model and with a
 block-diagonal adapter matched in parameters (n = TP size); the base model is measured twice, which shows the noise.
@@ -126,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--rank", type=int, default=16, help="rank of the plain adapter")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of a request")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
