@@ -1,4 +1,4 @@
-"""``make bench``: every part of the CPU benchmarks in a process of its own, then the report.
+"""``make bench``: parts of the CPU benchmarks, each in a process of its own, then the report.
 
     python -m benchmark.run [PART ...]
 
@@ -69,7 +69,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def chosen(asked: list[str]) -> list[str]:
-    """The parts to run: the quick ones when none is asked for, ``all``, or those named. ``SystemExit`` for unknown ones."""
+    """The parts to run: those named, ``all``, or the quick ones when none is. ``SystemExit`` for unknown names."""
     if unknown := set(asked) - {*PARTS, "all"}:
         raise SystemExit(f"unknown parts {sorted(unknown)}; known: {', '.join(PARTS)}, all")
     return [name for name, part in PARTS.items() if name in asked or "all" in asked or (part.quick and not asked)]

@@ -82,7 +82,13 @@ def measure(model: Path, adapters: Mapping[str, Path], tp: int, folder: Path) ->
     costs: dict[Sharding, Cost] = {}
     for name, module, flags, loaded, shardings in (
         ("stock", STOCK, ("--lora-backend", "torch_native"), ("plain",), ("stock",)),
-        ("ours", OURS, ("--plain-lora-sharding", "s-lora"), ("plain", "bd"), ("s-lora", "block-diagonal")),
+        (
+            "ours",
+            OURS,
+            ("--adapter-memory", "static", "--plain-lora-sharding", "s-lora"),
+            ("plain", "bd"),
+            ("s-lora", "block-diagonal"),
+        ),
     ):
         print(f"TP {tp}: counting on {name}", flush=True)
         log = folder / f"{name}-{tp}.jsonl"

@@ -128,7 +128,7 @@ def main() -> None:
         common += ("--mem-fraction-static", "0.4")
         launches = {
             "stock": Launch(True, (*common, *lora_paths({"plain": plain}))),
-            "ours": Launch(False, (*common, *lora_paths({"bd": bd}))),
+            "ours": Launch(False, (*common, "--adapter-memory", "static", *lora_paths({"bd": bd}))),
         }
         if not torch.cuda.is_available():
             launches["stock"] = Launch(True, (*launches["stock"].flags, "--lora-backend", "torch_native"))

@@ -90,7 +90,7 @@ def measure_decode(options: argparse.Namespace, folder: Path) -> None:
     choices = {"plain": AdapterChoice(rank=options.rank), "bd": AdapterChoice(options.tp, rank)}
     model, adapters = tiny.build(folder, choices)
     prompts, expected = tiny.prompts_and_answers(model, adapters, (32,), CHECKED_TOKENS)
-    common = ("--tp", str(options.tp), "--disable-radix-cache")
+    common = ("--tp", str(options.tp))
     plain = ("--lora-backend", "torch_native", *tiny.lora_paths({"plain": adapters["plain"]}))
     launches = {
         "base": Launch(True, common),
