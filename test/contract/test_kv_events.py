@@ -3,48 +3,23 @@
 from __future__ import annotations
 
 import random
+import warnings
 from array import array
 from collections import Counter
 
 import pytest
 import torch
-from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
-from sglang.srt.mem_cache.radix_cache import RadixKey
 from support.real_cache import AdapterPrefixCache, UnifiedRadixCache, digest, new_cache
+from support.subscriber import Subscriber
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
 
 POOL_TOKENS = 240
 CONTENTS = {None: None, "x": "A", "y": "B", "z": "A"}  # lora_id (short) -> contents: x and z are the same bytes
 SPACES = [(name, user, salt) for name in CONTENTS for user in (None, "u") for salt in (None, "s", "t")]
-
-
-class Subscriber:
-    """What a router makes of the events: block hash -> (adapter's number, salt, the token path up to it)."""
-
-    def __init__(self, page_size: int) -> None:
-        self.page_size = page_size
-        self.blocks: dict[int, tuple] = {}
-
-    def replay(self, events: list) -> None:
-        for event in events:
-            if isinstance(event, AllBlocksCleared):
-                self.blocks.clear()
-            elif isinstance(event, BlockRemoved):
-                for block in event.block_hashes:
-                    del self.blocks[block]
-            else:
-                self.store(event)
-
-    def store(self, event: BlockStored) -> None:
-        space = (event.lora_id, event.cache_salt)
-        *parent_space, path = self.blocks[event.parent_block_hash] if event.parent_block_hash else (*space, ())
-        assert tuple(parent_space) == space
-        assert event.block_size == self.page_size
-        assert len(event.token_ids) == len(event.block_hashes) * self.page_size
-        for i, block in enumerate(event.block_hashes):
-            path += tuple(event.token_ids[i * self.page_size : (i + 1) * self.page_size])
-            assert block not in self.blocks, "two blocks of one hash"
-            self.blocks[block] = (*space, path)
 
 
 class Operations:
