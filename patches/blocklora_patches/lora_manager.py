@@ -87,13 +87,7 @@ class BlockLoRAManager(LoRAManager):
 
     def _install_step(self, settings: Settings) -> None:
         """Put the batch's deltas behind every linear; the arena exists."""
-        on_gpu = self.device.type == "cuda"
-        if settings.adapter_kernels == "triton" or (settings.adapter_kernels == "auto" and on_gpu):
-            if self._spec.s_lora:
-                raise ValueError(
-                    "--plain-lora-sharding s-lora has no Triton kernels. Use --plain-lora-sharding replicate, or "
-                    "--adapter-kernels torch with --disable-cuda-graph."
-                )
+        if settings.uses_triton(self.device.type == "cuda"):
             step: Step = TritonStep(self._spec, self.pool, self._max_rank, self.device, settings.adapter_overlap)
         else:
             step = TorchStep(self._spec, self.pool, TPCollectives())

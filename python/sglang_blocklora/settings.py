@@ -39,6 +39,16 @@ class Settings:
     adapter_eviction: str = DEFAULT_STRATEGY
     plain_lora_sharding: str = "replicate"
 
+    def uses_triton(self, on_gpu: bool) -> bool:
+        """Whether the Triton path computes the deltas. ``ValueError`` if the settings ask for what it cannot do."""
+        triton = self.adapter_kernels == "triton" or (self.adapter_kernels == "auto" and on_gpu)
+        if triton and self.plain_lora_sharding == "s-lora":
+            raise ValueError(
+                "--plain-lora-sharding s-lora has no Triton kernels. Use --plain-lora-sharding replicate, or "
+                "--adapter-kernels torch with --disable-cuda-graph."
+            )
+        return triton
+
     def export(self) -> None:
         """Make the settings known to this process and all it starts."""
         os.environ[SETTINGS_VARIABLE] = json.dumps(dataclasses.asdict(self))

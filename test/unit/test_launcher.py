@@ -45,6 +45,15 @@ def test_impossible_flags_stop_with_a_message(flags: list[str]) -> None:
         launch_server.parse(flags)
 
 
+def test_s_lora_sharding_is_refused_on_the_triton_path() -> None:
+    for kernels, on_gpu in (("triton", False), ("auto", True)):
+        assert Settings(adapter_kernels=kernels).uses_triton(on_gpu)
+        with pytest.raises(ValueError, match="--plain-lora-sharding s-lora has no Triton"):
+            Settings(adapter_kernels=kernels, plain_lora_sharding="s-lora").uses_triton(on_gpu)
+    for kernels, on_gpu in (("torch", True), ("auto", False)):
+        assert not Settings(adapter_kernels=kernels, plain_lora_sharding="s-lora").uses_triton(on_gpu)
+
+
 def test_settings_reach_other_processes_and_the_switch_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SETTINGS_VARIABLE, raising=False)
     assert Settings.active() is None
