@@ -27,6 +27,7 @@ def queue(count: int, adapters: int, generator: np.random.Generator) -> Waiting:
         load[owner],
         generator.integers(16, 1024, count),
         generator.integers(0, 200, count),
+        generator.random(count) < 0.1,
         np.where(generator.random(count) < 0.1, 10**6, 0),
     )
 
@@ -55,7 +56,8 @@ def main() -> None:
 
         policy = AffinityPolicy(10**6, 8192, {})
         tickets = [policy.ticket(str(owner)) for owner in waiting.owner]
-        fields = [waiting.priority, waiting.prefix_tokens, waiting.load_tokens, waiting.cost_tokens]
+        columns = (waiting.priority, waiting.prefix_tokens, waiting.load_tokens, waiting.cost_tokens, waiting.deferred)
+        fields = [column.tolist() for column in columns]
         whole = milliseconds(lambda p=policy, t=tickets, f=fields: p.order(t, *f), options.repeat)
         cells = (f"{statistics.median(times):6.3f} ({max(times):6.3f})" for times in (pure, whole))
         print(f"{count:5d} waiting: order {next(cells)}   policy {next(cells)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from blocklora_patches import (
+    affinity_policy,
     engine,
     http_server,
     lora_manager,
@@ -21,6 +22,7 @@ from blocklora_patches.apply import apply
 from blocklora_patches.contract import SYMBOLS
 
 HOOKS = (
+    *affinity_policy.HOOKS,
     *lora_manager.HOOKS,
     *lora_registry.HOOKS,
     *model_runner.HOOKS,

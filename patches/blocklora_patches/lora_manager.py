@@ -70,9 +70,10 @@ class BlockLoRAManager(LoRAManager):
         targets = set(target_modules or {"all"})
         self._spec = build_spec(linears, base_hf_config, targets, dtype, tp_rank, tp_size, s_lora)
         self.unified = settings.adapter_memory == "unified"
+        self.decisions = DecisionLog(settings.decision_log, tp_rank)
         self.pool: AdapterPool | UnifiedPool
         if self.unified:
-            self.pool = UnifiedPool(max_loras_per_batch, DecisionLog(settings.decision_log, tp_rank))
+            self.pool = UnifiedPool(max_loras_per_batch, self.decisions)
         else:
             slot_bytes = len(linears) * 2 * self._spec.row_width * dtype.itemsize
             slots = settings.adapter_memory_mb * 2**20 // slot_bytes

@@ -47,6 +47,8 @@ def parse(argv: Sequence[str]) -> tuple[settings.Settings, list[str]]:
         parser.print_help()
         print()
     chosen = settings.from_arguments(own)
+    if not chosen.adapter_affinity:
+        rest += ["--schedule-policy", own.schedule_policy]
     defaults = ADAPTER_DEFAULTS | (
         {"--radix-cache-backend": ["blocklora"]} if chosen.adapter_memory == "unified" else {}
     )

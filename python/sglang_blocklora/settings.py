@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from sglang_blocklora.memory.eviction import DEFAULT_STRATEGY, STRATEGIES
 SETTINGS_VARIABLE = "SGLANG_BLOCKLORA_SETTINGS"
 # "0" keeps the extension off, whoever launched the server.
 SWITCH_VARIABLE = "SGLANG_BLOCKLORA"
+# Our value of SGLang's --schedule-policy, which takes a fixed list; SGLang itself is left at its default, fcfs.
+AFFINITY_POLICY = "adapter-affinity"
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,13 @@ class Settings:
     adapter_root       adapters may only be loaded from below this folder; None: from anywhere
     adapter_kernels    "torch", "triton", or "auto": triton on a GPU, torch elsewhere
     adapter_eviction   unified memory: a key of ``memory.eviction.STRATEGIES``
-    decision_log       unified memory: path to which each TP rank appends its number and writes its decisions; None: off
+    decision_log       path to which each TP rank appends its number and writes its decisions; None: off
     adapter_overlap    triton only: shrink runs on a second stream, beside the linear's own GEMM
     plain_lora_sharding  "replicate": plain adapters keep one factor of every linear whole on each TP rank and need no
                        collective; "s-lora": both factors split, one collective more per linear
+    adapter_affinity   our order of the waiting queue; False: SGLang's, whichever was chosen
+    adapter_max_wait_steps  scheduler steps for which a request may be overtaken
+    adapter_weights    shares of adapters by name while others wait; 1 where none is given
     """
 
     adapter_memory: str = "unified"
@@ -38,6 +44,9 @@ class Settings:
     decision_log: str | None = None
     adapter_eviction: str = DEFAULT_STRATEGY
     plain_lora_sharding: str = "replicate"
+    adapter_affinity: bool = True
+    adapter_max_wait_steps: int = 256
+    adapter_weights: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def uses_triton(self, on_gpu: bool) -> bool:
         """Whether the Triton path computes the deltas. ``ValueError`` if the settings ask for what it cannot do."""
@@ -111,7 +120,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter-decision-log",
         default=None,
         metavar="PATH",
-        help="unified memory: each TP rank writes its loads and evictions to PATH.<rank>; all must be equal",
+        help="each TP rank writes its orders, loads and evictions to PATH.<rank>; all must be equal",
+    )
+    _add_scheduling_arguments(group)
+
+
+def _add_scheduling_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--schedule-policy",
+        default=AFFINITY_POLICY,
+        metavar="POLICY",
+        help="order of the waiting queue: %(default)s (the default), or one of SGLang's",
+    )
+    group.add_argument(
+        "--adapter-max-wait-steps",
+        type=int,
+        default=Settings.adapter_max_wait_steps,
+        help=f"{AFFINITY_POLICY}: steps for which a request may be overtaken (default: %(default)s)",
+    )
+    group.add_argument(
+        "--adapter-weight",
+        action="append",
+        default=[],
+        metavar="NAME=WEIGHT",
+        help=f"{AFFINITY_POLICY}: an adapter's share while others wait, of whom each has 1; may be repeated",
     )
 
 
@@ -133,6 +165,8 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
             f"--adapter-eviction {arguments.adapter_eviction} needs --adapter-memory unified; static memory evicts "
             "the least recently used adapter"
         )
+    if arguments.adapter_max_wait_steps < 1:
+        raise SystemExit(f"--adapter-max-wait-steps {arguments.adapter_max_wait_steps} must be at least 1")
     return Settings(
         arguments.adapter_memory,
         Settings.adapter_memory_mb if megabytes is None else megabytes,
@@ -142,4 +176,21 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
         arguments.adapter_decision_log,
         arguments.adapter_eviction,
         arguments.plain_lora_sharding,
+        adapter_affinity=arguments.schedule_policy == AFFINITY_POLICY,
+        adapter_max_wait_steps=arguments.adapter_max_wait_steps,
+        adapter_weights=_weights(arguments.adapter_weight),
     )
+
+
+def _weights(texts: Sequence[str]) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if not name or not 0 < weight < float("inf") or name in weights:
+            raise SystemExit(f"--adapter-weight {text}: expected NAME=WEIGHT, a positive number, once for each name")
+        weights[name] = weight
+    return weights

@@ -31,6 +31,17 @@ def test_unified_memory_is_the_default_and_brings_its_cache() -> None:
     assert argv[argv.index("--radix-cache-backend") + 1] == "blocklora"
 
 
+def test_our_schedule_policy_is_the_default_and_sglangs_can_be_chosen() -> None:
+    settings, argv = launch_server.parse(["--adapter-weight", "a=2", "--adapter-weight", "b=c=0.5"])
+    assert settings.adapter_affinity
+    assert settings.adapter_weights == {"a": 2.0, "b=c": 0.5}
+    assert "--schedule-policy" not in argv
+    assert launch_server.parse(["--schedule-policy", "adapter-affinity"]) == launch_server.parse([])
+    settings, argv = launch_server.parse(["--schedule-policy=lpm"])
+    assert not settings.adapter_affinity
+    assert argv[:2] == ["--schedule-policy", "lpm"]
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -38,6 +49,12 @@ def test_unified_memory_is_the_default_and_brings_its_cache() -> None:
         ["--adapter-memory-mb", "0", "--adapter-memory", "static"],
         ["--adapter-eviction", "kv-first", "--adapter-memory", "static"],
         ["--adapter-memory-mb", "64"],  # of no use to unified memory
+        ["--adapter-max-wait-steps", "0"],
+        ["--adapter-weight", "a"],
+        ["--adapter-weight", "=1"],
+        ["--adapter-weight", "a=0"],
+        ["--adapter-weight", "a=nan"],
+        ["--adapter-weight", "a=1", "--adapter-weight", "a=2"],
     ],
 )
 def test_impossible_flags_stop_with_a_message(flags: list[str]) -> None:

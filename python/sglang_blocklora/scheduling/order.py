@@ -9,9 +9,12 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
-# What a step of waiting is worth, in prompt tokens saved: requests that tie otherwise go in arrival order anyway.
+# What a step of waiting is worth, in prompt tokens saved.
 AGE_TOKENS_PER_STEP = 1.0
+# Copying one slot from host memory to the arena, in prompt tokens computed. A slot holds as many bytes as a token's KV.
+HOST_LOAD_TOKENS_PER_SLOT = 0.1
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,13 @@ class Waiting:
     """Waiting requests, one array entry each, in arrival order. An owner is an adapter, or the base model.
 
     owner            index into the owners' ``spent`` and ``quanta``
-    priority         SGLang's, turned so that the smaller goes first
+    priority         smaller goes first
     prefix_tokens    prompt tokens that are cached and need not be computed
     load_tokens      cost of making the adapter resident, in computed prompt tokens; 0 where it is or none is needed
     cost_tokens      what admitting it charges to its owner
     age_steps        scheduler steps since it arrived
-    overtaken_steps  steps in which a later request went before it
+    deferred         another request, which goes before it, will leave part of its prompt in the cache
+    overtaken_steps  steps in which it was overtaken: see ``AffinityPolicy``
     """
 
     owner: Ints
@@ -33,6 +37,7 @@ class Waiting:
     load_tokens: Floats
     cost_tokens: Ints
     age_steps: Ints
+    deferred: Bools
     overtaken_steps: Ints
 
 
@@ -42,17 +47,17 @@ def score(waiting: Waiting) -> Floats:
     return waiting.prefix_tokens - waiting.load_tokens / group_size + AGE_TOKENS_PER_STEP * waiting.age_steps
 
 
-def order(waiting: Waiting, spent: Ints, quanta: Ints, max_wait_steps: int) -> Ints:
-    """Indices of ``waiting`` in the order of admission.
+def order(waiting: Waiting, spent: Ints, quanta: Ints, max_wait_steps: int) -> tuple[Ints, Ints]:
+    """Indices of ``waiting`` in the order of admission, and each request's turn.
 
-    By priority; then requests overtaken for ``max_wait_steps``, in arrival order; then by round of deficit round robin;
-    then by score; then by arrival. A request's round is the one in which its owner, who has spent ``spent`` tokens and
-    gets ``quanta`` tokens a round, can pay for it after its own better requests.
+    By priority, then turn, then requests overtaken for ``max_wait_steps`` in arrival order, then score, then arrival.
+    Turns are deficit round robin's, laid out ahead: a request's is the round in which its owner, who has spent
+    ``spent`` tokens and gets ``quanta`` tokens a round, can pay for it after its own requests that go before it.
     """
     overdue = waiting.overtaken_steps >= max_wait_steps
-    value = np.where(overdue, np.inf, score(waiting))
-    urgency = 2 * waiting.priority - overdue
-    by_value = np.lexsort((-value, urgency))  # stable: arrival order among equals
+    value = np.where(waiting.deferred, -np.inf, score(waiting))
+    value[overdue] = np.inf
+    by_value = np.lexsort((-value, waiting.priority))  # stable: arrival order among equals
     by_owner = by_value[np.argsort(waiting.owner[by_value], kind="stable")]
     owner, cost = waiting.owner[by_owner], waiting.cost_tokens[by_owner]
     before = np.cumsum(cost) - cost
@@ -60,5 +65,4 @@ def order(waiting: Waiting, spent: Ints, quanta: Ints, max_wait_steps: int) -> I
     before -= np.repeat(before[first_of_owner], np.diff(first_of_owner, append=len(owner)))
     turn = np.empty_like(before)
     turn[by_owner] = (spent[owner] + before) // quanta[owner]
-    turn[overdue] = 0
-    return by_value[np.lexsort((turn[by_value], urgency[by_value]))]
+    return by_value[np.lexsort((turn[by_value], waiting.priority[by_value]))], turn

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sglang_blocklora.scheduling.order import Ints, Waiting, order
+from sglang_blocklora.scheduling.order import Bools, Ints, Waiting, order
 
 
 @dataclass(slots=True)
@@ -21,7 +21,7 @@ class Ticket:
     owner            index of its adapter, or of the base model
     arrival          its number among all requests
     arrival_step     the step in which it was first seen
-    overtaken_steps  steps in which a request that arrived later, of no higher priority, left the queue before it
+    overtaken_steps  steps in which it was overtaken
     last_step        the last step in which it waited
     """
 
@@ -35,6 +35,10 @@ class Ticket:
 class AffinityPolicy:
     """Orders a waiting queue. Decisions follow from the calls alone, so all TP ranks decide alike.
 
+    A request is overtaken in a step if one that arrived later, of no higher priority, leaves the queue before it: one
+    of the same adapter, or one of another whose turn was not earlier.
+
+    turns           of the requests of this step, in the order that was given
     held            in this step nobody behind an overdue request may go any more
     max_wait_steps  steps for which a request may be overtaken
     quantum_tokens  tokens that an owner of weight 1 may take while others wait, before it is their turn
@@ -45,13 +49,14 @@ class AffinityPolicy:
         self.max_wait_steps = max_wait_steps
         self.steps = 0
         self.held = False
+        self.turns: Ints = np.zeros(0, np.int64)
         self._quantum_tokens = quantum_tokens
         self._weights = weights
         self._owners: dict[str | None, int] = {}
         self._spent: Ints = np.zeros(0, np.int64)
         self._quanta: Ints = np.zeros(0, np.int64)
         self._arrivals = 0
-        self._last: tuple[list[Ticket], Ints, Ints] = [], np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._last: tuple[list[Ticket], Waiting, Ints] | None = None
 
     def ticket(self, adapter: str | None) -> Ticket:
         """The place of a request that has just arrived; ``adapter`` None is the base model."""
@@ -71,8 +76,11 @@ class AffinityPolicy:
         prefix_tokens: Sequence[int],
         load_tokens: Sequence[float],
         cost_tokens: Sequence[int],
+        deferred: Sequence[bool],
     ) -> npt.NDArray[np.int64]:
         """Begin a step: indices of the waiting requests in the order of admission. One entry a request.
+
+        priority  smaller goes first, of any size; the others are as in ``Waiting``
 
         Requests of the last step that are missing now were admitted: they are charged to their owners and count as
         having overtaken whom they left behind. An aborted one cannot be told from them.
@@ -84,37 +92,40 @@ class AffinityPolicy:
         self._settle()
         arrival = _array(ticket.arrival for ticket in tickets)
         by_arrival = np.argsort(arrival)
-        owner = _array(ticket.owner for ticket in tickets)[by_arrival]
-        priorities = np.asarray(priority, np.int64)[by_arrival]
-        costs = np.asarray(cost_tokens, np.int64)[by_arrival]
+        levels = {value: level for level, value in enumerate(sorted(set(priority)))}
+        priorities = _array(levels[value] for value in priority)[by_arrival]
         waiting = Waiting(
-            owner,
+            _array(ticket.owner for ticket in tickets)[by_arrival],
             priorities,
             np.asarray(prefix_tokens, np.int64)[by_arrival],
             np.asarray(load_tokens, np.float64)[by_arrival],
-            costs,
+            np.asarray(cost_tokens, np.int64)[by_arrival],
             self.steps - _array(ticket.arrival_step for ticket in tickets)[by_arrival],
+            np.asarray(deferred, bool)[by_arrival],
             _array(ticket.overtaken_steps for ticket in tickets)[by_arrival],
         )
-        self._last = [tickets[i] for i in by_arrival.tolist()], priorities, costs
-        return by_arrival[order(waiting, self._spent, self._quanta, self.max_wait_steps)]
+        chosen, turn = order(waiting, self._spent, self._quanta, self.max_wait_steps)
+        self._last = [tickets[i] for i in by_arrival.tolist()], waiting, turn
+        self.turns = turn[chosen]
+        return by_arrival[chosen]
 
-    def refused(self, ticket: Ticket, anything_runs: bool) -> None:
-        """A request does not fit beside what runs. If it is overdue, all behind it wait until it does.
+    def refused(self, ticket: Ticket, will_fit: bool) -> None:
+        """A request's adapter does not fit now. If the request is overdue, all behind it wait until it does.
 
-        Where nothing runs, waiting would change nothing: the others go on.
+        will_fit  whether it does once running requests have ended; otherwise waiting changes nothing, and others go on
         """
-        self.held = self.held or (anything_runs and ticket.overtaken_steps >= self.max_wait_steps)
+        self.held = self.held or (will_fit and ticket.overtaken_steps >= self.max_wait_steps)
 
     def _settle(self) -> None:
         """Account for the last step: who left, who was overtaken, whose rounds have passed."""
-        tickets, priority, costs = self._last
+        if self._last is None:
+            return
+        tickets, waiting, turn = self._last
         gone = np.fromiter((ticket.last_step != self.steps for ticket in tickets), bool, len(tickets))
-        owner = _array(ticket.owner for ticket in tickets)
-        np.add.at(self._spent, owner[gone], costs[gone])
-        for i in np.flatnonzero(_overtaken(gone, priority)):
+        for i in np.flatnonzero(_overtaken(gone, waiting, turn)):
             tickets[i].overtaken_steps += 1
-        left_behind = np.unique(owner[~gone])
+        np.add.at(self._spent, waiting.owner[gone], waiting.cost_tokens[gone])
+        left_behind = np.unique(waiting.owner[~gone])
         if len(left_behind) == 0:
             self._spent[:] = 0  # everyone had a turn: nobody owes anything
             return
@@ -126,11 +137,18 @@ def _array(values: Iterable[int]) -> Ints:
     return np.fromiter(values, np.int64)
 
 
-def _overtaken(gone: npt.NDArray[np.bool_], priority: Ints) -> npt.NDArray[np.bool_]:
-    """Which of the requests, in arrival order, stayed while a later one of the same or a later priority left."""
-    index = np.arange(len(gone))
-    levels, level = np.unique(priority, return_inverse=True)
-    latest = np.full(len(levels), -1)
-    np.maximum.at(latest, level[gone], index[gone])
-    latest = np.maximum.accumulate(latest[::-1])[::-1]
-    return ~gone & (index < latest[level])
+def _overtaken(gone: Bools, waiting: Waiting, turn: Ints) -> Bools:
+    """Which of the requests, in arrival order, stayed while one left that overtook them."""
+    among_all = np.zeros_like(turn)
+    place = waiting.priority * (turn.max(initial=0) + 1) + turn
+    latest = np.maximum(_latest(gone, waiting.owner, waiting.priority), _latest(gone, among_all, place))
+    return ~gone & (np.arange(len(gone)) < latest)
+
+
+def _latest(gone: Bools, group: Ints, level: Ints) -> Ints:
+    """For each request the last one that left of its group and of its level or a later one; -1 where none did."""
+    groups, group = np.unique(group, return_inverse=True)
+    levels, level = np.unique(level, return_inverse=True)
+    latest = np.full((len(groups), len(levels)), -1)
+    np.maximum.at(latest, (group[gone], level[gone]), np.flatnonzero(gone))
+    return np.maximum.accumulate(latest[:, ::-1], axis=1)[:, ::-1][group, level]

@@ -1,0 +1,54 @@
+"""The launcher, with the clocks of TP rank 1 an hour ahead and running three times as fast.
+
+Run as a script; each spawned process imports it again before it imports SGLang. The clocks go wrong once the scheduler
+is made, before it takes its first request.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+
+from sglang_blocklora import cpu_only, launch_server
+
+SKEWED = "the clocks of TP rank 1 are skewed"
+CLOCKS = {
+    "time": 1,
+    "monotonic": 1,
+    "perf_counter": 1,
+    "time_ns": 10**9,
+    "monotonic_ns": 10**9,
+    "perf_counter_ns": 10**9,
+}
+
+
+def skew_clocks() -> None:
+    def skewed(clock, unit):
+        start = clock()
+        return lambda: start + 3600 * unit + 3 * (clock() - start)
+
+    for name, unit in CLOCKS.items():
+        setattr(time, name, skewed(getattr(time, name), unit))
+
+
+def skew_rank_1() -> None:
+    from sglang.srt.managers.scheduler import Scheduler
+
+    original = Scheduler.__init__
+
+    @functools.wraps(original)
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if self.tp_worker.model_runner.tp_rank == 1:
+            skew_clocks()
+            print(SKEWED, flush=True)
+
+    Scheduler.__init__ = init
+
+
+if __name__ in ("__main__", "__mp_main__"):
+    cpu_only.prepare(2)
+    skew_rank_1()
+if __name__ == "__main__":
+    launch_server.main(sys.argv[1:])
