@@ -108,26 +108,23 @@ def _init_schedule_policy(result: Any, self: Any) -> None:
         self.policy = AdapterAffinityPolicy(self, settings)
 
 
-def _can_schedule_lora_req(original: Any, self: Any, req: Any, running_loras: set[str | None]) -> bool:
-    if not isinstance(self.policy, AdapterAffinityPolicy):
-        return bool(original(self, req, running_loras))
-    needs_nothing = req.lora_id is None and self.lora_drainer is None
-    return self.policy.admits(req, running_loras, lambda: needs_nothing or original(self, req, running_loras))
+def adapter_fits(scheduler: Any, req: Any, running_loras: set[str | None], fits: Callable[[], bool]) -> bool:
+    """Whether a request may join a batch as far as adapters go. ``fits`` asks SGLang.
+
+    SGLang passes over a request whose adapter does not fit, and might do so for ever; that ends at the age bound. And
+    it asks whether adapters fit even for the base model's requests.
+    """
+    if not isinstance(scheduler.policy, AdapterAffinityPolicy):
+        return fits()
+    needs_nothing = req.lora_id is None and scheduler.lora_drainer is None
+    return scheduler.policy.admits(req, running_loras, lambda: needs_nothing or fits())
 
 
-_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 HOOKS = (
     Hook(
-        f"{_SCHEDULER}.init_schedule_policy",
+        "sglang.srt.managers.scheduler.Scheduler.init_schedule_policy",
         _init_schedule_policy,
         HookType.AFTER,
         "Upstream's policies know no adapters. Goes when it has a registry of policies.",
-    ),
-    Hook(
-        f"{_SCHEDULER}.can_schedule_lora_req",
-        _can_schedule_lora_req,
-        HookType.AROUND,
-        "Upstream passes over a request whose adapter does not fit, and might do so for ever; and it asks whether "
-        "adapters fit for the base model's requests too.",
     ),
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
+from blocklora_patches.affinity_policy import adapter_fits
 from blocklora_patches.hook import Hook
 
 
@@ -51,7 +52,7 @@ def _can_schedule_lora_req(original: Any, self: Any, req: Any, running_loras: An
     # Pins that came after the request was queued may shut it out: others overtake it until they go.
     if _taken_by_adapters(self, req) and _room(self, req) < req.sampling_params.max_new_tokens:
         return False
-    return bool(original(self, req, running_loras))
+    return adapter_fits(self, req, running_loras, lambda: bool(original(self, req, running_loras)))
 
 
 def _get_new_batch_prefill_raw(self: Any, prefill_delayer_single_pass: Any, running_batch: Any) -> None:
@@ -77,7 +78,8 @@ HOOKS = (
         f"{_SCHEDULER}.can_schedule_lora_req",
         _can_schedule_lora_req,
         HookType.AROUND,
-        "Upstream stops at the first request without room, and pins can leave one without room for long.",
+        "Upstream stops at the first request without room, and pins can leave one without room for long; and it knows "
+        "no bound to passing over a request whose adapter does not fit.",
     ),
     Hook(
         f"{_SCHEDULER}._get_new_batch_prefill_raw",

@@ -16,7 +16,7 @@ from sglang_blocklora.settings import Settings
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
-    from blocklora_patches.affinity_policy import MATCHES_PER_STEP, AdapterAffinityPolicy, _can_schedule_lora_req
+    from blocklora_patches.affinity_policy import MATCHES_PER_STEP, AdapterAffinityPolicy, adapter_fits
     from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
     from sglang.srt.mem_cache.base_prefix_cache import InsertParams
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -133,8 +133,8 @@ def test_base_requests_fit_whatever_the_adapters_say(scheduler) -> None:
     queue = [request([1]), request([2], "there")]
     base, there = queue
     scheduler.policy.calc_priority(queue)
-    assert not _can_schedule_lora_req(lambda *_: False, scheduler, there, {"here"})
-    assert _can_schedule_lora_req(lambda *_: False, scheduler, base, {"here"})
+    assert not adapter_fits(scheduler, there, {"here"}, lambda: False)
+    assert adapter_fits(scheduler, base, {"here"}, lambda: False)
 
 
 def test_behind_an_overdue_request_that_does_not_fit_all_wait_until_it_does(scheduler) -> None:
@@ -148,11 +148,11 @@ def test_behind_an_overdue_request_that_does_not_fit_all_wait_until_it_does(sche
     queue.append(base)
     scheduler.policy.calc_priority(queue)
     assert queue == [there, base]
-    assert not _can_schedule_lora_req(lambda *_: False, scheduler, there, {"here"})
-    assert not _can_schedule_lora_req(lambda *_: True, scheduler, base, {"here"})
+    assert not adapter_fits(scheduler, there, {"here"}, lambda: False)
+    assert not adapter_fits(scheduler, base, {"here"}, lambda: True)
     scheduler.policy.calc_priority(queue)
-    assert not _can_schedule_lora_req(lambda *_: False, scheduler, there, set()), "nothing runs, so nothing will end"
-    assert _can_schedule_lora_req(lambda *_: True, scheduler, base, set())
+    assert not adapter_fits(scheduler, there, set(), lambda: False), "nothing runs, so nothing will end"
+    assert adapter_fits(scheduler, base, set(), lambda: True)
 
 
 def test_a_server_without_adapters_or_radix_cache_has_an_order_too(scheduler) -> None:
