@@ -52,6 +52,7 @@ class Admission:
         manager = SimpleNamespace(unified=True, pool=self.pool)
         manager.validate_lora_batch = lambda ids: BlockLoRAManager.validate_lora_batch(manager, ids)
         self.scheduler = SimpleNamespace(
+            policy=None,  # any of SGLang's: this is about admission, whatever the order
             tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager)),
             max_total_num_tokens=POOL_TOKENS,
             page_size=PAGE,
