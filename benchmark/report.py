@@ -134,14 +134,18 @@ def over(values: Sequence[float], baseline: Sequence[float]) -> str:
 
 
 def table(section: Section, variants: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """One scenario: a row for each variant, cells with median and range over the rounds."""
+    """One scenario: a row for each variant, cells with median and range over the rounds.
+
+    A run of some variants only may lack the baseline, and then compares nothing.
+    """
+    baseline = variants.get(section.baseline)
     columns = [column for column in section.columns if any(column.figure in figures for figures in variants.values())]
     first = columns[0]
     headers = ["", first.header, f"against {section.baseline}", *(column.header for column in columns[1:])]
     lines = ["| " + " | ".join(headers) + " |", "|---" * len(headers) + "|"]
     for variant, figures in variants.items():
         cells = [column.text(figures[column.figure]) if column.figure in figures else "" for column in columns]
-        compared = over(figures[first.figure], variants[section.baseline][first.figure])
+        compared = over(figures[first.figure], baseline[first.figure]) if baseline else ""
         lines.append("| " + " | ".join([variant, cells[0], compared, *cells[1:]]) + " |")
     return "\n".join(lines)
 

@@ -57,6 +57,11 @@ def test_table_shows_median_range_and_the_baseline():
     ]
 
 
+def test_a_run_without_the_baseline_compares_nothing():
+    section = Section("decode", "base", (Column("TPOT, ms", "tpot"),))
+    assert table(section, {"ours": {"tpot": [15.0]}}).splitlines()[2] == "| ours | 15.0 |  |"
+
+
 def test_render_replaces_what_stands_between_the_marks_and_nothing_else(tmp_path):
     record(tmp_path, {"base": [1.0, 3.0], "ours": [2.0, 2.0]}, finish=True)
     text = "before\n<!-- begin decode-summary -->\nold\n<!-- end decode-summary -->\nafter\n"
