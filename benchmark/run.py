@@ -36,7 +36,7 @@ PARTS = {
     "end_to_end_tp2": Part("benchmark.paper.end_to_end --tp 2", 420),
     "memory": Part("benchmark.memory.serve", 480),
     "scheduler": Part("benchmark.scheduler.serve", 420),
-    "quality": Part("benchmark.quality.train", 420),
+    "quality": Part("benchmark.quality.train", 600),
     "cost_model": Part("benchmark.paper.cost_model", 60),
     "counts": Part("benchmark.paper.counts", 240, quick=False),
     "end_to_end_tp4": Part("benchmark.paper.end_to_end --tp 4 --rounds 2", 540, quick=False),

@@ -10,7 +10,7 @@ import torch
 from emoji.unicode_codes import load_from_json
 
 FULLY_QUALIFIED = 2
-HELD_OUT = 256
+HELD_OUT = 128
 IGNORED = -100  # label of a token that carries no loss
 
 

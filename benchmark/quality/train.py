@@ -29,7 +29,7 @@ import base_model
 COLUMN = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
 ROW = ["o_proj", "down_proj"]
 RANK, NBLOCKS = 16, 8
-BATCH = 16
+BATCH = 8
 CHUNK = 64  # examples at once through the frozen layers
 LEARNING_RATE = 1e-3
 
