@@ -130,7 +130,7 @@ SECTIONS = (
 
 def over(values: Sequence[float], baseline: Sequence[float]) -> str:
     """Median against the baseline's, in percent."""
-    return f"{(statistics.median(values) / statistics.median(baseline) - 1) * PERCENT:+.0f} %"
+    return f"{(statistics.median(values) / statistics.median(baseline) - 1) * PERCENT:+z.0f} %"
 
 
 def table(section: Section, variants: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
