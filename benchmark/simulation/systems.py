@@ -14,9 +14,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from sglang_blocklora.adapters.loading import Outcome
 from sglang_blocklora.decisions import DecisionLog
 from sglang_blocklora.memory.eviction import DEFAULT_STRATEGY, STRATEGIES
-from sglang_blocklora.memory.pool import AdapterPool, LoadedAdapter
+from sglang_blocklora.memory.images import ImageStore
+from sglang_blocklora.memory.loaded import LoadedAdapter
+from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.memory.static_arena import StaticArena
 from sglang_blocklora.memory.unified_pool import UnifiedPool
 
@@ -51,10 +54,15 @@ class Adapter:
     def size_bytes(self) -> int:
         return self.slots * self.slot_bytes
 
+    @property
+    def nbytes(self) -> int:
+        """As an image's: an adapter stands for its own, which is never read here."""
+        return self.size_bytes
+
     def loaded(self) -> LoadedAdapter:
-        """As our pools keep it; the image is never read here."""
-        shard = SimpleNamespace(image=self)
-        return LoadedAdapter(str(self.index), "", shard, pages(self.slots), False, self.content_hash)  # type: ignore[arg-type]
+        """As our pools keep it."""
+        shard = SimpleNamespace(slots=pages(self.slots))
+        return LoadedAdapter(str(self.index), "", shard, pages(self.slots), False, self.content_hash, "")  # type: ignore[arg-type]
 
 
 def make_adapters(ranks: Sequence[int], count: int, costs: Costs) -> list[Adapter]:
@@ -63,6 +71,15 @@ def make_adapters(ranks: Sequence[int], count: int, costs: Costs) -> list[Adapte
     return [
         Adapter(i, r, slots[r], costs.model.slot_bytes) for i, r in ((i, ranks[i % len(ranks)]) for i in range(count))
     ]
+
+
+def all_in_host_memory() -> ImageStore:
+    """Host memory for every adapter: nothing is read from disk again."""
+
+    def read(adapter: LoadedAdapter) -> Outcome:
+        raise AssertionError(f"{adapter.name} was read again")
+
+    return ImageStore(2**62, 1, read, lambda outcome: [outcome], DecisionLog(None, 0))
 
 
 class System:
@@ -157,9 +174,9 @@ class Static(System):
     def __init__(self, adapters: Sequence[Adapter], total_slots: int, costs: Costs) -> None:
         arena = STOCK_SLOTS * max(a.slots for a in adapters)
         super().__init__(adapters, total_slots - arena, costs)
-        self.pool = AdapterPool(_CountedArena(self, arena // PAGE_TOKENS), OUR_ADAPTERS_PER_BATCH)
+        self.pool = AdapterPool(_CountedArena(self, arena // PAGE_TOKENS), OUR_ADAPTERS_PER_BATCH, all_in_host_memory())
         for adapter in adapters:
-            self.pool.add(adapter.lora_id, adapter.loaded())
+            self.pool.add(adapter.lora_id, adapter.loaded(), adapter)  # type: ignore[arg-type]
 
     def fits(self, lora_ids: set[str]) -> bool:
         return self.pool.fits(lora_ids)
@@ -199,11 +216,11 @@ class Unified(System):
         super().__init__(adapters, total_slots, costs)
         self.match_s = costs.prefix_match_s
         self.cache.strategy = STRATEGIES[eviction]()
-        self.pool = UnifiedPool(OUR_ADAPTERS_PER_BATCH, DecisionLog(None, 0))
+        self.pool = UnifiedPool(OUR_ADAPTERS_PER_BATCH, all_in_host_memory(), DecisionLog(None, 0))
         self.pool.bind_arena(_CountedRows(self), total_slots // PAGE_TOKENS)  # type: ignore[arg-type]
         self.pool.bind_cache(self.cache)
         for adapter in adapters:
-            self.pool.add(adapter.lora_id, adapter.loaded())
+            self.pool.add(adapter.lora_id, adapter.loaded(), adapter)  # type: ignore[arg-type]
 
     def fits(self, lora_ids: set[str]) -> bool:
         return self.pool.fits(lora_ids)

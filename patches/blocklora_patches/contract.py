@@ -173,6 +173,8 @@ SYMBOLS: dict[str, tuple[str, ...] | None] = {
         "has_chunked_req",
         "truncation_align_size",
     ),
+    "sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill": ("self", "running_batch"),
+    "sglang.srt.managers.scheduler.Scheduler.retire_unadmitted_request": ("self", "req"),
     "sglang.srt.managers.schedule_batch.Req.set_finish_with_abort": ("self", "error_msg", "status_code", "err_type"),
     "sglang.srt.mem_cache.registry.register_radix_cache_backend": ("name", "factory"),
     "sglang.srt.mem_cache.registry.create_unified_radix_cache": ("ctx", "cache_class"),

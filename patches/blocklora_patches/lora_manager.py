@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from sglang_blocklora.batch.step import Step
 from sglang_blocklora.batch.torch_step import TorchStep
 from sglang_blocklora.batch.triton_step import TritonStep
 from sglang_blocklora.decisions import DecisionLog
-from sglang_blocklora.memory.pool import AdapterPool, LoadedAdapter
+from sglang_blocklora.memory.images import ImageStore
+from sglang_blocklora.memory.loaded import LoadedAdapter
+from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.memory.static_arena import StaticArena
 from sglang_blocklora.memory.unified_pool import KVArena, UnifiedPool
 from sglang_blocklora.settings import Settings
@@ -61,7 +64,6 @@ class BlockLoRAManager(LoRAManager):
     ) -> None:
         settings = Settings.active()
         assert settings is not None, "the plugin installs this class only where the launcher's settings are present"
-        self._adapter_root = settings.adapter_root
         self._max_rank = max_lora_rank or 256
         self.device = next(base_model.parameters()).device
         self.lora_refs: dict[str, LoRARef] = {}
@@ -72,19 +74,34 @@ class BlockLoRAManager(LoRAManager):
         self.unified = settings.adapter_memory == "unified"
         self.decisions = DecisionLog(settings.decision_log, tp_rank)
         self.pool: AdapterPool | UnifiedPool
+        images = self._image_store(settings)
         if self.unified:
-            self.pool = UnifiedPool(max_loras_per_batch, self.decisions)
+            self.pool = UnifiedPool(max_loras_per_batch, images, self.decisions)
         else:
-            slot_bytes = len(linears) * 2 * self._spec.row_width * dtype.itemsize
-            slots = settings.adapter_memory_mb * 2**20 // slot_bytes
+            slots = settings.adapter_memory_mb * 2**20 // self.slot_bytes
             arena = StaticArena(len(linears), slots, self._spec.row_width, dtype, self.device)
-            self.pool = AdapterPool(arena, max_loras_per_batch)
+            self.pool = AdapterPool(arena, max_loras_per_batch, images)
             self._install_step(settings)
             logger.info("block-diagonal LoRA: %d MiB = %d slots", settings.adapter_memory_mb, slots)
         for ref in lora_paths or []:
             result = self.load_lora_adapter(ref)
             if not result.success:
                 raise ValueError(f"--lora-paths: {result.error_message}")
+
+    def _image_store(self, settings: Settings) -> ImageStore:
+        """Where images of adapters are that are not in use; ``self._attempt`` loads an adapter's part."""
+        pinned = self.device.type == "cuda"
+        self._attempt = partial(
+            attempt, spec=self._spec, max_rank=self._max_rank, root=settings.adapter_root, pin_memory=pinned
+        )
+        return ImageStore(
+            int(settings.adapter_host_memory_gb * 2**30),
+            self.slot_bytes,
+            lambda adapter: self._attempt(adapter.name, adapter.path, hash_contents=False),
+            self._exchange,
+            self.decisions,
+            pinned=pinned,
+        )
 
     def _install_step(self, settings: Settings) -> None:
         """Put the batch's deltas behind every linear; the arena exists."""
@@ -118,16 +135,24 @@ class BlockLoRAManager(LoRAManager):
         name, path = lora_ref.lora_name, lora_ref.lora_path
         if any(adapter.name == name for adapter in self.pool.loaded.values()):
             return self._refuse(f"adapter {name!r}: a name that is already loaded; unload it first or pick another.")
-        outcome = attempt(name, path, self._spec, self._max_rank, self._adapter_root)
+        outcome = self._attempt(name, path)
         agreed = merge(self._exchange(outcome))
         if agreed.error is None:
             agreed = agreed.checked(name, self.pool.reason_not_to_add(agreed.slots, bool(lora_ref.pinned)))
         if agreed.error is not None:
             return self._refuse(agreed.error)
         assert outcome.shard is not None
-        pinned = bool(lora_ref.pinned)
-        adapter = LoadedAdapter(name, path, outcome.shard, agreed.slots, pinned, agreed.content_hash)
-        self.pool.add(lora_ref.lora_id, adapter)
+        assert outcome.image is not None
+        adapter = LoadedAdapter(
+            name,
+            path,
+            outcome.shard,
+            agreed.slots,
+            bool(lora_ref.pinned),
+            agreed.content_hash,
+            outcome.image_digest,
+        )
+        self.pool.add(lora_ref.lora_id, adapter, outcome.image)
         self.lora_refs[lora_ref.lora_id] = lora_ref
         return self.create_lora_update_result(success=True)
 
@@ -139,7 +164,7 @@ class BlockLoRAManager(LoRAManager):
     def _exchange(self, outcome: Outcome) -> list[Outcome]:
         if self._spec.tp_size == 1:
             return [outcome]
-        return get_parallel().tp_group.all_gather_object(outcome.without_shard())
+        return get_parallel().tp_group.all_gather_object(outcome.to_tell())
 
     def _refuse(self, message: str) -> LoRAUpdateOutput:
         logger.warning("%s", message)

@@ -1,7 +1,7 @@
 """``managers/scheduler.py``: a request fits the KV pool beside its adapter and pinned ones, or is refused at once.
 
 Upstream bounds a request by the whole pool. Less is left beside adapters: a request that was let in all the same would
-wait for ever, and everything behind it too.
+wait for ever, and everything behind it too. Requests whose adapter could not be read are refused when that is known.
 """
 
 from __future__ import annotations
@@ -60,6 +60,19 @@ def _get_new_batch_prefill_raw(self: Any, prefill_delayer_single_pass: Any, runn
         running_batch.batch_is_full = False
 
 
+def _get_new_batch_prefill(result: Any, self: Any, running_batch: Any) -> None:
+    """Answer the requests that wait for an adapter that could not be read: after the pass over the waiting queue."""
+    manager = self.tp_worker.model_runner.lora_manager
+    failures = manager.pool.images.take_failures() if manager is not None else {}
+    if not failures:
+        return
+    refused = [req for req in self.waiting_queue if req.lora_id in failures]
+    self.waiting_queue = [req for req in self.waiting_queue if req.lora_id not in failures]
+    for req in refused:
+        req.set_finish_with_abort(failures[req.lora_id])
+        self.retire_unadmitted_request(req)
+
+
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 HOOKS = (
     Hook(
@@ -87,5 +100,11 @@ HOOKS = (
         HookType.BEFORE,
         "Upstream calls a batch full when there is no room, and clears that when a running request ends; there may be "
         "none where pinned adapters took the room.",
+    ),
+    Hook(
+        f"{_SCHEDULER}.get_new_batch_prefill",
+        _get_new_batch_prefill,
+        HookType.AFTER,
+        "Upstream keeps adapters in host memory and cannot fail to load one it admitted.",
     ),
 )

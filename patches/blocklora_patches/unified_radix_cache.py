@@ -122,16 +122,20 @@ class AdapterPrefixCache(UnifiedRadixCache):
         held = [self._prefixes[key] for key in (*self._pins, lora_id) if key in self._prefixes]
         return sum({prefix.content_hash: prefix.slots for prefix in held}.values())
 
+    def has_room(self, lora_id: str) -> bool:
+        """Whether an adapter's slots are free, or are once everything not in use is evicted."""
+        shortfall = self._prefixes[lora_id].slots - self.token_to_kv_pool_allocator.available_size()
+        return shortfall <= self.evictable_size()
+
     def reserve(self, lora_id: str) -> torch.Tensor | None:
         """Take free slots for an adapter, evicting what is not in use; None where that is not enough.
 
         The caller writes the weights to them and then calls ``publish``.
         """
         allocator, needed = self.token_to_kv_pool_allocator, self._prefixes[lora_id].slots
-        shortfall = needed - allocator.available_size()
-        if shortfall > self.evictable_size():
+        if not self.has_room(lora_id):
             return None
-        if shortfall > 0:
+        if (shortfall := needed - allocator.available_size()) > 0:
             self.evict(EvictParams(num_tokens=shortfall))
         return allocator.alloc(needed)
 

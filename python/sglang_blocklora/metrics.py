@@ -77,6 +77,13 @@ class AdapterCollector(Collector):
         ("hits", "adapter_resident_hits", "Requests that found their adapter resident when they arrived."),
         ("host_hits", "adapter_host_hits", "Requests that found it in host memory only."),
         ("misses", "adapter_misses", "Requests that did not find it resident."),
+        ("bytes_copied", "adapter_copied_bytes", "Bytes copied to the arena of TP rank 0."),
+        (
+            "disk_reads",
+            "adapter_disk_reads",
+            "Loads that read the adapter's folder again: host memory did not hold it.",
+        ),
+        ("host_evictions", "adapter_host_evictions", "Times an adapter gave way in host memory."),
     )
 
     def __init__(self, budget: LabelBudget) -> None:

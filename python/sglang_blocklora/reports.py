@@ -20,11 +20,14 @@ class AdapterFacts:
     """One adapter, as ``GET /adapters`` shows it.
 
     bytes_per_tp_rank  rows of the arena on every TP rank, padding included
-    tier               "resident" (in the arena), "host" (in host memory) or "disk" (loaded again when asked for)
+    tier               "resident" (in the arena), "host" (in host memory) or "disk" (read again when asked for)
     running, waiting   requests now
     hits, misses       requests that found it resident when they arrived, or not; host_hits: of the misses, those that
                        found it in host memory
     loads, evictions   times it was brought into the arena, and was put out of it
+    bytes_copied       to the arena of TP rank 0, over all loads
+    disk_reads         loads for which its folder was read again, because host memory did not hold it
+    host_evictions     times it gave way in host memory
     """
 
     name: str
@@ -45,6 +48,9 @@ class AdapterFacts:
     loads: int = 0
     load_seconds: float = 0.0
     evictions: int = 0
+    bytes_copied: int = 0
+    disk_reads: int = 0
+    host_evictions: int = 0
     last_error: str | None = None
 
 
@@ -77,6 +83,9 @@ def pool_facts(
             loads=count.loads,
             load_seconds=count.seconds,
             evictions=count.evictions,
+            bytes_copied=count.bytes_copied,
+            disk_reads=count.disk_reads,
+            host_evictions=count.host_evictions,
         )
         adapters.append(dataclasses.asdict(facts))
     base = {"running": running.get(None, 0), "waiting": waiting.get(None, 0)}
@@ -90,7 +99,9 @@ def pool_facts(
 
 def tier(pool: Pool, key: str) -> str:
     """Where a loaded adapter is now."""
-    return "resident" if pool.is_resident(key) else "host"
+    if pool.is_resident(key):
+        return "resident"
+    return "host" if pool.images.in_host_memory(key) else "disk"
 
 
 def slot_facts(pool: Pool) -> dict[str, Any]:

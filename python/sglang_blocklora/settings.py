@@ -24,6 +24,7 @@ AFFINITY_POLICY = "adapter-affinity"
 class Settings:
     """adapter_memory     "unified": adapters in the KV cache's slots; "static": in an arena of their own
     adapter_memory_mb  static: MiB per TP rank of that arena
+    adapter_host_memory_gb  GiB per TP rank of host memory that keeps images of adapters; below it is disk
     adapter_root       adapters may only be loaded from below this folder; None: from anywhere
     adapter_kernels    "torch", "triton", or "auto": triton on a GPU, torch elsewhere
     adapter_eviction   unified memory: a key of ``memory.eviction.STRATEGIES``
@@ -38,6 +39,7 @@ class Settings:
 
     adapter_memory: str = "unified"
     adapter_memory_mb: int = 1024
+    adapter_host_memory_gb: float = 8.0
     adapter_root: str | None = None
     adapter_kernels: str = "auto"
     adapter_overlap: bool = False
@@ -91,6 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(STRATEGIES),
         default=Settings.adapter_eviction,
         help="unified memory: which idle adapters stay while cached KV is evicted (default: %(default)s)",
+    )
+    group.add_argument(
+        "--adapter-host-memory-gb",
+        type=float,
+        default=Settings.adapter_host_memory_gb,
+        help="GiB of host memory per TP rank for loaded adapters that are not in use; what does not fit is read from "
+        "its folder again, always with 0 (default: %(default)s)",
     )
     group.add_argument(
         "--adapter-root",
@@ -167,9 +176,12 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
         )
     if arguments.adapter_max_wait_steps < 1:
         raise SystemExit(f"--adapter-max-wait-steps {arguments.adapter_max_wait_steps} must be at least 1")
+    if not 0 <= arguments.adapter_host_memory_gb < float("inf"):
+        raise SystemExit(f"--adapter-host-memory-gb {arguments.adapter_host_memory_gb} must be 0 or more")
     return Settings(
         arguments.adapter_memory,
         Settings.adapter_memory_mb if megabytes is None else megabytes,
+        arguments.adapter_host_memory_gb,
         str(root.resolve()) if root else None,
         arguments.adapter_kernels,
         arguments.adapter_overlap,

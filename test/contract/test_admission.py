@@ -12,9 +12,10 @@ import pytest
 import torch
 from sglang_blocklora.adapters.shard import AdapterShard
 from sglang_blocklora.decisions import DecisionLog
-from sglang_blocklora.memory.pool import LoadedAdapter
+from sglang_blocklora.memory.loaded import LoadedAdapter
 from sglang_blocklora.memory.unified_pool import UnifiedPool
 from support.real_cache import digest, new_cache
+from support.toy import host_only_images
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
@@ -43,12 +44,14 @@ class Admission:
 
     def __init__(self) -> None:
         self.cache = new_cache(PAGE, POOL_TOKENS)
-        self.pool = UnifiedPool(64, DecisionLog(None, 0))
+        self.pool = UnifiedPool(64, host_only_images(), DecisionLog(None, 0))
         self.pool.arena = SimpleNamespace(write=lambda slots, image: None)
         self.pool.bind_cache(self.cache)
         for name, slots in SLOTS.items():
-            shard = AdapterShard(name, 1, 1, torch.zeros(1, 2, slots, 8), (), (), ())
-            self.pool.add(self.id(name), LoadedAdapter(name, "", shard, slots, False, digest(name)))
+            adapter = LoadedAdapter(
+                name, "", AdapterShard(name, 1, 1, slots, (), (), ()), slots, False, digest(name), ""
+            )
+            self.pool.add(self.id(name), adapter, torch.zeros(1, 2, slots, 8))
         manager = SimpleNamespace(unified=True, pool=self.pool)
         manager.validate_lora_batch = lambda ids: BlockLoRAManager.validate_lora_batch(manager, ids)
         self.scheduler = SimpleNamespace(

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from sglang_blocklora.adapters.loading import Outcome
 from sglang_blocklora.adapters.model_spec import Interval, LinearSpec, ModelSpec, Source
+from sglang_blocklora.decisions import DecisionLog
+from sglang_blocklora.memory.images import ImageStore
 
 ROW_MODULES = ("o_proj", "down_proj")
 
@@ -150,3 +153,12 @@ def scaling(suffix: str, rank: int, options: dict) -> float:
     """alpha / r of a module under the options of ``write_adapter``."""
     alpha = options.get("alpha_pattern", {}).get(suffix, options.get("lora_alpha", 16))
     return alpha / rank**0.5 if options.get("use_rslora") else alpha / rank
+
+
+def host_only_images() -> ImageStore:
+    """Images that stay in host memory: nothing is ever read again."""
+
+    def read(adapter) -> Outcome:
+        raise AssertionError(f"{adapter.name} was read again")
+
+    return ImageStore(2**60, 1, read, lambda outcome: [outcome], DecisionLog(None, 0))

@@ -64,7 +64,7 @@ def test_inspect_counts_what_a_server_would_hold(tmp_path: Path, capsys, nblocks
     for cost in found["tp"]:
         size = cost["tp_size"]
         for rank, count in enumerate(cost["bytes_per_rank"]):
-            shard = load_shard("a", tmp_path, model.spec(rank, size, torch.float32), 64)
+            shard, _ = load_shard("a", tmp_path, model.spec(rank, size, torch.float32), 64)
             own = 0
             for linears, descriptors in zip(model.spec(rank, size).layers, shard.descriptors, strict=True):
                 for linear, d in zip(linears, descriptors, strict=True):
@@ -223,10 +223,10 @@ def test_verify_fails_when_a_rank_lost_its_part(tmp_path: Path, capsys, monkeypa
     write_adapter(tmp_path, MODEL, rank=4, nblocks=2)
 
     def lose_the_second(name, folder, spec, max_rank):
-        shard = load_shard(name, folder, spec, max_rank)
+        shard, image = load_shard(name, folder, spec, max_rank)
         if spec.tp_rank == 1:
-            shard.image.zero_()
-        return shard
+            image.zero_()
+        return shard, image
 
     monkeypatch.setattr(verification, "load_shard", lose_the_second)
     code, found = run(capsys, "verify", tmp_path, "--tp", 2)

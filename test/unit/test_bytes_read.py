@@ -1,57 +1,38 @@
-"""Each TP rank reads its own bytes of the checkpoint: counted at the safetensors slices."""
+"""Each TP rank reads its own bytes of the checkpoint: counted where the file is read."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
-from sglang_blocklora.adapters import checkpoint
+from sglang_blocklora.adapters import weights_file
 from sglang_blocklora.adapters.shard import load_shard
+from sglang_blocklora.adapters.weights_file import WeightsFile
 from support.toy import ToyModel, write_adapter
 
 MODEL = ToyModel()
 
 
-class CountingFile:
-    """safe_open, counting the bytes of every slice that is taken."""
-
-    taken_bytes = 0
-
-    def __init__(self, *args, **kwargs) -> None:
-        self._file = safe_open(*args, **kwargs)
-
-    def __getattr__(self, name):
-        return getattr(self._file, name)
-
-    def get_slice(self, name: str):
-        return CountingSlice(self._file.get_slice(name))
-
-
-class CountingSlice:
-    def __init__(self, inner) -> None:
-        self._inner = inner
-
-    def __getattr__(self, name):
-        return getattr(self._inner, name)
-
-    def __getitem__(self, index) -> torch.Tensor:
-        tensor = self._inner[index]
-        CountingFile.taken_bytes += tensor.numel() * tensor.element_size()
-        return tensor
-
-
 @pytest.fixture
 def bytes_read(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(checkpoint, "safe_open", CountingFile)
+    """Bytes of weights that each TP rank asks the file for, rows of a page or more not read whole."""
+    taken = [0]
+    inner = WeightsFile._fill
+
+    def counting(self, data: memoryview, start: int) -> None:
+        taken[0] += len(data) if hasattr(self, "tensors") else 0  # not the header
+        inner(self, data, start)
+
+    monkeypatch.setattr(WeightsFile, "_fill", counting)
+    monkeypatch.setattr(weights_file, "PAGE_BYTES", 0)  # the toy's rows are shorter than a page
 
     def read(folder: Path, size: int) -> list[int]:
         counts = []
         for rank in range(size):
-            CountingFile.taken_bytes = 0
+            taken[0] = 0
             load_shard("a", folder, MODEL.spec(rank, size), 64)
-            counts.append(CountingFile.taken_bytes)
+            counts.append(taken[0])
         return counts
 
     return read

@@ -8,67 +8,89 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from sglang_blocklora.adapters.shard import AdapterShard
-from sglang_blocklora.memory.pool import AdapterPool, LoadedAdapter
+from sglang_blocklora.decisions import DecisionLog
+from sglang_blocklora.memory.images import ImageStore
+from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.memory.static_arena import StaticArena
+from support.ranks import Ranks
+from support.tiers import LAYERS, WIDTH, Disk, numbered
+from support.toy import host_only_images
 
 SLOTS = 24
+HOST_SLOTS = 20
 
 
-def adapter(number: int, slots: int, pinned: bool = False) -> LoadedAdapter:
-    """An adapter whose rows all hold its number."""
-    image = torch.full((2, 2, slots, 4), float(number))
-    shard = AdapterShard(f"a{number}", 1, 1, image, (), (), ())
-    return LoadedAdapter(shard.name, "", shard, slots, pinned, "")
-
-
-def new_pool() -> AdapterPool:
-    return AdapterPool(StaticArena(2, SLOTS, 4, torch.float32, torch.device("cpu")), max_adapters_per_batch=4)
+def new_pool(images: ImageStore | None = None) -> AdapterPool:
+    arena = StaticArena(LAYERS, SLOTS, WIDTH, torch.float32, torch.device("cpu"))
+    return AdapterPool(arena, 4, images or host_only_images())
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Two pools (two TP ranks) get the same calls, their keys in different orders."""
+    """Two TP ranks get the same calls, their keys in different orders, over disks that fail one by one."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.ranks = [new_pool(), new_pool()]
+        self.disks = [Disk(), Disk()]
+        self.ranks = Ranks(self.make)
+        self.pools = self.ranks.objects
         self.count = 0
+
+    def make(self, rank: int, exchange) -> AdapterPool:
+        return new_pool(ImageStore(HOST_SLOTS, 1, self.disks[rank].read, exchange, DecisionLog(None, rank)))
 
     @rule(slots=st.integers(1, SLOTS + 4), pinned=st.booleans())
     def load(self, slots: int, pinned: bool) -> None:
-        if self.ranks[0].reason_not_to_add(slots, pinned) is not None:
+        if self.pools[0].reason_not_to_add(slots, pinned) is not None:
             return
-        for pool in self.ranks:
-            pool.add(f"key{self.count}", adapter(self.count, slots, pinned))
+        for pool in self.pools:
+            pool.add(f"key{self.count}", *numbered(self.count, slots, pinned))
         self.count += 1
 
-    @precondition(lambda self: self.ranks[0].loaded)
+    @precondition(lambda self: self.pools[0].loaded)
     @rule(data=st.data())
     def unload(self, data) -> None:
-        key = data.draw(st.sampled_from(sorted(self.ranks[0].loaded)))
-        for pool in self.ranks:
+        key = data.draw(st.sampled_from(sorted(self.pools[0].loaded)))
+        for pool in self.pools:
             pool.remove(key)
 
-    @precondition(lambda self: self.ranks[0].loaded)
+    @precondition(lambda self: self.count)
+    @rule(data=st.data(), rank=st.integers(0, 1), state=st.sampled_from([None, "gone", "other"]))
+    def change_disk(self, data, rank: int, state: str | None) -> None:
+        """A folder vanishes, changes or comes back, as one TP rank sees it."""
+        self.disks[rank].states[f"a{data.draw(st.integers(0, self.count - 1))}"] = state or ""
+
+    @precondition(lambda self: self.pools[0].loaded)
+    @rule(data=st.data())
+    def prefetch(self, data) -> None:
+        keys = data.draw(st.lists(st.sampled_from([*sorted(self.pools[0].loaded), "unknown"]), unique=True))
+        self.ranks.call(lambda pool: pool.prefetch(keys))
+
+    @precondition(lambda self: self.pools[0].loaded)
     @rule(data=st.data())
     def run(self, data) -> None:
-        keys = data.draw(st.lists(st.sampled_from([*sorted(self.ranks[0].loaded), "unknown"]), unique=True))
-        if not self.ranks[0].fits(keys):
-            assert not self.ranks[1].fits(reversed(keys))
+        keys = data.draw(st.lists(st.sampled_from([*sorted(self.pools[0].loaded), "unknown"]), unique=True))
+        admitted = self.ranks.call(lambda pool: pool.fits(keys if pool is self.pools[0] else reversed(keys)))
+        failures = self.ranks.call(lambda pool: pool.images.take_failures())
+        for key in failures:
+            assert not admitted
+            assert any(disk.states.get(f"a{key.removeprefix('key')}") for disk in self.disks), "a sound read failed"
+        if not admitted:
             return
-        self.ranks[0].make_resident(keys)
-        self.ranks[1].make_resident(reversed(keys))
-        for pool in self.ranks:
+        self.ranks.call(lambda pool: pool.make_resident(keys))
+        for pool in self.pools:
             for key in set(keys) - {"unknown"}:
                 rows = pool.arena._rows[:, :, pool.resident[key].slots]
                 assert (rows == float(key.removeprefix("key"))).all(), "rows of another adapter"
 
     @invariant()
     def sound(self) -> None:
-        for pool in self.ranks:
+        for pool in self.pools:
             pool.check_integrity()
-        first, second = ([(k, r.slots.tolist()) for k, r in pool.resident.items()] for pool in self.ranks)
+            assert pool.images.host.used_bytes <= HOST_SLOTS
+        first, second = ([(k, r.slots.tolist()) for k, r in pool.resident.items()] for pool in self.pools)
         assert first == second
+        first, second = (list(pool.images.host._held) for pool in self.pools)
+        assert first == second, "the host tiers differ"
 
 
 TestPool = PoolMachine.TestCase
@@ -77,22 +99,21 @@ TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=N
 
 def test_every_adapter_that_is_accepted_can_run_alone_beside_the_pinned_ones() -> None:
     pool = new_pool()
-    pool.add("p", adapter(0, SLOTS // 2, pinned=True))
-    pool.make_resident(["p"])
+    pool.add("p", *numbered(0, SLOTS // 2, pinned=True))
+    assert pool.fits(["p"])
     assert pool.reason_not_to_add(1, pinned=True) is not None
     assert pool.reason_not_to_add(SLOTS // 2 + 1, pinned=False) is not None
     assert pool.reason_not_to_add(SLOTS // 2, pinned=False) is None
     for number in (1, 2):
-        pool.add(f"k{number}", adapter(number, SLOTS // 2))
+        pool.add(f"k{number}", *numbered(number, SLOTS // 2))
         assert pool.fits([f"k{number}"])
-        pool.make_resident([f"k{number}"])
         assert set(pool.resident) == {"p", f"k{number}"}, "the pinned adapter stays, the other makes room"
 
 
 def test_batch_limit_counts_adapters_not_the_base_model() -> None:
     pool = new_pool()
     for number in range(5):
-        pool.add(str(number), adapter(number, 1))
+        pool.add(str(number), *numbered(number, 1))
     assert pool.fits(["0", "1", "2", "3"])
     assert not pool.fits(["0", "1", "2", "3", "4"])
 

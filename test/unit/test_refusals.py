@@ -161,7 +161,7 @@ def test_match_strict_false_leaves_the_rest_plain(tmp_path: Path) -> None:
                 tensors[f"base_model.model.{module}.lora_A.weight"] = torch.ones(6, inputs, dtype=torch.float64)
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     bd(target_modules_bd_a=None, match_strict=False)(tmp_path)
-    shard = load_shard("mine", tmp_path, MODEL.spec(0, 2), max_rank=64)
+    shard, _ = load_shard("mine", tmp_path, MODEL.spec(0, 2), max_rank=64)
     assert deltas
     assert shard.nblocks == 2
     down = shard.descriptors[0][3]
@@ -224,7 +224,7 @@ def test_ranks_agree_on_the_largest_size(tmp_path: Path) -> None:
 def test_an_unforeseen_error_becomes_an_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that raised would leave the others waiting."""
 
-    def broken(*args):
+    def broken(*args, **kwargs):
         raise MemoryError("no room")
 
     monkeypatch.setattr("sglang_blocklora.adapters.loading.load_shard", broken)

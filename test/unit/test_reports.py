@@ -48,7 +48,7 @@ def exposed(collector: AdapterCollector) -> dict[str, float]:
 
 
 COUNTS = {"running": 0, "waiting": 0, "loads": 0, "load_seconds": 0.0, "evictions": 0}
-COUNTS |= {"hits": 0, "misses": 0, "host_hits": 0}
+COUNTS |= {"hits": 0, "misses": 0, "host_hits": 0, "bytes_copied": 0, "disk_reads": 0, "host_evictions": 0}
 
 
 def test_labels_are_bounded_and_an_adapter_keeps_its_own() -> None:
@@ -126,14 +126,14 @@ def test_adapters_that_the_scheduler_put_out_are_on_disk_and_errors_are_told() -
 
 def test_a_load_that_fails_is_not_counted() -> None:
     counts = LoadCounts()
-    with counts.measure("a"):
+    with counts.measure("a", 10):
         pass
-    with pytest.raises(RuntimeError), counts.measure("a"):
+    with pytest.raises(RuntimeError), counts.measure("a", 10):
         raise RuntimeError
     for tier in ("resident", "host", "disk", "host"):
         counts.arrived("a", tier)
     found = counts.of("a")
-    assert (found.loads, found.hits, found.misses, found.host_hits) == (1, 1, 3, 2)
+    assert (found.loads, found.bytes_copied, found.hits, found.misses, found.host_hits) == (1, 10, 1, 3, 2)
     counts.forget("a")
     assert counts.of("a").loads == 0
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from sglang_blocklora.adapters.model_spec import ModelSpec
 from sglang_blocklora.adapters.shard import load_shard
 from sglang_blocklora.batch.torch_step import TorchStep
-from sglang_blocklora.memory.pool import AdapterPool, LoadedAdapter
+from sglang_blocklora.memory.loaded import LoadedAdapter
+from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.memory.static_arena import StaticArena
-from support.toy import ToyModel, write_adapter
+from support.toy import ToyModel, host_only_images, write_adapter
 
 TIMEOUT_S = 60
 
@@ -68,10 +69,10 @@ def run_rank(
     spec = spec_of(model, rank, group.size)
     arena = StaticArena(model.layers, 4096, spec.row_width, spec.dtype, torch.device("cpu"))
     arena._rows.fill_(float("nan"))
-    pool = AdapterPool(arena, max_adapters_per_batch=8)
+    pool = AdapterPool(arena, 8, host_only_images())
     for name, folder in folders.items():
-        shard = load_shard(name, folder, spec, 64)
-        pool.add(name, LoadedAdapter(name, "", shard, shard.slots, False, ""))
+        shard, image = load_shard(name, folder, spec, 64)
+        pool.add(name, LoadedAdapter(name, "", shard, shard.slots, False, "", ""), image)
     pool.make_resident(folders)
     step = TorchStep(spec, pool, ThreadRank(group, rank))
     step.prepare(keys, None)
@@ -189,4 +190,5 @@ def test_each_rank_reads_its_share_only(tmp_path: Path) -> None:
     parameters = sum(8 * (rows + columns) for rows, columns in model.shapes(0).values())
     for rank in range(4):
         spec = dataclasses.replace(spec_of(model, rank, 4), row_width=8)
-        assert load_shard("a", tmp_path, spec, 64).image.numel() == pytest.approx(parameters / 4, rel=0.05)
+        _, image = load_shard("a", tmp_path, spec, 64)
+        assert image.numel() == pytest.approx(parameters / 4, rel=0.05)

@@ -14,7 +14,7 @@ from sglang_blocklora.adapters.shard import AdapterShard, load_shard
 from support.toy import ToyModel, write_adapter
 
 
-def rank_delta(shard: AdapterShard, spec, layer: int, index: int) -> torch.Tensor:
+def rank_delta(shard: AdapterShard, image: torch.Tensor, spec, layer: int, index: int) -> torch.Tensor:
     """The delta of one TP rank as a dense matrix [local outputs, local inputs], through shrink and expand."""
     linear = spec.layers[layer][index]
     out = torch.zeros(linear.inputs.length, linear.out_offsets[-1], dtype=spec.dtype)
@@ -24,7 +24,7 @@ def rank_delta(shard: AdapterShard, spec, layer: int, index: int) -> torch.Tenso
     factors = reference.read_linear(
         descriptor,
         shard.scalings[layer][index],
-        tuple(shard.image[layer]),
+        tuple(image[layer]),
         torch.arange(shard.slots),
         linear.inputs.length,
         linear.out_offsets,
@@ -40,7 +40,7 @@ def combined(folder: Path, model: ToyModel, size: int) -> dict[str, torch.Tensor
     result: dict[str, torch.Tensor] = {}
     for layer in range(model.layers):
         for index, linear in enumerate(specs[0].layers[layer]):
-            parts = [rank_delta(shard, spec, layer, index) for shard, spec in zip(shards, specs, strict=True)]
+            parts = [rank_delta(*shard, spec, layer, index) for shard, spec in zip(shards, specs, strict=True)]
             if linear.kind == "row":
                 total = torch.zeros(linear.outputs[0].size, linear.inputs.size, dtype=torch.float64)
                 for part, spec in zip(parts, specs, strict=True):

@@ -12,9 +12,10 @@ import torch
 from sglang_blocklora.adapters.shard import load_shard
 from sglang_blocklora.batch.step import Step
 from sglang_blocklora.batch.torch_step import TorchStep
-from sglang_blocklora.memory.pool import AdapterPool, LoadedAdapter
+from sglang_blocklora.memory.loaded import LoadedAdapter
+from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.memory.static_arena import StaticArena
-from support.toy import ToyModel, write_adapter
+from support.toy import ToyModel, host_only_images, write_adapter
 
 MODEL = ToyModel(layers=2)
 CHOICES = {
@@ -29,12 +30,12 @@ def make(folder: Path, rank: int, size: int, step_class: type, slots: int):
     spec = MODEL.spec(rank, size, torch.float32)
     arena = StaticArena(MODEL.layers, slots, spec.row_width, spec.dtype, torch.device("cpu"))
     arena._rows.fill_(float("nan"))
-    pool = AdapterPool(arena, max_adapters_per_batch=3)
+    pool = AdapterPool(arena, 3, host_only_images())
     deltas = {}
     for seed, (name, options) in enumerate(CHOICES.items()):
         deltas[name] = write_adapter(folder / name, MODEL, seed=seed, **options)
-        shard = load_shard(name, folder / name, spec, 64)
-        pool.add(name, LoadedAdapter(name, "", shard, shard.slots, False, ""))
+        shard, image = load_shard(name, folder / name, spec, 64)
+        pool.add(name, LoadedAdapter(name, "", shard, shard.slots, False, "", ""), image)
     options = () if step_class is TorchStep else (16, torch.device("cpu"), rank == 1)  # overlapped on one rank
     step = step_class(spec, pool, *options)
     return spec, pool, step, deltas

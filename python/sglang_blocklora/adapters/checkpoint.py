@@ -8,19 +8,18 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from sglang_blocklora.adapters.errors import AdapterError
+from sglang_blocklora.adapters.weights_file import DTYPES, WeightsFile
 from sglang_blocklora.sharding.shard import Factor
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 
 
 class Checkpoint:
-    """The weights file of one adapter, open for reading parts. A context manager; holds a memory map, not a copy.
+    """The weights file of one adapter, open for reading parts. A context manager.
 
     shapes  module path -> {"A": (rows, columns), "B": ...}; both factors are present
     """
@@ -31,13 +30,17 @@ class Checkpoint:
         if not self.path.is_file():
             self._refuse_missing(folder)
         try:
-            self._file = safe_open(str(self.path), framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
+            self._file = WeightsFile(self.path)
+        except (OSError, ValueError) as error:
             raise AdapterError(
                 adapter, f"{self.path} that cannot be read ({error})", "a whole safetensors file", "Copy it again."
             ) from error
         self._names: dict[tuple[str, Factor], str] = {}
-        self.shapes = self._index()
+        try:
+            self.shapes = self._index()
+        except AdapterError:
+            self._file.close()
+            raise
 
     def _refuse_missing(self, folder: Path) -> None:
         if (folder / PICKLE_NAME).exists():
@@ -53,7 +56,7 @@ class Checkpoint:
 
     def _index(self) -> Mapping[str, Mapping[Factor, tuple[int, ...]]]:
         shapes: dict[str, dict[Factor, tuple[int, ...]]] = {}
-        for name in sorted(self._file.keys()):
+        for name in sorted(self._file.tensors):
             match = TENSOR_NAME.fullmatch(name)
             if match is None:
                 raise AdapterError(
@@ -63,17 +66,17 @@ class Checkpoint:
                     _advice(name),
                 )
             factor: Factor = "A" if match["factor"] == "A" else "B"
-            part = self._file.get_slice(name)
-            if part.get_dtype() not in FLOAT_DTYPES:
+            part = self._file.tensors[name]
+            if part.dtype not in DTYPES:
                 raise AdapterError(
                     self.adapter,
-                    f"lora_{factor} of type {part.get_dtype()}",
-                    f"one of {', '.join(FLOAT_DTYPES)}",
+                    f"lora_{factor} of type {part.dtype}",
+                    f"one of {', '.join(DTYPES)}",
                     "Save the adapter in a floating-point type.",
                     match["module"],
                 )
             self._names[match["module"], factor] = name
-            shapes.setdefault(match["module"], {})[factor] = tuple(part.get_shape())
+            shapes.setdefault(match["module"], {})[factor] = part.shape
         if not shapes:
             raise AdapterError(self.adapter, f"no tensor in {self.path}", "LoRA weights", "Save the adapter again.")
         for module, factors in shapes.items():
@@ -84,10 +87,9 @@ class Checkpoint:
 
     def read(self, module: str, factor: Factor, rows: slice | None, columns: slice | None) -> torch.Tensor:
         """Part of a stored factor; only its bytes are touched. Raises ``AdapterError`` on NaN or Inf."""
-        part = self._file.get_slice(self._names[module, factor])
         try:
-            tensor: torch.Tensor = part[rows or slice(None), columns or slice(None)]
-        except (SafetensorError, OSError) as error:
+            tensor = self._file.read(self._names[module, factor], rows, columns)
+        except OSError as error:
             raise AdapterError(
                 self.adapter, f"lora_{factor} that cannot be read ({error})", "a whole file", "Copy it again.", module
             ) from error
@@ -107,7 +109,7 @@ class Checkpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.__exit__(kind, error, trace)
+        self._file.close()
 
 
 def _advice(tensor: str) -> str:

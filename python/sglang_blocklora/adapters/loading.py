@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from sglang_blocklora.adapters.content_hash import content_hash
 from sglang_blocklora.adapters.errors import AdapterError
@@ -22,18 +25,21 @@ class Outcome:
 
     error         message of a refusal, or None
     slots         rows needed
-    shard         stays on its rank
+    shard, image  stay on their rank
+    image_digest  sha256 in hex of the image, which stays on its rank too
     content_hash  sha256 in hex of the adapter's files; TP rank 0 computes it, the only read that is not of its own part
     """
 
     error: str | None
     slots: int
     shard: AdapterShard | None = None
+    image: torch.Tensor | None = None
+    image_digest: str = ""
     content_hash: str = ""
 
-    def without_shard(self) -> Outcome:
+    def to_tell(self) -> Outcome:
         """What the TP ranks tell each other."""
-        return dataclasses.replace(self, shard=None)
+        return dataclasses.replace(self, shard=None, image=None)
 
     def checked(self, name: str, reason: str | None) -> Outcome:
         """The outcome, refused with ``reason`` if there is one."""
@@ -43,14 +49,28 @@ class Outcome:
         return Outcome(f"adapter {name!r}: {reason}. {advice}", 0)
 
 
-def attempt(name: str, path: str, spec: ModelSpec, max_rank: int, root: str | None) -> Outcome:
+def attempt(
+    name: str,
+    path: str,
+    spec: ModelSpec,
+    max_rank: int,
+    root: str | None,
+    *,
+    pin_memory: bool = False,
+    hash_contents: bool = True,
+) -> Outcome:
     """Load this TP rank's shard of the adapter at ``path``; every failure becomes an outcome.
 
-    root  the folder that ``path`` must lie under once links are followed, or None
+    root           the folder that ``path`` must lie under once links are followed, or None
+    pin_memory     whether the image lies in page-locked memory
+    hash_contents  whether TP rank 0 reads the whole adapter for its content hash; not for one that was loaded before
     A rank that raised instead would leave the others waiting for its answer for ever.
     """
     try:
-        return _load(name, path, spec, max_rank, root)
+        folder = _checked_folder(name, path, root)
+        shard, image = load_shard(name, folder, spec, max_rank, pin_memory=pin_memory)
+        contents = content_hash(folder) if hash_contents and spec.tp_rank == 0 else ""
+        return Outcome(None, shard.slots, shard, image, _digest(image), contents)
     except AdapterError as error:
         return Outcome(str(error), 0)
     except Exception as error:
@@ -58,7 +78,11 @@ def attempt(name: str, path: str, spec: ModelSpec, max_rank: int, root: str | No
         return Outcome(f"adapter {name!r}: {type(error).__name__} while loading on TP rank {spec.tp_rank}: {error}", 0)
 
 
-def _load(name: str, path: str, spec: ModelSpec, max_rank: int, root: str | None) -> Outcome:
+def _digest(image: torch.Tensor) -> str:
+    return hashlib.sha256(image.view(torch.uint8).numpy().data).hexdigest()
+
+
+def _checked_folder(name: str, path: str, root: str | None) -> Path:
     folder = Path(path).resolve()
     if root is not None and not folder.is_relative_to(root):
         raise AdapterError(
@@ -80,8 +104,7 @@ def _load(name: str, path: str, spec: ModelSpec, max_rank: int, root: str | None
                     f"files below --adapter-root {root}",
                     "Copy the file into the adapter's folder.",
                 )
-    shard = load_shard(name, folder, spec, max_rank)
-    return Outcome(None, shard.slots, shard, content_hash(folder) if spec.tp_rank == 0 else "")
+    return folder
 
 
 def merge(outcomes: Sequence[Outcome]) -> Outcome:
@@ -89,4 +112,4 @@ def merge(outcomes: Sequence[Outcome]) -> Outcome:
     for outcome in outcomes:
         if outcome.error is not None:
             return outcome
-    return Outcome(None, max(outcome.slots for outcome in outcomes), None, outcomes[0].content_hash)
+    return Outcome(None, max(outcome.slots for outcome in outcomes), content_hash=outcomes[0].content_hash)

@@ -24,11 +24,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AdapterShard:
-    """An adapter on one TP rank, in host memory.
+    """An adapter on one TP rank: all that must be known of it to use its rows.
 
     rank, nblocks  the largest full LoRA rank and block count among its modules
-    image          [layers, 2, slots, W] in the model's dtype: the rows to copy into the arena, K plane then V plane.
-                   Elements outside the matrices are undefined and never read.
+    slots          arena rows that this TP rank's part needs in every layer
     descriptors    [layer][linear], where each factor lies in those rows
     scalings       [layer][linear][slice], alpha / r of the full rank (0 where not adapted)
     shares         [layer][linear], ``LinearPlan.shares``: rows of each adapted slice's local A where B reads h only
@@ -38,27 +37,22 @@ class AdapterShard:
     name: str
     rank: int
     nblocks: int
-    image: torch.Tensor
+    slots: int
     descriptors: tuple[tuple[LinearDescriptor, ...], ...]
     scalings: tuple[tuple[tuple[float, ...], ...], ...]
     shares: tuple[tuple[tuple[int, ...], ...], ...]
 
-    @property
-    def slots(self) -> int:
-        """Arena rows that this TP rank's part needs in every layer."""
-        return self.image.shape[2]
 
-    @property
-    def image_bytes(self) -> int:
-        """Bytes of the packed image, padding included: what the adapter costs on this TP rank."""
-        return self.image.numel() * self.image.element_size()
-
-
-def load_shard(name: str, folder: Path, spec: ModelSpec, max_rank: int) -> AdapterShard:
+def load_shard(
+    name: str, folder: Path, spec: ModelSpec, max_rank: int, *, pin_memory: bool = False
+) -> tuple[AdapterShard, torch.Tensor]:
     """Read the adapter in ``folder`` and cut it for the TP rank of ``spec``.
 
-    max_rank  largest full LoRA rank that is accepted
-    Reads only the rank's own part of the weights. Raises ``AdapterError``; nothing is kept then.
+    max_rank    largest full LoRA rank that is accepted
+    pin_memory  whether the image lies in page-locked memory, from which a GPU copies beside other work
+    Returns the shard and its image [layers, 2, slots, W] in the model's dtype: the rows to copy into the arena, K plane
+    then V plane, zeros outside the matrices. Reads only the rank's own part of the weights. Raises ``AdapterError``;
+    nothing is kept then.
     """
     config = read_config(name, folder, spec.vocab_size)
     with Checkpoint(name, folder) as checkpoint:
@@ -66,7 +60,7 @@ def load_shard(name: str, folder: Path, spec: ModelSpec, max_rank: int) -> Adapt
         plans = [[plan_linear(linear, shapes, spec) for linear in layer] for layer in spec.layers]
         layouts = [place([size for plan in layer for size in plan.sizes()], spec.row_width) for layer in plans]
         slots = max(layout.rows for layout in layouts)
-        image = torch.empty(len(plans), 2, slots, spec.row_width, dtype=spec.dtype)
+        image = torch.zeros(len(plans), 2, slots, spec.row_width, dtype=spec.dtype, pin_memory=pin_memory)
         descriptors = []
         for layer, layout, planes in zip(plans, layouts, image, strict=True):
             addresses = _split(layout.addresses, layer)
@@ -74,15 +68,16 @@ def load_shard(name: str, folder: Path, spec: ModelSpec, max_rank: int) -> Adapt
                 _copy_factors(plan, own, planes, shapes, checkpoint)
             descriptors.append(tuple(plan.describe(own) for plan, own in zip(layer, addresses, strict=True)))
     _warn_made_dense(name, plans, shapes)
-    return AdapterShard(
+    shard = AdapterShard(
         name,
         max(shape.rank for shape in shapes.values()),
         max(shape.nblocks for shape in shapes.values()),
-        image,
+        slots,
         tuple(descriptors),
         tuple(tuple(_scalings(plan, config) for plan in layer) for layer in plans),
         tuple(tuple(plan.shares for plan in layer) for layer in plans),
     )
+    return shard, image
 
 
 def _split(addresses: tuple[Address, ...], layer: list[LinearPlan]) -> list[tuple[Address, ...]]:

@@ -43,10 +43,10 @@ def _verify_at(adapter: OpenedAdapter, tp_size: int) -> Verification:
     outputs: dict[str, torch.Tensor] = {}
     for rank in range(tp_size):
         spec = adapter.spec(rank, tp_size, torch.float64)
-        shard = load_shard(adapter.name, adapter.folder, spec, NO_RANK_LIMIT)
+        shard, image = load_shard(adapter.name, adapter.folder, spec, NO_RANK_LIMIT)
         for layer, linears in enumerate(spec.layers):
             for index, linear in enumerate(linears):
-                _add_rank(outputs, shard, spec, layer, index, linear)
+                _add_rank(outputs, shard, image, spec, layer, index, linear)
     errors = {}
     for module, found in outputs.items():
         a, b = adapter.dense_factors(module)
@@ -64,7 +64,13 @@ def _probe(in_features: int) -> torch.Tensor:
 
 
 def _add_rank(
-    outputs: dict[str, torch.Tensor], shard: AdapterShard, spec: ModelSpec, layer: int, index: int, linear: LinearSpec
+    outputs: dict[str, torch.Tensor],
+    shard: AdapterShard,
+    image: torch.Tensor,
+    spec: ModelSpec,
+    layer: int,
+    index: int,
+    linear: LinearSpec,
 ) -> None:
     """Put one TP rank's part into ``outputs`` (module -> [PROBES, out]): added on row linears, placed on others."""
     adapted = [i for i, one in enumerate(shard.descriptors[layer][index].slices) if one.rank]
@@ -77,7 +83,7 @@ def _add_rank(
         factors = reference.read_linear(
             shard.descriptors[layer][index],
             shard.scalings[layer][index],
-            tuple(shard.image[layer]),
+            tuple(image[layer]),
             torch.arange(shard.slots),
             own.length,
             linear.out_offsets,

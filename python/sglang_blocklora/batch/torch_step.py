@@ -12,7 +12,8 @@ from sglang_blocklora.batch import s_lora_step
 from sglang_blocklora.batch.grouping import group_by_adapter
 from sglang_blocklora.batch.s_lora_step import Collectives, SplitFactors
 from sglang_blocklora.batch.step import Step
-from sglang_blocklora.memory.pool import Pool, Resident
+from sglang_blocklora.memory.loaded import Resident
+from sglang_blocklora.memory.pool import Pool
 from sglang_blocklora.sharding import s_lora
 
 # [layer][linear], None where the adapter leaves the linear alone.

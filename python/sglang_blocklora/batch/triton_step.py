@@ -17,7 +17,8 @@ from sglang_blocklora.adapters.model_spec import ModelSpec
 from sglang_blocklora.adapters.shard import AdapterShard
 from sglang_blocklora.batch.grouping import group_by_adapter
 from sglang_blocklora.batch.step import Step
-from sglang_blocklora.memory.pool import Pool, Resident
+from sglang_blocklora.memory.loaded import Resident
+from sglang_blocklora.memory.pool import Pool
 
 # Local rank of a slice that the tile table is asked for; it decides speed only.
 USUAL_RANK = 64

@@ -1,18 +1,18 @@
-"""Loaded adapters of one TP rank: all in host memory, the ones in use also in the arena."""
+"""Loaded adapters of one TP rank, the ones in use in an arena of their own."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from sglang_blocklora.adapters.shard import AdapterShard
 from sglang_blocklora.memory.accounting import SlotCounts
+from sglang_blocklora.memory.images import ImageStore
 from sglang_blocklora.memory.load_counts import LoadCounts
+from sglang_blocklora.memory.loaded import LoadedAdapter, Resident
 
 
 class Arena(Protocol):
@@ -34,46 +34,26 @@ class FreeListArena(Arena, Protocol):
     def free(self, slots: torch.Tensor) -> None: ...
 
 
-@dataclass(frozen=True)
-class LoadedAdapter:
-    """``slots`` is the count that all TP ranks agreed on (the largest of their shards).
-
-    content_hash  sha256 in hex of the adapter's files: what its cached KV belongs to
-    """
-
-    name: str
-    path: str
-    shard: AdapterShard
-    slots: int
-    pinned: bool
-    content_hash: str
-
-
-@dataclass(frozen=True)
-class Resident:
-    """An adapter in the arena: its physical rows, int64 [slots] on the host."""
-
-    adapter: LoadedAdapter
-    slots: torch.Tensor
-
-
 class Pool(Protocol):
     """What holds the loaded adapters of one TP rank: ``AdapterPool`` or ``UnifiedPool``. Keys are ``lora_id``."""
 
     max_adapters_per_batch: int
+    images: ImageStore
     loaded: dict[str, LoadedAdapter]
-    load_counts: LoadCounts
 
+    @property
+    def load_counts(self) -> LoadCounts: ...
     @property
     def arena(self) -> Arena: ...
     @property
     def resident(self) -> Mapping[str, Resident]: ...
-    def add(self, key: str, adapter: LoadedAdapter) -> None: ...
+    def add(self, key: str, adapter: LoadedAdapter, image: torch.Tensor) -> None: ...
     def reason_not_to_add(self, slots: int, pinned: bool) -> str | None: ...
     def remove(self, key: str) -> None: ...
     def is_resident(self, key: str) -> bool: ...
     def set_pinned(self, key: str, pinned: bool) -> str | None: ...
     def fits(self, keys: Iterable[str]) -> bool: ...
+    def prefetch(self, keys: Iterable[str]) -> None: ...
     def make_resident(self, keys: Iterable[str]) -> None: ...
     def slot_counts(self) -> SlotCounts: ...
     def check_integrity(self, in_use: int) -> None: ...
@@ -85,16 +65,21 @@ class AdapterPool:
     Every decision depends only on the order of calls and on agreed slot counts, so all TP ranks decide alike.
     """
 
-    def __init__(self, arena: FreeListArena, max_adapters_per_batch: int) -> None:
+    def __init__(self, arena: FreeListArena, max_adapters_per_batch: int, images: ImageStore) -> None:
         self.arena = arena
+        self.images = images
         self.max_adapters_per_batch = max_adapters_per_batch
         self.loaded: dict[str, LoadedAdapter] = {}
         self.resident: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
-        self.load_counts = LoadCounts()
 
-    def add(self, key: str, adapter: LoadedAdapter) -> None:
-        """Take a checked adapter into host memory. The caller has asked ``reason_not_to_add``."""
+    @property
+    def load_counts(self) -> LoadCounts:
+        return self.images.load_counts
+
+    def add(self, key: str, adapter: LoadedAdapter, image: torch.Tensor) -> None:
+        """Take a checked adapter. The caller has asked ``reason_not_to_add``."""
         self.loaded[key] = adapter
+        self.images.add(key, adapter, image)
 
     def reason_not_to_add(self, slots: int, pinned: bool) -> str | None:
         """Why an adapter of ``slots`` slots cannot be served here, or None."""
@@ -113,7 +98,7 @@ class AdapterPool:
     def remove(self, key: str) -> None:
         """Forget an adapter and free its slots. ``KeyError`` if it is not loaded."""
         del self.loaded[key]
-        self.load_counts.forget(key)
+        self.images.remove(key)
         resident = self.resident.pop(key, None)
         if resident is not None:
             self.arena.free(resident.slots)
@@ -133,37 +118,59 @@ class AdapterPool:
         return None
 
     def fits(self, keys: Iterable[str]) -> bool:
-        """Whether the adapters of a batch fit the batch limit and, with all pinned ones, the arena."""
-        wanted = {key for key in keys if key in self.loaded}
+        """Whether the adapters of a batch fit the batch limit and, with all pinned ones, the arena.
+
+        If so they are brought there, the least recently used others giving way. False too where an adapter cannot be
+        read (``images.failures``); all TP ranks call this together.
+        """
+        wanted = sorted(key for key in set(keys) if key in self.loaded)
         if len(wanted) > self.max_adapters_per_batch:
             return False
-        wanted |= {key for key, adapter in self.loaded.items() if adapter.pinned}
-        return sum(self.loaded[key].slots for key in wanted) <= self.arena.total_slots
+        together = {*wanted, *(key for key, adapter in self.loaded.items() if adapter.pinned)}
+        if sum(self.loaded[key].slots for key in together) > self.arena.total_slots:
+            return False
+        return all(self._load(key, wanted) for key in wanted)
+
+    def prefetch(self, keys: Iterable[str]) -> None:
+        """Start to read from disk what host memory lacks of adapters wanted soon, most urgent first."""
+        self.images.prefetch(
+            [(key, self.loaded[key]) for key in keys if key in self.loaded and not self.is_resident(key)]
+        )
 
     def make_resident(self, keys: Iterable[str]) -> None:
-        """Bring the adapters of a batch into the arena, evicting the least recently used others.
+        """Note the use of a batch's adapters, which admission (``fits``) brought into the arena.
 
-        Keys that are not loaded are passed over (an aborted request may outlive its adapter by one step).
-        ``RuntimeError`` if they do not fit together; ``fits`` says so beforehand.
+        Keys that are not loaded are passed over (an aborted request may outlive its adapter by one step). Upstream may
+        park a chunked request for a while; an adapter that gave way meanwhile is brought back.
+        ``RuntimeError`` if an adapter cannot be: its requests would be answered wrongly.
         """
         wanted = sorted(key for key in set(keys) if key in self.loaded)
         for key in wanted:
-            if key in self.resident:
-                self.resident.move_to_end(key)
-        for key in wanted:
-            if key not in self.resident:
-                with self.load_counts.measure(key):
-                    self.resident[key] = self._load(self.loaded[key], wanted)
+            if not self._load(key, wanted):
+                raise RuntimeError(f"adapter {self.loaded[key].name!r} runs but is not resident")
+            self.resident.move_to_end(key)
 
-    def _load(self, adapter: LoadedAdapter, keep: list[str]) -> Resident:
+    def _load(self, key: str, keep: list[str]) -> bool:
+        if key in self.resident:
+            return True
+        adapter = self.loaded[key]
+        image = self.images.get(key, adapter)
+        if image is None:
+            return False
+        with self.load_counts.measure(key, image.nbytes):
+            slots = self._allocate(adapter, keep)
+            self.arena.write(slots, image)
+            self.resident[key] = Resident(adapter, slots)
+        return True
+
+    def _allocate(self, adapter: LoadedAdapter, keep: list[str]) -> torch.Tensor:
         while (slots := self.arena.allocate(adapter.slots)) is None:
             victim = next((k for k, r in self.resident.items() if k not in keep and not r.adapter.pinned), None)
             if victim is None:
                 raise RuntimeError(f"no room for adapter {adapter.name!r} ({adapter.slots} slots) in this batch")
             self.arena.free(self.resident.pop(victim).slots)
             self.load_counts.evicted(victim)
-        self.arena.write(slots, adapter.shard.image)
-        return Resident(adapter, slots)
+        return slots
 
     def slot_counts(self) -> SlotCounts:
         """Who has the arena's slots; no KV lives here and nothing else uses it."""

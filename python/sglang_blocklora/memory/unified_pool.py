@@ -10,8 +10,9 @@ import torch
 
 from sglang_blocklora.decisions import DecisionLog
 from sglang_blocklora.memory.accounting import SlotCounts
+from sglang_blocklora.memory.images import ImageStore
 from sglang_blocklora.memory.load_counts import LoadCounts
-from sglang_blocklora.memory.pool import LoadedAdapter, Resident
+from sglang_blocklora.memory.loaded import LoadedAdapter, Resident
 
 # A request may run this many steps after its adapter was unloaded: an abort frees the name before the batch ends.
 LINGER_STEPS = 8
@@ -28,6 +29,7 @@ class PrefixCache(Protocol):
     def know(self, lora_id: str, content_hash: str, slots: int) -> None: ...
     def slots_needed(self, slots: int) -> int: ...
     def slots_of(self, lora_id: str) -> torch.Tensor | None: ...
+    def has_room(self, lora_id: str) -> bool: ...
     def reserve(self, lora_id: str) -> torch.Tensor | None: ...
     def publish(self, lora_id: str, slots: torch.Tensor) -> None: ...
     def pin_adapter(self, lora_id: str) -> None: ...
@@ -59,12 +61,12 @@ class UnifiedPool:
     ``bind`` comes once the KV pool and the tree exist. Decisions depend on the tree and the order of calls only.
     """
 
-    def __init__(self, max_adapters_per_batch: int, decisions: DecisionLog) -> None:
+    def __init__(self, max_adapters_per_batch: int, images: ImageStore, decisions: DecisionLog) -> None:
+        self.images = images
         self.decisions = decisions
         self.max_adapters_per_batch = max_adapters_per_batch
         self.loaded: dict[str, LoadedAdapter] = {}
         self.resident: dict[str, Resident] = {}
-        self.load_counts = LoadCounts()
         self._lingering: dict[str, tuple[LoadedAdapter, int]] = {}
         self._steps = 0
         self._cache: PrefixCache | None = None
@@ -94,9 +96,14 @@ class UnifiedPool:
         assert self._cache is not None, "adapters cannot be resident before the radix cache exists"
         return self._cache
 
-    def add(self, key: str, adapter: LoadedAdapter) -> None:
-        """Take a checked adapter into host memory. The caller has asked ``reason_not_to_add``."""
+    @property
+    def load_counts(self) -> LoadCounts:
+        return self.images.load_counts
+
+    def add(self, key: str, adapter: LoadedAdapter, image: torch.Tensor) -> None:
+        """Take a checked adapter. The caller has asked ``reason_not_to_add``."""
         self.loaded[key] = adapter
+        self.images.add(key, adapter, image)
         if self._cache is not None:
             self._cache.know(key, adapter.content_hash, adapter.slots)
 
@@ -115,7 +122,7 @@ class UnifiedPool:
         adapter = self.loaded.pop(key)
         self.decisions.record("unload", adapter=adapter.name)
         self._lingering[key] = (adapter, self._steps)
-        self.load_counts.forget(key)
+        self.images.remove(key)
         self.cache.unpin_adapter(key)
 
     def is_resident(self, key: str) -> bool:
@@ -135,9 +142,18 @@ class UnifiedPool:
         return None
 
     def fits(self, keys: Iterable[str]) -> bool:
-        """Whether the adapters of a batch fit; those that are not resident are loaded, evicting what is not in use."""
+        """Whether the adapters of a batch fit; those that are not resident are loaded, evicting what is not in use.
+
+        False too where an adapter cannot be read (``images.failures``); all TP ranks call this together.
+        """
         wanted = sorted(key for key in set(keys) if key in self.loaded)
         return len(wanted) <= self.max_adapters_per_batch and all(self._load(key) for key in wanted)
+
+    def prefetch(self, keys: Iterable[str]) -> None:
+        """Start to read from disk what host memory lacks of adapters wanted soon, most urgent first."""
+        self.images.prefetch(
+            [(key, self.loaded[key]) for key in keys if key in self.loaded and not self.is_resident(key)]
+        )
 
     def make_resident(self, keys: Iterable[str]) -> None:
         """Look up the rows of a batch's adapters, which admission made resident and locks keep so.
@@ -179,11 +195,13 @@ class UnifiedPool:
     def _load(self, key: str) -> bool:
         adapter = self.loaded[key]
         if self.cache.slots_of(key) is None:
-            slots = self.cache.reserve(key)
-            if slots is None:
+            # Slots are taken once the image is certain, so a failed read has nothing to give back.
+            image = self.images.get(key, adapter) if self.cache.has_room(key) else None
+            slots = self.cache.reserve(key) if image is not None else None
+            if image is None or slots is None:
                 return False
             self.decisions.record("load", adapter=adapter.name, slots=len(slots))
-            with self.load_counts.measure(key):
-                self.arena.write(slots, adapter.shard.image)
+            with self.load_counts.measure(key, image.nbytes):
+                self.arena.write(slots, image)
                 self.cache.publish(key, slots)
         return True

@@ -1,0 +1,107 @@
+"""A safetensors file, read in parts with ``pread``.
+
+Not through a memory map: there a file that is cut short while it is read (a trainer that saves over it) is not an error
+but a SIGBUS, which ends the server.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LENGTH_BYTES = 8  # of the header's length, little endian
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+# Rows shorter than a page are read whole: the file system reads whole pages whatever is asked of it.
+PAGE_BYTES = 4096
+
+
+class StoredTensor(NamedTuple):
+    """``dtype`` is the format's name (a key of ``DTYPES``, or one that cannot be read); ``start`` is a file offset."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+class WeightsFile:
+    """``tensors`` by name, from the header. Raises ``OSError`` for what cannot be read, ``ValueError`` for what is no
+    safetensors file or not a whole one. Holds a file descriptor until ``close``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDONLY)
+        try:
+            self.tensors = self._header(os.fstat(self._file).st_size)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def _header(self, file_bytes: int) -> dict[str, StoredTensor]:
+        length = int.from_bytes(self._read_bytes(0, LENGTH_BYTES), "little")
+        if length > min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
+            raise ValueError(f"a header of {length} bytes in a file of {file_bytes}")
+        header = json.loads(self._read_bytes(LENGTH_BYTES, length))
+        if not isinstance(header, dict):
+            raise ValueError("the header is not a JSON object")
+        header.pop("__metadata__", None)
+        first = LENGTH_BYTES + length
+        return {name: _stored(name, entry, first, file_bytes) for name, entry in header.items()}
+
+    def read(self, name: str, rows: slice | None, columns: slice | None) -> torch.Tensor:
+        """Part of a matrix [rows, columns]; half-open ranges within its shape, None for all."""
+        stored = self.tensors[name]
+        dtype = DTYPES[stored.dtype]
+        height, width = stored.shape
+        top, bottom = (rows.start, rows.stop) if rows else (0, height)
+        left, right = (columns.start, columns.stop) if columns else (0, width)
+        row_bytes, piece_bytes = width * dtype.itemsize, (right - left) * dtype.itemsize
+        if piece_bytes == row_bytes or row_bytes < PAGE_BYTES:
+            data = self._read_bytes(stored.start + top * row_bytes, (bottom - top) * row_bytes)
+            return _tensor(data, dtype).view(bottom - top, width)[:, left:right]
+        data = bytearray((bottom - top) * piece_bytes)
+        for row in range(bottom - top):
+            piece = memoryview(data)[row * piece_bytes : (row + 1) * piece_bytes]
+            self._fill(piece, stored.start + (top + row) * row_bytes + left * dtype.itemsize)
+        return _tensor(data, dtype).view(bottom - top, right - left)
+
+    def _read_bytes(self, start: int, count: int) -> bytearray:
+        data = bytearray(count)
+        self._fill(memoryview(data), start)
+        return data
+
+    def _fill(self, data: memoryview, start: int) -> None:
+        """Read as many bytes as ``data`` takes, from file offset ``start``."""
+        done = 0
+        while done < len(data):
+            got = os.preadv(self._file, [data[done:]], start + done)
+            if got == 0:
+                raise OSError(f"the file ends at byte {start + done}, {len(data) - done} bytes early")
+            done += got
+
+
+def _tensor(data: bytearray, dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
+def _stored(name: str, entry: Any, first: int, file_bytes: int) -> StoredTensor:
+    """A header's entry, checked; ``first`` is the file offset of the first tensor's bytes."""
+    try:
+        dtype, shape, (start, stop) = str(entry["dtype"]), tuple(map(int, entry["shape"])), entry["data_offsets"]
+        size = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else stop - start
+        sound = 0 <= start <= stop and min(shape, default=0) >= 0 and size == stop - start
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the header's entry of {name!r} cannot be understood") from error
+    if not sound:
+        raise ValueError(f"the header's entry of {name!r} contradicts itself")
+    if first + stop > file_bytes:
+        raise ValueError(f"{name!r} ends at byte {first + stop} of a file of {file_bytes} bytes")
+    return StoredTensor(dtype, shape, first + start)

@@ -1,0 +1,55 @@
+"""The host tier: what is held in host memory under a byte budget, least recently used first to go."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Generic, TypeVar
+
+Held = TypeVar("Held")
+
+
+class HostTier(Generic[Held]):
+    """Holds one value per key. Which go depends only on the order of calls and on the sizes that callers give.
+
+    TP ranks give sizes they agreed on, so all of them hold the same keys.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.used_bytes = 0
+        self._held: OrderedDict[str, tuple[int, Held]] = OrderedDict()  # least recently used first
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._held
+
+    def peek(self, key: str) -> Held | None:
+        """What is held under ``key``, which does not count as a use."""
+        return self._held[key][1] if key in self._held else None
+
+    def get(self, key: str) -> Held | None:
+        """What is held under ``key``, now the most recently used, or None."""
+        if key not in self._held:
+            return None
+        self._held.move_to_end(key)
+        return self._held[key][1]
+
+    def put(self, key: str, size_bytes: int, value: Held) -> list[str]:
+        """Hold ``value``, in the place of what the key held; returns the keys that gave way.
+
+        What is larger than the whole budget is not held, and nothing gives way to it.
+        """
+        self.remove(key)
+        if size_bytes > self.budget_bytes:
+            return []
+        gone = []
+        while self.used_bytes + size_bytes > self.budget_bytes:
+            gone.append(next(iter(self._held)))
+            self.remove(gone[-1])
+        self._held[key] = (size_bytes, value)
+        self.used_bytes += size_bytes
+        return gone
+
+    def remove(self, key: str) -> None:
+        """Let go of what ``key`` holds, if anything."""
+        if key in self._held:
+            self.used_bytes -= self._held.pop(key)[0]
