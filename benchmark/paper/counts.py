@@ -43,16 +43,21 @@ def decode_lines(log: Path) -> list[dict]:
     return [line for line in lines if line["mode"] == "DECODE" and line["tokens"] == 1]
 
 
-def count(lines: list[dict], adapter: str, tp: int) -> Cost:
-    """What ``adapter`` adds to a forward of the base model on each rank; all ranks must exchange the same.
+def forwards(lines: list[dict], rank: int, adapter: str | None) -> list[dict]:
+    """A TP rank's decode forwards of the request under ``adapter`` (None: the base model), in order."""
+    names = [adapter] if adapter else []
+    return [line for line in lines if line["rank"] == rank and line["names"] == names][: NEW_TOKENS - 1]
 
+
+def count(lines: list[dict], adapter: str | None, base_lines: list[dict], tp: int) -> Cost:
+    """What a request under ``adapter`` adds to a forward of the base model; all ranks must exchange the same.
+
+    base_lines  of a server whose base-model requests cost what they cost without LoRA: ours
     Matrix products depend on the position in the answer (attention), so forwards are compared in order.
     """
     costs = []
     for rank in range(tp):
-        own = [line for line in lines if line["rank"] == rank]
-        adapted = [line for line in own if line["names"] == [adapter]][: NEW_TOKENS - 1]
-        base = [line for line in own if not line["names"]][: NEW_TOKENS - 1]
+        adapted, base = forwards(lines, rank, adapter), forwards(base_lines, rank, None)
         added = {json.dumps(_difference(a, b)) for a, b in zip(adapted, base, strict=True)}
         if len(added) != 1:
             raise SystemExit(f"TP rank {rank} exchanges other things in other forwards: {added}")
@@ -77,18 +82,15 @@ def _difference(adapted: dict, base: dict) -> list[int]:
     return [sums[0], calls["all_reduce"], sums[1], put_in["all_reduce"], adapted["flops"] - base["flops"]]
 
 
-def measure(model: Path, adapters: Mapping[str, Path], tp: int, folder: Path) -> dict[Sharding, Cost]:
-    """Counts of the three shardings from a stock server and from one of ours that holds both kinds of adapter."""
-    costs: dict[Sharding, Cost] = {}
-    for name, module, flags, loaded, shardings in (
-        ("stock", STOCK, ("--lora-backend", "torch_native"), ("plain",), ("stock",)),
-        (
-            "ours",
-            OURS,
-            ("--adapter-memory", "static", "--plain-lora-sharding", "s-lora"),
-            ("plain", "bd"),
-            ("s-lora", "block-diagonal"),
-        ),
+def measure(model: Path, adapters: Mapping[str, Path], tp: int, folder: Path) -> tuple[dict[Sharding, Cost], Cost]:
+    """Counts of the three shardings from a stock server and from one of ours that holds both kinds of adapter.
+
+    The second value: what stock SGLang adds to requests of the base model once LoRA is on.
+    """
+    lines: dict[str, list[dict]] = {}
+    for name, module, flags, loaded in (
+        ("stock", STOCK, ("--lora-backend", "torch_native"), ("plain",)),
+        ("ours", OURS, ("--plain-lora-sharding", "s-lora"), ("plain", "bd")),
     ):
         print(f"TP {tp}: counting on {name}", flush=True)
         log = folder / f"{name}-{tp}.jsonl"
@@ -105,9 +107,10 @@ def measure(model: Path, adapters: Mapping[str, Path], tp: int, folder: Path) ->
                     server.tokens([1, 2, 3, 4, 5], adapter, NEW_TOKENS)
             except OSError as error:
                 raise SystemExit(f"{name} did not answer ({error}):\n{server.log_text()[-4000:]}") from error
-        for sharding in shardings:
-            costs[sharding] = count(decode_lines(log), ADAPTER[sharding], tp)
-    return costs
+        lines[name] = decode_lines(log)
+    of = {sharding: lines["stock" if sharding == "stock" else "ours"] for sharding in SHARDINGS}
+    costs = {sharding: count(of[sharding], ADAPTER[sharding], lines["ours"], tp) for sharding in SHARDINGS}
+    return costs, count(lines["stock"], None, lines["ours"], tp)
 
 
 def check(counted: Cost, computed: Cost, what: str) -> None:
@@ -158,12 +161,15 @@ def count_on_ranks(tp: int, folder: Path) -> None:
     )
     choices = {"plain": AdapterChoice(rank=RANK), "bd": AdapterChoice(tp, matched_rank(SMALL, RANK, tp))}
     adapters = build_adapters(model, folder / "adapters", choices)
-    for sharding, counted in measure(model, adapters, tp, folder).items():
+    costs, idle = measure(model, adapters, tp, folder)
+    for sharding, counted in costs.items():
         label = "matched" if sharding == "block-diagonal" else "r"
         computed = lora_cost(SMALL, sharding, ranks_of(SMALL, sharding, tp)[label], tp, 1, torch.float32)
         check(counted, computed, f"TP {tp}, {sharding}")
         counted = dataclasses.replace(counted, adapter_bytes=computed.adapter_bytes)
         record(recorder, f"Counted at TP {tp}", SMALL, tp, sharding, label, counted)
+    recorder.add(f"Counted at TP {tp}", "stock, base-model request", 0, dataclasses.asdict(idle))
+    print(f"stock, base-model request: {idle}")
     recorder.finish()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -61,10 +62,12 @@ def forwards(gathers: int) -> list[dict]:
 
 
 def test_counts_are_differences_to_the_base_model() -> None:
-    cost = counts.count(forwards(4), "a", 2)
+    cost = counts.count(forwards(4), "a", forwards(4), 2)
     assert (cost.all_gathers, cost.all_reduces) == (4, 2)
     assert (cost.gather_input_bytes, cost.reduce_input_bytes, cost.sent_bytes) == (32, 16, 32 + 16)
     assert cost.flops == 30
+    idle = counts.count(forwards(4), None, forwards(4), 2)
+    assert dataclasses.astuple(idle) == (0,) * 7
 
 
 @pytest.mark.parametrize(
@@ -79,7 +82,7 @@ def test_ranks_and_forwards_that_differ_stop_the_count(change: dict) -> None:
     lines = json.loads(json.dumps(forwards(4)))
     lines[-1] |= change
     with pytest.raises(SystemExit):
-        counts.count(lines, "a", 2)
+        counts.count(lines, "a", forwards(4), 2)
 
 
 def test_decode_forwards_of_one_request_are_chosen(tmp_path: Path) -> None:
