@@ -90,7 +90,7 @@ def measure(model: Path, adapters: Mapping[str, Path], tp: int, folder: Path) ->
     lines: dict[str, list[dict]] = {}
     for name, module, flags, loaded in (
         ("stock", STOCK, ("--lora-backend", "torch_native"), ("plain",)),
-        ("ours", OURS, ("--plain-lora-sharding", "s-lora"), ("plain", "bd")),
+        ("ours", OURS, ("--adapter-memory", "static", "--plain-lora-sharding", "s-lora"), ("plain", "bd")),
     ):
         print(f"TP {tp}: counting on {name}", flush=True)
         log = folder / f"{name}-{tp}.jsonl"
