@@ -24,6 +24,7 @@ from sglang_blocklora.memory.images import ImageStore
 from sglang_blocklora.memory.loaded import LoadedAdapter
 from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.memory.static_arena import StaticArena
+from sglang_blocklora.memory.transfer import Transfer
 from sglang_blocklora.memory.unified_pool import KVArena, UnifiedPool
 from sglang_blocklora.settings import Settings
 
@@ -74,13 +75,13 @@ class BlockLoRAManager(LoRAManager):
         self.unified = settings.adapter_memory == "unified"
         self.decisions = DecisionLog(settings.decision_log, tp_rank)
         self.pool: AdapterPool | UnifiedPool
-        images = self._image_store(settings)
+        images, transfer = self._image_store(settings), Transfer(self.device)
         if self.unified:
-            self.pool = UnifiedPool(max_loras_per_batch, images, self.decisions)
+            self.pool = UnifiedPool(max_loras_per_batch, images, self.decisions, transfer)
         else:
             slots = settings.adapter_memory_mb * 2**20 // self.slot_bytes
             arena = StaticArena(len(linears), slots, self._spec.row_width, dtype, self.device)
-            self.pool = AdapterPool(arena, max_loras_per_batch, images)
+            self.pool = AdapterPool(arena, max_loras_per_batch, images, transfer)
             self._install_step(settings)
             logger.info("block-diagonal LoRA: %d MiB = %d slots", settings.adapter_memory_mb, slots)
         for ref in lora_paths or []:

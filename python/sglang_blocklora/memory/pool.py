@@ -13,6 +13,7 @@ from sglang_blocklora.memory.accounting import SlotCounts
 from sglang_blocklora.memory.images import ImageStore
 from sglang_blocklora.memory.load_counts import LoadCounts
 from sglang_blocklora.memory.loaded import LoadedAdapter, Resident
+from sglang_blocklora.memory.transfer import Transfer
 
 
 class Arena(Protocol):
@@ -65,9 +66,12 @@ class AdapterPool:
     Every decision depends only on the order of calls and on agreed slot counts, so all TP ranks decide alike.
     """
 
-    def __init__(self, arena: FreeListArena, max_adapters_per_batch: int, images: ImageStore) -> None:
+    def __init__(
+        self, arena: FreeListArena, max_adapters_per_batch: int, images: ImageStore, transfer: Transfer | None = None
+    ) -> None:
         self.arena = arena
         self.images = images
+        self._transfer = transfer or Transfer()
         self.max_adapters_per_batch = max_adapters_per_batch
         self.loaded: dict[str, LoadedAdapter] = {}
         self.resident: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
@@ -149,6 +153,7 @@ class AdapterPool:
             if not self._load(key, wanted):
                 raise RuntimeError(f"adapter {self.loaded[key].name!r} runs but is not resident")
             self.resident.move_to_end(key)
+        self._transfer.join()
 
     def _load(self, key: str, keep: list[str]) -> bool:
         if key in self.resident:
@@ -159,7 +164,7 @@ class AdapterPool:
             return False
         with self.load_counts.measure(key, image.nbytes):
             slots = self._allocate(adapter, keep)
-            self.arena.write(slots, image)
+            self._transfer.load(self.arena, slots, image)
             self.resident[key] = Resident(adapter, slots)
         return True
 

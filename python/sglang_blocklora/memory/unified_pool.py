@@ -13,6 +13,7 @@ from sglang_blocklora.memory.accounting import SlotCounts
 from sglang_blocklora.memory.images import ImageStore
 from sglang_blocklora.memory.load_counts import LoadCounts
 from sglang_blocklora.memory.loaded import LoadedAdapter, Resident
+from sglang_blocklora.memory.transfer import Transfer
 
 # A request may run this many steps after its adapter was unloaded: an abort frees the name before the batch ends.
 LINGER_STEPS = 8
@@ -61,12 +62,20 @@ class UnifiedPool:
     ``bind`` comes once the KV pool and the tree exist. Decisions depend on the tree and the order of calls only.
     """
 
-    def __init__(self, max_adapters_per_batch: int, images: ImageStore, decisions: DecisionLog) -> None:
+    def __init__(
+        self,
+        max_adapters_per_batch: int,
+        images: ImageStore,
+        decisions: DecisionLog,
+        transfer: Transfer | None = None,
+    ) -> None:
         self.images = images
+        self._transfer = transfer or Transfer()
         self.decisions = decisions
         self.max_adapters_per_batch = max_adapters_per_batch
         self.loaded: dict[str, LoadedAdapter] = {}
         self.resident: dict[str, Resident] = {}
+        self._device_slots: dict[str, torch.Tensor] = {}
         self._lingering: dict[str, tuple[LoadedAdapter, int]] = {}
         self._steps = 0
         self._cache: PrefixCache | None = None
@@ -162,11 +171,14 @@ class UnifiedPool:
         ``RuntimeError`` for an adapter without rows: its requests would be answered wrongly.
         """
         self._steps += 1
-        self._lingering = {k: v for k, v in self._lingering.items() if self._steps - v[1] <= LINGER_STEPS}
+        for key in [k for k, (_, step) in self._lingering.items() if self._steps - step > LINGER_STEPS]:
+            del self._lingering[key]
+            if key not in self.loaded:
+                self.resident.pop(key, None)
+                self._device_slots.pop(key, None)
         for key in sorted(set(keys)):
             adapter = self.loaded.get(key) or (self._lingering[key][0] if key in self._lingering else None)
             if adapter is None:
-                self.resident.pop(key, None)
                 continue
             slots = self.cache.slots_of(key)
             if slots is None:
@@ -174,9 +186,8 @@ class UnifiedPool:
             if adapter.pinned:
                 # Not when it is loaded: requests that were admitted before it in one pass count on those slots.
                 self.cache.pin_adapter(key)
-            known = self.resident.get(key)
-            if known is None or not torch.equal(known.slots, slots.cpu()):
-                self.resident[key] = Resident(adapter, slots.cpu())
+            self._note_rows(key, adapter, slots)
+        self._transfer.join()
 
     def slot_counts(self) -> SlotCounts:
         """Who has the KV pool's slots."""
@@ -202,6 +213,13 @@ class UnifiedPool:
                 return False
             self.decisions.record("load", adapter=adapter.name, slots=len(slots))
             with self.load_counts.measure(key, image.nbytes):
-                self.arena.write(slots, image)
+                self._transfer.load(self.arena, slots, image)
                 self.cache.publish(key, slots)
+        self._note_rows(key, adapter, self.cache.slots_of(key))
         return True
+
+    def _note_rows(self, key: str, adapter: LoadedAdapter, slots: torch.Tensor | None) -> None:
+        """Copy slots to the host where the tree holds others than before: at admission, since the host waits for it."""
+        if slots is not None and self._device_slots.get(key) is not slots:
+            self._device_slots[key] = slots
+            self.resident[key] = Resident(adapter, slots.cpu())
