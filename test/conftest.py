@@ -82,11 +82,18 @@ def api_case(case: Callable[[str, int], Case]) -> Case:
 
 
 @pytest.fixture(scope="session")
-def api_server(api_case: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def api_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``--adapter-dir`` of ``api_server``, empty."""
+    return tmp_path_factory.mktemp("adapter-dir").resolve()
+
+
+@pytest.fixture(scope="session")
+def api_server(api_case: Case, api_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The server at TP 2 that tests of the HTTP API and of the frontend language share; each leaves it as it was."""
     log = tmp_path_factory.mktemp("api-server") / "log"
     flags = ["--tp", "2", "--max-loras-per-batch", "4", "--max-running-requests", "4"]
     flags += ["--served-model-name", "llama", "--enable-metrics", "--admin-api-key", ADMIN_KEY]
+    flags += ["--adapter-dir", str(api_folder)]
     flags += ["--max-total-tokens", "3072"]  # too few for all adapters of the tests
     flags += ["--sleep-on-idle"]  # it lives to the end of the session, beside servers of other tests
     flags += ["--lora-paths", *(f"{name}={api_case.adapters[source]}" for name, source in NAMES.items())]

@@ -6,12 +6,12 @@ import os
 import sys
 
 from sglang_blocklora import cpu_only, settings
-from sglang_blocklora.launch_server import tp_size, with_defaults
+from sglang_blocklora.launch_server import rank_count, with_defaults
 from support.collectives import count_collectives
 
 if __name__ in ("__main__", "__mp_main__"):
     os.environ[settings.SWITCH_VARIABLE] = "0"
-    flags = cpu_only.prepare(tp_size(sys.argv[1:]))
+    flags = cpu_only.prepare(rank_count(sys.argv[1:]))
     count_collectives()
     from benchmark.serving.stock_server import drop_pinning
 

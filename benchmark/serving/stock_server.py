@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from sglang_blocklora import cpu_only, settings
-from sglang_blocklora.launch_server import tp_size, with_defaults
+from sglang_blocklora.launch_server import rank_count, with_defaults
 
 LORA_MODULES = ("layers", "mem_pool", "lora", "lora_manager", "backend.torch_backend", "backend.base_backend")
 LOADS_VARIABLE = "STOCK_ADAPTER_LOADS"
@@ -66,7 +66,7 @@ def log_loads(path: str) -> None:
 
 if __name__ in ("__main__", "__mp_main__"):
     os.environ[settings.SWITCH_VARIABLE] = "0"
-    flags = cpu_only.prepare(tp_size(sys.argv[1:]))
+    flags = cpu_only.prepare(rank_count(sys.argv[1:]))
     if flags:
         drop_pinning()
         if LOADS_VARIABLE in os.environ:

@@ -99,6 +99,18 @@ SYMBOLS: dict[str, tuple[str, ...] | None] = {
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.get_internal_state": ("self",),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.set_internal_state": ("self", "obj"),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_lora": ("self",),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._unload_lora_adapter_locked": ("self", "obj"),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request": ("self", "tokenized_obj"),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._send_batch_request": ("self", "tokenized_objs"),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop": ("self",),
+    "sglang.srt.managers.data_parallel_controller.DataParallelController.maybe_external_dp_rank_routing": (
+        "self",
+        "req",
+    ),
+    "sglang.srt.lora.lora_registry.LoRARegistry.register": ("self", "lora_ref"),
+    "sglang.srt.lora.lora_registry.LoRARegistry.lru_lora_name": ("self", "exclude_pinned"),
+    "sglang.srt.managers.io_struct.LoRAUpdateOutput": None,
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._resolve_lora_path": ("self", "obj"),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_batch_request": (
         "self",
         "obj",
@@ -114,6 +126,9 @@ SYMBOLS: dict[str, tuple[str, ...] | None] = {
     "sglang.srt.entrypoints.engine.Engine.async_generate": None,
     "sglang.srt.entrypoints.http_server.app": None,
     "sglang.srt.entrypoints.http_server.get_global_state": (),
+    "sglang.srt.entrypoints.http_server.available_models": (),
+    "sglang.srt.entrypoints.http_server.retrieve_model": ("model",),
+    "sglang.srt.entrypoints.openai.protocol.ModelCard": None,
     "sglang.srt.entrypoints.http_server._setup_and_run_http_server": (
         "server_args",
         "tokenizer_manager",

@@ -12,12 +12,15 @@ from fastapi import FastAPI, Query
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 from sglang.srt.entrypoints import http_server
+from sglang.srt.entrypoints.openai.protocol import ModelCard
 from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput, SetInternalStateReq, UnloadLoRAAdapterReqInput
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.utils.auth import AuthLevel, auth_level
+from sglang_blocklora.replica_facts import merge_replicas
 from sglang_blocklora.reports import MAX_PAGE, AdapterFacts, merge_facts, openai_error, page
 
 from blocklora_patches.hook import Hook
+from blocklora_patches.load_on_use import adapter_folders, loaded_adapters
 from blocklora_patches.scheduler_state import FACTS, PIN
 from blocklora_patches.tokenizer_manager import adapter_errors
 
@@ -46,9 +49,8 @@ def _error(message: str, status: int, param: str | None = None) -> Response:
 
 
 async def scheduler_facts(tokenizer_manager: Any) -> Mapping[str, Any]:
-    """``reports.pool_facts`` of TP rank 0."""
-    (state,) = await tokenizer_manager.get_internal_state()
-    return state[FACTS]
+    """``reports.pool_facts`` of TP rank 0, of all replicas together."""
+    return merge_replicas([state[FACTS] for state in await tokenizer_manager.get_internal_state()])
 
 
 class AdapterRoutes:
@@ -57,15 +59,17 @@ class AdapterRoutes:
     def __init__(self, tokenizer_manager: Any) -> None:
         self._manager = tokenizer_manager
 
-    def _adapters(self, facts: Mapping[str, Any]) -> list[AdapterFacts]:
-        known = {**self._manager.lora_ref_cache, **self._manager.lora_registry.get_all_adapters()}
+    async def _adapters(self, facts: Mapping[str, Any]) -> list[AdapterFacts]:
+        known = loaded_adapters(self._manager)
         on_disk = [(name, ref.lora_path, ref.lora_id, bool(ref.pinned)) for name, ref in known.items()]
+        folders = await asyncio.to_thread(adapter_folders().all)
+        on_disk += [(name, str(path), None, False) for name, path in folders.items() if name not in known]
         return merge_facts(facts, on_disk, adapter_errors(self._manager))
 
     async def list_adapters(self, limit: int = Query(100, ge=1, le=MAX_PAGE), after: str | None = None) -> Response:
         """Adapters by name, and who has the slots; ``after`` is the ``last_id`` of the page before."""
         facts = await scheduler_facts(self._manager)
-        return JSONResponse(page(self._adapters(facts), limit, after) | {"slots": facts["slots"]})
+        return JSONResponse(page(await self._adapters(facts), limit, after) | {"slots": facts["slots"]})
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def pin(self, name: str) -> Response:
@@ -83,10 +87,10 @@ class AdapterRoutes:
             loaded = manager.lora_registry.get_all_adapters()
             if name not in loaded:
                 return _error(f"The adapter '{name}' is not loaded. Loaded: {', '.join(sorted(loaded))}.", 404, "name")
-            (updated,) = await manager.set_internal_state(
-                SetInternalStateReq(server_args={f"{PIN}{loaded[name].lora_id}": int(pinned)})
-            )
-            if not updated:
+            pin = {f"{PIN}{loaded[name].lora_id}": int(pinned)}
+            if not all(await manager.set_internal_state(SetInternalStateReq(server_args=pin))):
+                # Then on no replica.
+                await manager.set_internal_state(SetInternalStateReq(server_args=dict.fromkeys(pin, 0)))
                 message = (
                     f"The adapter '{name}' cannot be pinned: pinned adapters may take at most half of the slots "
                     "(see GET /adapters). Unpin another, or start the server with more memory for adapters."
@@ -125,10 +129,31 @@ class AdapterRoutes:
             return _error(result.error_message, 400)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
+    async def list_models(self) -> Any:
+        """Upstream's list, and the adapters that would be loaded for a request."""
+        models = await http_server.available_models()
+        listed = {card.id for card in models.data}
+        parent = self._manager.served_model_name
+        others = {name: ref.lora_path for name, ref in self._manager.lora_ref_cache.items()}
+        others = await asyncio.to_thread(adapter_folders().all) | others
+        models.data += [
+            ModelCard(id=name, root=str(path), parent=parent) for name, path in others.items() if name not in listed
+        ]
+        return models
+
+    async def show_model(self, model: str) -> Any:
+        """One card of ``list_models``; upstream shows the base model's only."""
+        cards = {card.id: card for card in (await self.list_models()).data}
+        return cards.get(model) or await http_server.retrieve_model(model)
+
     def add_to(self, app: FastAPI) -> None:
+        app.add_api_route("/v1/models", self.list_models, methods=["GET"])
+        app.add_api_route("/v1/models/{model:path}", self.show_model, methods=["GET"])
+        for _ in range(2):  # before upstream's of the same paths
+            app.router.routes.insert(0, app.router.routes.pop())
         app.add_api_route("/adapters", self.list_adapters, methods=["GET"])
-        app.add_api_route("/adapters/{name}/pin", self.pin, methods=["POST"])
-        app.add_api_route("/adapters/{name}/unpin", self.unpin, methods=["POST"])
+        app.add_api_route("/adapters/{name:path}/pin", self.pin, methods=["POST"])
+        app.add_api_route("/adapters/{name:path}/unpin", self.unpin, methods=["POST"])
         app.add_api_route("/v1/load_lora_adapter", self.load, methods=["POST"])
         app.add_api_route("/v1/unload_lora_adapter", self.unload, methods=["POST"])
 

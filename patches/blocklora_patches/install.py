@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from blocklora_patches import (
     affinity_policy,
+    data_parallel,
     engine,
     http_server,
+    load_on_use,
     lora_manager,
     lora_registry,
     mem_cache_registry,
@@ -23,8 +25,10 @@ from blocklora_patches.contract import SYMBOLS
 
 HOOKS = (
     *affinity_policy.HOOKS,
+    *data_parallel.HOOKS,
     *lora_manager.HOOKS,
     *lora_registry.HOOKS,
+    *load_on_use.HOOKS,
     *model_runner.HOOKS,
     *schedule_policy.HOOKS,
     *scheduler.HOOKS,

@@ -15,6 +15,8 @@ from weakref import WeakValueDictionary
 
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 
+from blocklora_patches.load_on_use import adapter_folders, loaded_adapters
+
 _SCHEME = "engine:"
 _endpoints: WeakValueDictionary[str, EngineEndpoint] = WeakValueDictionary()
 
@@ -65,7 +67,7 @@ class EngineEndpoint(RuntimeEndpoint):
         if path == "/get_model_info":
             return Answer(200, {"model_path": self.engine.server_args.model_path})
         if path == "/v1/models":
-            names = {*manager.lora_registry.get_all_adapters(), *manager.lora_ref_cache}
+            names = {*loaded_adapters(manager), *adapter_folders().all()}
             return Answer(200, {"data": [{"id": name, "parent": manager.served_model_name} for name in names]})
         if path == "/flush_cache":
             self._wait(manager.flush_cache)

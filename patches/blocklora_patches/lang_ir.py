@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterator
+from contextvars import Context, copy_context
 from typing import Any
 
 from sglang.lang.global_config import global_config
@@ -20,7 +22,17 @@ def _run(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs["backend"] = bind(kwargs.get("backend") or global_config.default_backend, choice)
     # The choice is in the backend now: blocks around this call say nothing to the calls inside the program.
     with choice_of_block(NOT_GIVEN):
-        return original(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
+        return _iterate(result, copy_context()) if isinstance(result, Generator) else result
+
+
+def _iterate(states: Iterator[Any], here: Context) -> Iterator[Any]:
+    """Programs of a lazy ``run_batch`` run as it is iterated, maybe inside another block: still as they were called."""
+    while True:
+        try:
+            yield here.run(next, states)
+        except StopIteration:
+            return
 
 
 HOOKS = tuple(

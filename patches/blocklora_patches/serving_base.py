@@ -10,15 +10,15 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang_blocklora.naming import UnknownModel, resolve_model
 
 from blocklora_patches.hook import Hook
+from blocklora_patches.load_on_use import adapter_folders, loaded_adapters
 
 AdapterNames = str | list[str | None] | None
 
 
 def adapter_of_model(tokenizer_manager: Any, model: str | None) -> str | None:
     """The adapter that an OpenAI request's ``model`` asks for, None for the base model; ``UnknownModel`` otherwise."""
-    # lora_ref_cache also holds adapters that --max-loaded-loras put out; naming one loads it again.
-    adapters = {*tokenizer_manager.lora_registry.get_all_adapters(), *tokenizer_manager.lora_ref_cache}
-    return resolve_model(model or DEFAULT_MODEL_NAME, tokenizer_manager.served_model_name, DEFAULT_MODEL_NAME, adapters)
+    base, loaded = tokenizer_manager.served_model_name, loaded_adapters(tokenizer_manager)
+    return resolve_model(model or DEFAULT_MODEL_NAME, base, DEFAULT_MODEL_NAME, loaded, adapter_folders())
 
 
 def _resolve_lora_path(original: Any, self: Any, request_model: str, explicit_lora_path: AdapterNames) -> AdapterNames:

@@ -6,11 +6,13 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
+from blocklora_patches.data_parallel import load, unload
 from blocklora_patches.hook import Hook
+from blocklora_patches.load_on_use import adapter_folders
 
 
 async def _unload_lora_adapter(original: Any, self: Any, obj: Any, _: Any = None) -> Any:
-    result = await original(self, obj, _)
+    result = await unload(original, self, obj)
     if result.success:
         self.lora_ref_cache.pop(obj.lora_name, None)
         adapter_errors(self).pop(obj.lora_name, None)
@@ -18,11 +20,11 @@ async def _unload_lora_adapter(original: Any, self: Any, obj: Any, _: Any = None
 
 
 async def _load_lora_adapter(original: Any, self: Any, obj: Any, _: Any = None) -> Any:
-    result = await original(self, obj, _)
+    result = await load(original, self, obj)
     errors = adapter_errors(self)
     if result.success:
         errors.pop(obj.lora_name, None)
-    elif obj.lora_name in self.lora_ref_cache:
+    elif obj.lora_name in self.lora_ref_cache or adapter_folders().find(obj.lora_name):
         errors[obj.lora_name] = result.error_message
     return result
 
@@ -38,7 +40,7 @@ HOOKS = (
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.load_lora_adapter",
         _load_lora_adapter,
         HookType.AROUND,
-        "GET /adapters tells what last went wrong with an adapter.",
+        "GET /adapters tells what last went wrong with an adapter, and replicas load too.",
     ),
     Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.unload_lora_adapter",

@@ -31,18 +31,18 @@ def prepare_import() -> None:
         install_shims()
 
 
-def prepare(tp_size: int) -> dict[str, list[str]]:
+def prepare(ranks: int) -> dict[str, list[str]]:
     """Make ready to import and launch SGLang on a CPU, and return the server flags (flag -> values) that go with it.
 
-    tp_size  TP ranks that will run here: cores are dealt out among them
+    ranks  TP ranks that will run here, those of all replicas: cores are dealt out among them
     Call it before SGLang is imported, in the launching process and (through the main module) in each spawned one.
     On a machine with an accelerator it does nothing and returns no flags.
     """
     if not is_cpu_only():
         return {}
     cores = sorted(os.sched_getaffinity(0))
-    per_rank = max(1, len(cores) // tp_size)
-    shares = [[cores[(rank * per_rank + i) % len(cores)] for i in range(per_rank)] for rank in range(tp_size)]
+    per_rank = max(1, len(cores) // ranks)
+    shares = [[cores[(rank * per_rank + i) % len(cores)] for i in range(per_rank)] for rank in range(ranks)]
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, share)) for share in shares))
     # One OpenMP thread a core: spinning threads beyond that make a step several times slower.

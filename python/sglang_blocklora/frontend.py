@@ -70,7 +70,7 @@ def _server_argv(options: Mapping[str, Any]) -> list[str]:
     for name, value in options.items():
         values = value if isinstance(value, list | tuple) else [] if value is True else [value]
         argv += [f"--{name.replace('_', '-')}", *map(str, values)]
-    cpu_flags = cpu_only.prepare(launch_server.tp_size(argv))
+    cpu_flags = cpu_only.prepare(launch_server.rank_count(argv))
     settings, sglang_argv = launch_server.parse(argv)
     settings.export()
     return launch_server.with_defaults(sglang_argv, {**cpu_flags, "--log-level": ["error"]})

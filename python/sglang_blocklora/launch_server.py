@@ -19,11 +19,13 @@ ADAPTER_DEFAULTS = {
 }
 
 
-def tp_size(argv: Sequence[str]) -> int:
-    """TP ranks that SGLang's flags ask for."""
+def rank_count(argv: Sequence[str]) -> int:
+    """TP ranks of all data parallel replicas that SGLang's flags ask for."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--tensor-parallel-size", "--tp-size", "--tp", type=int, default=1, dest="tp")
-    return int(parser.parse_known_args(argv)[0].tp)
+    parser.add_argument("--data-parallel-size", "--dp-size", "--dp", type=int, default=1, dest="dp")
+    flags = parser.parse_known_args(argv)[0]
+    return int(flags.tp * flags.dp)
 
 
 def with_defaults(argv: Sequence[str], defaults: Mapping[str, Sequence[str]]) -> list[str]:
@@ -49,6 +51,8 @@ def parse(argv: Sequence[str]) -> tuple[settings.Settings, list[str]]:
     chosen = settings.from_arguments(own)
     if not chosen.adapter_affinity:
         rest += ["--schedule-policy", own.schedule_policy]
+    if not chosen.route_by_adapter:
+        rest += ["--load-balance-method", own.load_balance_method]
     defaults = ADAPTER_DEFAULTS | (
         {"--radix-cache-backend": ["blocklora"]} if chosen.adapter_memory == "unified" else {}
     )
@@ -58,7 +62,7 @@ def parse(argv: Sequence[str]) -> tuple[settings.Settings, list[str]]:
 def main(argv: Sequence[str]) -> None:
     """Run the server until it is stopped."""
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-    cpu_flags = cpu_only.prepare(tp_size(argv))
+    cpu_flags = cpu_only.prepare(rank_count(argv))
     if os.environ.get(settings.SWITCH_VARIABLE) == "0":
         sglang_argv = list(argv)
     else:
@@ -75,4 +79,4 @@ if __name__ == "__main__":
 else:
     # A process that SGLang spawned imports this module as its main module before it imports SGLang.
     if __name__ == "__mp_main__":
-        cpu_only.prepare(tp_size(sys.argv[1:]))
+        cpu_only.prepare(rank_count(sys.argv[1:]))

@@ -20,7 +20,7 @@ class AdapterFacts:
     """One adapter, as ``GET /adapters`` shows it.
 
     bytes_per_tp_rank  rows of the arena on every TP rank, padding included
-    tier               "resident" (in the arena), "host" (in host memory) or "disk" (read again when asked for)
+    tier               "resident" (in the arena), "host" (in host memory) or "disk" (read when asked for)
     running, waiting   requests now
     hits, misses       requests that found it resident when they arrived, or not; host_hits: of the misses, those that
                        found it in host memory
@@ -32,7 +32,7 @@ class AdapterFacts:
 
     name: str
     path: str | None
-    lora_id: str
+    lora_id: str | None
     pinned: bool
     tier: str
     content_hash: str | None = None
@@ -130,12 +130,12 @@ def slot_facts(pool: Pool) -> dict[str, Any]:
 
 
 def merge_facts(
-    facts: Mapping[str, Any], on_disk: Iterable[tuple[str, str | None, str, bool]], errors: Mapping[str, str]
+    facts: Mapping[str, Any], on_disk: Iterable[tuple[str, str | None, str | None, bool]], errors: Mapping[str, str]
 ) -> list[AdapterFacts]:
     """All adapters that a request can name, by name.
 
     on_disk  (name, path, lora_id, pinned) of every adapter known to the HTTP process; those that the scheduler has not
-             loaded are loaded again when a request names them
+             loaded are loaded when a request names them
     errors   name -> what last went wrong with it
     """
     adapters = {one["name"]: AdapterFacts(**one) for one in facts["adapters"]}

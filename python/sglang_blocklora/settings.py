@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sglang_blocklora.adapters.folders import AdapterFolders
 from sglang_blocklora.memory.eviction import DEFAULT_STRATEGY, STRATEGIES
 
 # Set by our launcher only: its absence is what keeps an installed but unused extension out of stock SGLang.
 SETTINGS_VARIABLE = "SGLANG_BLOCKLORA_SETTINGS"
 # "0" keeps the extension off, whoever launched the server.
 SWITCH_VARIABLE = "SGLANG_BLOCKLORA"
-# Our value of SGLang's --schedule-policy, which takes a fixed list; SGLang itself is left at its default, fcfs.
-AFFINITY_POLICY = "adapter-affinity"
+# Our value of --schedule-policy and --load-balance-method. SGLang takes fixed lists there and is left at its defaults.
+AFFINITY = "adapter-affinity"
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Settings:
     adapter_memory_mb  static: MiB per TP rank of that arena
     adapter_host_memory_gb  GiB per TP rank of host memory that keeps images of adapters; below it is disk
     adapter_root       adapters may only be loaded from below this folder; None: from anywhere
+    route_by_adapter   data parallel replicas: a request goes to the replica that holds its adapter
+    adapter_dirs       folders whose adapters are loaded when a request first names them
     adapter_kernels    "torch", "triton", or "auto": triton on a GPU, torch elsewhere
     adapter_eviction   unified memory: a key of ``memory.eviction.STRATEGIES``
     decision_log       path to which each TP rank appends its number and writes its decisions; None: off
@@ -49,6 +52,11 @@ class Settings:
     adapter_affinity: bool = True
     adapter_max_wait_steps: int = 256
     adapter_weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    adapter_dirs: tuple[str, ...] = ()
+    route_by_adapter: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "adapter_dirs", tuple(self.adapter_dirs))  # a list after the trip through JSON
 
     def uses_triton(self, on_gpu: bool) -> bool:
         """Whether the Triton path computes the deltas. ``ValueError`` if the settings ask for what it cannot do."""
@@ -71,6 +79,11 @@ class Settings:
         if text is None or os.environ.get(SWITCH_VARIABLE) == "0":
             return None
         return Settings(**json.loads(text))
+
+    @property
+    def adapter_folders(self) -> AdapterFolders:
+        """Where adapters are that no request has named yet."""
+        return AdapterFolders(tuple(map(Path, self.adapter_dirs)))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +121,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="load adapters only from below this folder, symbolic links followed (default: from anywhere)",
     )
     group.add_argument(
+        "--adapter-dir",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="load an adapter that is not loaded from the folder of its name in here, when a request first names it; "
+        "may be given several times",
+    )
+    group.add_argument(
+        "--load-balance-method",
+        default=AFFINITY,
+        metavar="METHOD",
+        help="with --dp-size above 1: adapter-affinity sends an adapter's requests to one replica unless that has more "
+        "than its share; or one of SGLang's methods (default: %(default)s)",
+    )
+    group.add_argument(
         "--adapter-kernels",
         choices=["auto", "torch", "triton"],
         default=Settings.adapter_kernels,
@@ -137,7 +166,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_scheduling_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--schedule-policy",
-        default=AFFINITY_POLICY,
+        default=AFFINITY,
         metavar="POLICY",
         help="order of the waiting queue: %(default)s (the default), or one of SGLang's",
     )
@@ -145,14 +174,14 @@ def _add_scheduling_arguments(group: argparse._ArgumentGroup) -> None:
         "--adapter-max-wait-steps",
         type=int,
         default=Settings.adapter_max_wait_steps,
-        help=f"{AFFINITY_POLICY}: steps for which a request may be overtaken (default: %(default)s)",
+        help=f"{AFFINITY}: steps for which a request may be overtaken (default: %(default)s)",
     )
     group.add_argument(
         "--adapter-weight",
         action="append",
         default=[],
         metavar="NAME=WEIGHT",
-        help=f"{AFFINITY_POLICY}: an adapter's share while others wait, of whom each has 1; may be repeated",
+        help=f"{AFFINITY}: an adapter's share while others wait, of whom each has 1; may be repeated",
     )
 
 
@@ -161,6 +190,13 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
     root: Path | None = arguments.adapter_root
     if root is not None and not root.is_dir():
         raise SystemExit(f"--adapter-root {root} is not a folder")
+    for folder in arguments.adapter_dir:
+        if not folder.is_dir():
+            raise SystemExit(f"--adapter-dir {folder} is not a folder")
+        if root is not None and not folder.resolve().is_relative_to(root.resolve()):
+            raise SystemExit(
+                f"--adapter-dir {folder} is not below --adapter-root {root}: nothing in it could be loaded"
+            )
     megabytes: int | None = arguments.adapter_memory_mb
     if megabytes is not None and arguments.adapter_memory != "static":
         raise SystemExit(
@@ -188,9 +224,11 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
         arguments.adapter_decision_log,
         arguments.adapter_eviction,
         arguments.plain_lora_sharding,
-        adapter_affinity=arguments.schedule_policy == AFFINITY_POLICY,
+        adapter_affinity=arguments.schedule_policy == AFFINITY,
         adapter_max_wait_steps=arguments.adapter_max_wait_steps,
         adapter_weights=_weights(arguments.adapter_weight),
+        adapter_dirs=tuple(str(folder.resolve()) for folder in arguments.adapter_dir),
+        route_by_adapter=arguments.load_balance_method == AFFINITY,
     )
 
 

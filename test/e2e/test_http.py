@@ -7,8 +7,6 @@ import re
 import shutil
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,15 +35,7 @@ def server(api_server: Server) -> Server:
 
 
 def call(server: Server, path: str, body: Mapping[str, Any] | None = None, key: str | None = ADMIN_KEY) -> tuple:
-    """Status and answer (decoded where it is JSON) of a POST, or a GET without a body."""
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    data = None if body is None else json.dumps(body).encode()
-    try:
-        with urllib.request.urlopen(urllib.request.Request(server.url + path, data, headers), timeout=120) as answer:
-            status, text = answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        status, text = error.code, error.read().decode()
-    return status, json.loads(text) if text.startswith(("{", "[")) else text
+    return server.call(path, body, key=key)
 
 
 def adapters(server: Server) -> dict[str, dict]:
@@ -167,7 +157,9 @@ def test_admin_key_protects_what_changes_something(server: Server, llama: Case) 
 def test_pinned_adapters_stay_and_at_most_half_of_the_memory_can_be_pinned(
     server: Server, llama: Case, tmp_path: Path
 ) -> None:
-    assert call(server, "/adapters/nobody/pin", {})[0] == 404
+    for name in ("nobody", "some/body", "some%2Fbody"):
+        status, answer = call(server, f"/adapters/{name}/pin", {})
+        assert (status, "Loaded: legal, sql, support." in answer["error"]["message"]) == (404, True)
     assert call(server, "/adapters/sql/pin", {}) == (200, {"name": "sql", "pinned": True})
     copies = [f"copy{i}" for i in range(8)]
     try:

@@ -11,7 +11,7 @@ from sglang_blocklora import cpu_only, launch_server
 from support.collectives import count_collectives
 
 if __name__ in ("__main__", "__mp_main__"):
-    cpu_only.prepare(launch_server.tp_size(sys.argv[1:]))
+    cpu_only.prepare(launch_server.rank_count(sys.argv[1:]))
     count_collectives()
 if __name__ == "__main__":
     launch_server.main(sys.argv[1:])

@@ -33,10 +33,13 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def call(self, path: str, body: Mapping[str, Any] | None = None, timeout: float = 300) -> tuple[int, Any]:
-        """POST ``body`` as JSON (GET without one); status and decoded answer."""
+    def call(
+        self, path: str, body: Mapping[str, Any] | None = None, timeout: float = 300, key: str | None = None
+    ) -> tuple[int, Any]:
+        """POST ``body`` as JSON (GET without one), with an API key; status and decoded answer."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        request = urllib.request.Request(self.url + path, data, headers)
         try:
             with urllib.request.urlopen(request, timeout=timeout) as answer:
                 text = answer.read()

@@ -168,6 +168,23 @@ def test_run_batch_and_its_shared_prefix_have_the_adapter(sgl: Any, backend: Any
     assert endpoint.adapters() == ["a"] * 6
 
 
+@pytest.mark.parametrize("num_threads", [1, 4])
+def test_a_lazy_batch_has_the_adapter_it_was_called_with(sgl: Any, backend: Any, num_threads: int) -> None:
+    @sgl.function
+    def program(s, question):
+        s += question + sgl.gen("x")
+
+    def lazy(**options: Any) -> Any:
+        arguments = [{"question": str(i)} for i in range(3)]
+        return program.run_batch(arguments, backend=backend, num_threads=num_threads, generator_style=True, **options)
+
+    with sgl.adapter("b"):
+        from_block = lazy()
+    with sgl.adapter("c"):
+        assert [state["x"] for state in lazy(adapter="a")] == ["<a>"] * 3
+        assert [state["x"] for state in from_block] == ["<b>"] * 3
+
+
 def test_a_programs_own_parameter_called_adapter_stays_its_own(sgl: Any, backend: Any) -> None:
     @sgl.function
     def program(s, adapter):

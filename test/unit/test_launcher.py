@@ -71,6 +71,16 @@ def test_s_lora_sharding_is_refused_on_the_triton_path() -> None:
         assert not Settings(adapter_kernels=kernels, plain_lora_sharding="s-lora").uses_triton(on_gpu)
 
 
+def test_sglangs_load_balance_methods_are_passed_on_and_ours_is_not() -> None:
+    for flags in ([], ["--load-balance-method", "adapter-affinity"]):
+        settings, argv = launch_server.parse(flags)
+        assert settings.route_by_adapter
+        assert "--load-balance-method" not in argv
+    settings, argv = launch_server.parse(["--load-balance-method=total_tokens"])
+    assert not settings.route_by_adapter
+    assert argv[:2] == ["--load-balance-method", "total_tokens"]
+
+
 def test_settings_reach_other_processes_and_the_switch_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SETTINGS_VARIABLE, raising=False)
     assert Settings.active() is None
@@ -150,3 +160,9 @@ def test_the_mechanism_imports_without_sglang() -> None:
         "import sglang_blocklora.launch_server, blocklora_kernels.reference"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_ranks_of_all_replicas_share_the_cores() -> None:
+    assert launch_server.rank_count([]) == 1
+    assert launch_server.rank_count(["--tp", "2", "--dp-size=3"]) == 6
+    assert launch_server.rank_count(["--data-parallel-size", "2"]) == 2

@@ -1,0 +1,157 @@
+"""Names of adapters in folders, and one load for many requests. Nothing here imports SGLang."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sglang_blocklora import launch_server, naming
+from sglang_blocklora.adapters.folders import AdapterFolders
+from sglang_blocklora.settings import Settings
+from sglang_blocklora.single_flight import SingleFlight
+
+
+def make_adapter(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def roots(tmp_path: Path) -> list[Path]:
+    for place in ("one/sql", "one/both", "two/both", "two/legal", "two/nested/deep", "outside"):
+        make_adapter(tmp_path / place)
+    (tmp_path / "one" / "empty").mkdir()
+    (tmp_path / "one" / "file").write_text("")
+    make_adapter(tmp_path / "one" / ".hidden")
+    (tmp_path / "one" / "alias").symlink_to("sql")
+    (tmp_path / "one" / "escape").symlink_to(tmp_path / "outside")
+    (tmp_path / "one" / "loop").symlink_to("loop")
+    (tmp_path / "one" / "self").symlink_to(".")
+    return [tmp_path / "one", tmp_path / "two"]
+
+
+def test_names_are_folders_directly_below_a_root_and_the_first_root_wins(roots: list[Path]) -> None:
+    one, two = roots
+    assert AdapterFolders(roots).all() == {
+        "alias": one / "sql",
+        "both": one / "both",
+        "legal": two / "legal",
+        "sql": one / "sql",
+    }
+    assert AdapterFolders(roots[::-1]).find("both") == two / "both"
+    assert AdapterFolders(()).all() == {}
+
+
+NOBODY = """.. ../outside ../one/sql /etc sql/ ./sql nested/deep nested .hidden escape loop self empty file nobody ~"""
+
+
+@pytest.mark.parametrize("name", [*NOBODY.split(), "", ".", "sql\0", "\0", "x" * 5000, "\ud800", "sql/../sql"])
+def test_other_names_are_nobody(roots: list[Path], name: str) -> None:
+    assert AdapterFolders(roots).find(name) is None
+
+
+def test_absolute_paths_are_no_names_even_inside(roots: list[Path]) -> None:
+    assert AdapterFolders(roots).find(str(roots[0] / "sql")) is None
+
+
+@given(st.text())
+def test_no_name_raises_or_leaves_the_roots(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    root = tmp_path_factory.getbasetemp() / "names"
+    root.mkdir(exist_ok=True)
+    found = AdapterFolders([root]).find(name)
+    assert found is None or found.parent == root.resolve()
+
+
+def test_an_adapter_that_comes_later_is_found(roots: list[Path]) -> None:
+    folders = AdapterFolders(roots)
+    assert folders.find("new") is None
+    make_adapter(roots[1] / "new")
+    assert folders.find("new") == roots[1] / "new"
+
+
+def test_models_name_adapters_in_folders_and_errors_say_where_these_are(roots: list[Path]) -> None:
+    folders = AdapterFolders(roots)
+    for model, adapter in (("sql", "sql"), ("base:legal", "legal"), ("base", None), ("a", "a")):
+        assert naming.resolve_model(model, "base", "default", ["a"], folders) == adapter
+    make_adapter(roots[0] / "base")
+    assert naming.resolve_model("base", "base", "default", [], folders) is None, "the base model keeps its name"
+    with pytest.raises(naming.UnknownModel, match=rf"Adapters: a\. Others are folders below {roots[0]} or {roots[1]}"):
+        naming.resolve_model("base:../outside", "base", "default", ["a"], folders)
+
+
+def test_folders_are_settings_and_must_be_reachable(roots: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [f"--adapter-dir={root}" for root in roots]
+    settings, _ = launch_server.parse([*flags, "--adapter-root", str(roots[0].parent)])
+    monkeypatch.setenv("SGLANG_BLOCKLORA_SETTINGS", "")
+    settings.export()
+    active = Settings.active()
+    assert active == settings
+    assert active is not None
+    assert active.adapter_folders.find("legal") == roots[1] / "legal"
+    with pytest.raises(SystemExit, match="nowhere is not a folder"):
+        launch_server.parse(["--adapter-dir", "/nowhere"])
+    with pytest.raises(SystemExit, match="is not below --adapter-root"):
+        launch_server.parse(["--adapter-root", str(roots[0]), "--adapter-dir", str(roots[1])])
+
+
+class Load:
+    """A load that ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.go = asyncio.Event()
+        self.error: Exception | None = None
+
+    async def __call__(self) -> int:
+        self.runs += 1
+        await self.go.wait()
+        if self.error:
+            raise self.error
+        return self.runs
+
+
+def test_many_askers_cause_one_run_and_later_ones_another() -> None:
+    async def main() -> None:
+        flight, load, other = SingleFlight(), Load(), Load()
+        askers = [asyncio.create_task(flight.run("a", load)) for _ in range(20)]
+        asker_of_other = asyncio.create_task(flight.run("b", other))
+        await asyncio.sleep(0)
+        load.go.set()
+        assert await asyncio.gather(*askers) == [1] * 20
+        assert not asker_of_other.done()
+        other.go.set()
+        assert await asker_of_other == 1
+        assert await flight.run("a", load) == 2
+
+    asyncio.run(main())
+
+
+def test_a_failure_reaches_every_asker_and_is_forgotten() -> None:
+    async def main() -> None:
+        flight, load = SingleFlight(), Load()
+        load.error = ValueError("broken")
+        load.go.set()
+        for outcome in await asyncio.gather(*(flight.run("a", load) for _ in range(3)), return_exceptions=True):
+            assert isinstance(outcome, ValueError)
+        load.error = None
+        assert await flight.run("a", load) == 2
+
+    asyncio.run(main())
+
+
+def test_an_asker_that_goes_away_does_not_stop_the_others() -> None:
+    async def main() -> None:
+        flight, load = SingleFlight(), Load()
+        first, second = (asyncio.create_task(flight.run("a", load)) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.sleep(0)
+        load.go.set()
+        assert await second == 1
+        assert first.cancelled()
+
+    asyncio.run(main())
