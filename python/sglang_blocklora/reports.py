@@ -86,6 +86,7 @@ def pool_facts(
             bytes_copied=count.bytes_copied,
             disk_reads=count.disk_reads,
             host_evictions=count.host_evictions,
+            last_error=pool.images.last_errors.get(key),
         )
         adapters.append(dataclasses.asdict(facts))
     base = {"running": running.get(None, 0), "waiting": waiting.get(None, 0)}
@@ -136,13 +137,16 @@ def merge_facts(
 
     on_disk  (name, path, lora_id, pinned) of every adapter known to the HTTP process; those that the scheduler has not
              loaded are loaded when a request names them
-    errors   name -> what last went wrong with it
+    errors   name -> what last went wrong with it in the HTTP process
     """
     adapters = {one["name"]: AdapterFacts(**one) for one in facts["adapters"]}
     for name, path, lora_id, pinned in on_disk:
         if name not in adapters:
             adapters[name] = AdapterFacts(name, path, lora_id, pinned, "disk")
-    return [dataclasses.replace(adapters[name], last_error=errors.get(name)) for name in sorted(adapters)]
+    return [
+        dataclasses.replace(adapters[name], last_error=adapters[name].last_error or errors.get(name))
+        for name in sorted(adapters)
+    ]
 
 
 def page(adapters: Sequence[AdapterFacts], limit: int, after: str | None) -> dict[str, Any]:

@@ -112,10 +112,10 @@ def test_one_rank_that_cannot_read_is_a_failure_on_all_and_of_one_adapter(rank: 
     assert "'a0'" in message
     assert "no folder" in message if state == "gone" else "other contents in /p" in message
     assert stores.get(0) is None, "still broken"
-    stores.take_failures()
+    assert stores.take_failures() == {"k0": message} == stores.stores[0].last_errors
     stores.disks[rank].states.clear()
     assert stores.get(0) == 0
-    assert stores.take_failures() == {}
+    assert stores.take_failures() == stores.stores[0].last_errors == {}
 
 
 def test_what_is_in_host_memory_needs_no_folder() -> None:

@@ -25,7 +25,8 @@ class ImageStore:
 
     The host tier holds an image, or the read in a background thread that will give it. Nothing ever asks whether such a
     read is done: ``get`` waits for it, and then the TP ranks exchange what they found, so all of them have the image or
-    none has. ``failures`` holds the message for each adapter that could not be read, until ``take_failures``.
+    none has. ``failures`` holds the message for each adapter that could not be read, until ``take_failures``;
+    ``last_errors`` holds it until the adapter is read.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class ImageStore:
         self.host: HostTier[torch.Tensor | Future[Outcome]] = HostTier(budget_bytes)
         self.load_counts = LoadCounts()
         self.failures: dict[str, str] = {}
+        self.last_errors: dict[str, str] = {}
         self._slot_bytes = slot_bytes
         self._pinned = pinned
         self._read = read
@@ -64,6 +66,7 @@ class ImageStore:
         """Forget an adapter."""
         self.host.remove(key)
         self.failures.pop(key, None)
+        self.last_errors.pop(key, None)
         self.load_counts.forget(key)
 
     def in_host_memory(self, key: str) -> bool:
@@ -104,13 +107,14 @@ class ImageStore:
         if agreed.error is not None:
             self._decisions.record("failed", adapter=adapter.name)
             self.host.remove(key)
-            self.failures[key] = (
+            self.failures[key] = self.last_errors[key] = (
                 f"{agreed.error} The adapter was loaded, but is no longer in memory and could not be read again."
             )
             return None
         assert own.image is not None
         self._decisions.record("read", adapter=adapter.name)
         self.load_counts.read_from_disk(key)
+        self.last_errors.pop(key, None)
         self._hold(key, adapter, own.image)
         return own.image
 
