@@ -139,6 +139,8 @@ class BlockLoRAManager(LoRAManager):
         outcome = self._attempt(name, path)
         agreed = merge(self._exchange(outcome))
         if agreed.error is None:
+            agreed = merge(self._exchange(outcome.rechecked(name, path)))
+        if agreed.error is None:
             agreed = agreed.checked(name, self.pool.reason_not_to_add(agreed.slots, bool(lora_ref.pinned)))
         if agreed.error is not None:
             return self._refuse(agreed.error)

@@ -221,6 +221,29 @@ def test_ranks_agree_on_the_largest_size(tmp_path: Path) -> None:
     assert merge(outcomes).slots == max(outcome.slots for outcome in outcomes)
 
 
+def test_what_is_missing_is_named_by_a_load_too(tmp_path: Path) -> None:
+    write_adapter(tmp_path, MODEL)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    assert "no adapter_model.safetensors" in (attempt("mine", str(tmp_path), MODEL.spec(0, 2), 64, None).error or "")
+
+
+def test_files_that_change_between_two_ranks_reads_are_refused(tmp_path: Path) -> None:
+    """Both ranks read a whole adapter, but not the same one: rank 0's hash would stand for other bytes on rank 1."""
+    spec = [MODEL.spec(rank, 2) for rank in range(2)]
+    write_adapter(tmp_path, MODEL, seed=1)
+    first = attempt("mine", str(tmp_path), spec[0], 64, None)
+    assert first.rechecked("mine", str(tmp_path)) is first
+    write_adapter(tmp_path, MODEL, seed=2)
+    second = attempt("mine", str(tmp_path), spec[1], 64, None)
+    assert merge([first, second]).error is None
+    error = merge([outcome.rechecked("mine", str(tmp_path)) for outcome in (first, second)]).error
+    assert error is not None
+    assert "'mine'" in error
+    assert "changed while they were read" in error
+    (tmp_path / "adapter_config.json").unlink()
+    assert second.rechecked("mine", str(tmp_path)).error is not None
+
+
 def test_an_unforeseen_error_becomes_an_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that raised would leave the others waiting."""
 

@@ -18,3 +18,10 @@ def content_hash(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def file_versions(folder: Path) -> tuple[tuple[int, int, int], ...]:
+    """Inode, size and time of the last write of config and weights, where they exist: others once one is written."""
+    paths = [folder / name for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    found = [path.stat() for path in paths if path.exists()]
+    return tuple((one.st_ino, one.st_size, one.st_mtime_ns) for one in found)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from sglang_blocklora.adapters.content_hash import content_hash
+from sglang_blocklora.adapters.content_hash import content_hash, file_versions
 from sglang_blocklora.adapters.errors import AdapterError
 from sglang_blocklora.adapters.model_spec import ModelSpec
 from sglang_blocklora.adapters.shard import AdapterShard, load_shard
@@ -28,6 +28,7 @@ class Outcome:
     shard, image  stay on their rank
     image_digest  sha256 in hex of the image, which stays on its rank too
     content_hash  sha256 in hex of the adapter's files; TP rank 0 computes it, the only read that is not of its own part
+    versions      of the files as they were before they were read
     """
 
     error: str | None
@@ -36,10 +37,26 @@ class Outcome:
     image: torch.Tensor | None = None
     image_digest: str = ""
     content_hash: str = ""
+    versions: tuple[tuple[int, int, int], ...] = ()
 
     def to_tell(self) -> Outcome:
         """What the TP ranks tell each other."""
         return dataclasses.replace(self, shard=None, image=None)
+
+    def rechecked(self, name: str, path: str) -> Outcome:
+        """The outcome, refused where the files at ``path`` are not those of before.
+
+        Asked once every TP rank has read its part: then all read the same bytes, or this refuses them.
+        """
+        try:
+            same = file_versions(Path(path).resolve()) == self.versions
+        except OSError:
+            same = False
+        if same:
+            return self
+        found = f"files in {path} that changed while they were read"
+        error = AdapterError(name, found, "an adapter that stays as it is", "Load it again once it is written.")
+        return Outcome(str(error), 0)
 
     def checked(self, name: str, reason: str | None) -> Outcome:
         """The outcome, refused with ``reason`` if there is one."""
@@ -68,9 +85,10 @@ def attempt(
     """
     try:
         folder = _checked_folder(name, path, root)
+        versions = file_versions(folder)
         shard, image = load_shard(name, folder, spec, max_rank, pin_memory=pin_memory)
         contents = content_hash(folder) if hash_contents and spec.tp_rank == 0 else ""
-        return Outcome(None, shard.slots, shard, image, _digest(image), contents)
+        return Outcome(None, shard.slots, shard, image, _digest(image), contents, versions)
     except AdapterError as error:
         return Outcome(str(error), 0)
     except Exception as error:
