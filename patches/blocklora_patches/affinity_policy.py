@@ -12,7 +12,7 @@ from typing import Any
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, CacheAwarePolicy, SchedulePolicy
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_disagg
-from sglang_blocklora.scheduling.order import HOST_LOAD_TOKENS_PER_SLOT
+from sglang_blocklora.scheduling.order import DISK_LOAD_TOKENS_PER_SLOT, HOST_LOAD_TOKENS_PER_SLOT
 from sglang_blocklora.scheduling.policy import AffinityPolicy
 from sglang_blocklora.settings import Settings
 
@@ -87,7 +87,8 @@ class AdapterAffinityPolicy(SchedulePolicy):
         pool = self._manager.pool if self._manager is not None else None
         if pool is None or lora_id not in pool.loaded or pool.is_resident(lora_id):
             return 0.0
-        return pool.loaded[lora_id].slots * HOST_LOAD_TOKENS_PER_SLOT
+        in_host_memory = lora_id in pool.images.host  # or on its way there
+        return pool.loaded[lora_id].slots * (HOST_LOAD_TOKENS_PER_SLOT if in_host_memory else DISK_LOAD_TOKENS_PER_SLOT)
 
     def _record(self, kind: str, **fields: object) -> None:
         if self._manager is not None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +175,18 @@ class AdapterPrefixCache(UnifiedRadixCache):
         """Undo ``pin_adapter``; nothing where the adapter is not pinned."""
         if lora_id in self._pins:
             self.tree_core.dec_full_pin(self._pins.pop(lora_id))
+
+    @contextmanager
+    def keeping(self, nodes: Iterable[int]) -> Iterator[None]:
+        """Meanwhile nothing on the way to these nodes is evicted; those that are gone already are passed over."""
+        kept = [node for node in nodes if not self._is_gone(node)]
+        for node in kept:
+            self.tree_core.inc_full_pin(node)
+        try:
+            yield
+        finally:
+            for node in kept:
+                self.tree_core.dec_full_pin(node)
 
     def evict(self, params: EvictParams) -> EvictResult:
         return self._evict_by_strategy(super().evict, params)

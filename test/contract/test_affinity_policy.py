@@ -27,10 +27,11 @@ with warnings.catch_warnings():
 
 
 class Pool:
-    """Two adapters of 1000 slots, of which one is resident; neither fits beside another one."""
+    """Adapters of 1000 slots: in the arena, in host memory, on disk. None fits beside another one."""
 
     def __init__(self) -> None:
-        self.loaded = {name: SimpleNamespace(name=name, slots=1000) for name in ("here", "there")}
+        self.loaded = {name: SimpleNamespace(name=name, slots=1000) for name in ("here", "there", "far")}
+        self.images = SimpleNamespace(host={"here", "there"})
 
     def is_resident(self, key: str) -> bool:
         return key == "here"
@@ -92,10 +93,10 @@ def cache(scheduler: Any, tokens: list[int]) -> None:
 def test_cached_prefixes_and_resident_adapters_go_first(scheduler) -> None:
     cache(scheduler, list(range(40)))
     unlike, like = request([500, 501]), request([*range(40), 77])
-    there, here = request([1, 2], "there"), request([3, 4], "here")
-    queue = [there, unlike, here, like]
+    far, there, here = request([5, 6], "far"), request([1, 2], "there"), request([3, 4], "here")
+    queue = [far, there, unlike, here, like]
     scheduler.policy.calc_priority(queue)
-    assert queue == [like, unlike, here, there]
+    assert queue == [like, unlike, here, there, far]
     assert like.num_matched_prefix_tokens == 40
 
 

@@ -70,7 +70,7 @@ class ImageStore:
         self.load_counts.forget(key)
 
     def in_host_memory(self, key: str) -> bool:
-        """For reports only: an image that is still being read is not there yet."""
+        """Whether the image is at hand; one that was prefetched is so once ``get`` has taken it, on all ranks alike."""
         held = self.host.peek(key)
         return held is not None and not isinstance(held, Future)
 

@@ -203,6 +203,10 @@ class UnifiedPool:
             if adapter.content_hash == content_hash:
                 self.load_counts.evicted(key)
 
+    def load_ahead(self, key: str, keep: Iterable[str]) -> bool:
+        """Bring an adapter into the tree before a batch needs it. What is locked there stays: ``keep`` adds nothing."""
+        return self._load(key)
+
     def _load(self, key: str) -> bool:
         adapter = self.loaded[key]
         if self.cache.slots_of(key) is None:

@@ -13,8 +13,9 @@ Bools = npt.NDArray[np.bool_]
 
 # What a step of waiting is worth, in prompt tokens saved.
 AGE_TOKENS_PER_STEP = 1.0
-# Copying one slot from host memory to the arena, in prompt tokens computed. A slot holds as many bytes as a token's KV.
+# Loading one slot from host memory or from disk, in prompt tokens computed. A slot has as many bytes as a token's KV.
 HOST_LOAD_TOKENS_PER_SLOT = 0.1
+DISK_LOAD_TOKENS_PER_SLOT = 1.0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,51 @@
+"""``managers/scheduler.py``: adapters of requests near the head of the waiting queue are fetched while a batch runs."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from blocklora_patches.affinity_policy import AdapterAffinityPolicy
+from blocklora_patches.hook import Hook
+
+# Waiting requests whose adapters are fetched ahead: a prefill batch seldom takes more.
+HEAD_REQUESTS = 32
+
+
+def _get_new_batch_prefill(result: Any, self: Any, running_batch: Any) -> None:
+    """The waiting queue holds, in order, what this pass did not admit.
+
+    Reads from disk are started for all of the head; they run in the background. Into the arena goes one adapter a step,
+    from host memory: a read that goes on would have to be waited for.
+    """
+    manager = self.tp_worker.model_runner.lora_manager
+    if manager is None or not isinstance(self.policy, AdapterAffinityPolicy):
+        return
+    pool, head = manager.pool, self.waiting_queue[:HEAD_REQUESTS]
+    pool.prefetch(dict.fromkeys(req.lora_id for req in head if req.lora_id is not None))
+    first = next((i for i, req in enumerate(head) if _can_be_loaded(pool, req.lora_id)), None)
+    if first is None:
+        return
+    batches = [batch.reqs for batch in (result.running_batch, result.batch_to_run) if batch is not None]
+    parked = [self.chunked_req] if self.chunked_req is not None else []
+    keep = {req.lora_id for reqs in (*batches, parked, head[:first]) for req in reqs if req.lora_id is not None}
+    nodes = [req.last_node for req in head[:first] if req.last_node is not None]
+    with self.tree_cache.keeping(nodes) if manager.unified else nullcontext():
+        if pool.load_ahead(head[first].lora_id, keep):
+            manager.decisions.record("ahead", adapter=pool.loaded[head[first].lora_id].name)
+
+
+def _can_be_loaded(pool: Any, key: str | None) -> bool:
+    return key in pool.loaded and not pool.is_resident(key) and pool.images.in_host_memory(key)
+
+
+HOOKS = (
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill",
+        _get_new_batch_prefill,
+        HookType.AFTER,
+        "Upstream loads an adapter when a batch needs it, and the batch waits.",
+    ),
+)

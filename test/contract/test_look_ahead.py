@@ -1,0 +1,91 @@
+"""Loading adapters ahead, on SGLang's real radix cache: never at the cost of what runs or comes first."""
+
+from __future__ import annotations
+
+import warnings
+from array import array
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang_blocklora.adapters.shard import AdapterShard
+from sglang_blocklora.decisions import DecisionLog
+from sglang_blocklora.memory.pool import LoadedAdapter
+from sglang_blocklora.memory.unified_pool import UnifiedPool
+from support.real_cache import digest, new_cache
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
+    from blocklora_patches.affinity_policy import AdapterAffinityPolicy
+    from blocklora_patches.look_ahead import _get_new_batch_prefill
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+SLOTS = {"a": 60, "b": 80, "c": 100, "d": 30}
+POOL_TOKENS = 240
+
+
+class Look:
+    """A scheduler of which one request runs, with adapter a; b is resident and idle; c and d are not resident."""
+
+    def __init__(self) -> None:
+        self.cache = new_cache(1, POOL_TOKENS)
+        self.pool = UnifiedPool(64, DecisionLog(None, 0))
+        self.pool.arena = SimpleNamespace(write=lambda slots, image: None)
+        self.pool.bind_cache(self.cache)
+        for name, slots in SLOTS.items():
+            shard = AdapterShard(name, 1, 1, torch.zeros(1, 2, slots, 8), (), (), ())
+            self.pool.add(self.id(name), LoadedAdapter(name, "", shard, slots, False, digest(name)))
+        assert self.pool.fits([self.id("a"), self.id("b")])
+        running = self.request("a")
+        self.cache.inc_lock_ref(running.last_node)
+        manager = SimpleNamespace(unified=True, pool=self.pool, decisions=DecisionLog(None, 0))
+        self.result = SimpleNamespace(running_batch=SimpleNamespace(reqs=[running]), batch_to_run=None)
+        self.scheduler = SimpleNamespace(
+            policy=object.__new__(AdapterAffinityPolicy),
+            tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager)),
+            tree_cache=self.cache,
+            chunked_req=None,
+        )
+
+    def id(self, name: str | None) -> str | None:
+        return name and name * 32
+
+    def request(self, name: str | None, tokens: tuple[int, ...] = (1,)) -> SimpleNamespace:
+        """A waiting request that was matched."""
+        key = RadixKey(array("q", tokens), self.id(name))
+        node = self.cache.match_prefix(MatchPrefixParams(key=key)).last_device_node
+        return SimpleNamespace(lora_id=self.id(name), last_node=node)
+
+    def ahead(self, *waiting: SimpleNamespace) -> set[str]:
+        """Names of the adapters that are resident after one step."""
+        self.scheduler.waiting_queue = list(waiting)
+        _get_new_batch_prefill(self.result, self.scheduler, None)
+        return {name for name in SLOTS if self.pool.is_resident(self.id(name))}
+
+
+def test_free_room_is_used_one_adapter_a_step_in_the_queues_order() -> None:
+    look = Look()
+    assert look.ahead(look.request("b"), look.request("d"), look.request("c")) == {"a", "b", "d"}
+
+
+def test_an_idle_adapter_that_nobody_before_needs_gives_way() -> None:
+    look = Look()
+    assert look.ahead(look.request("c")) == {"a", "b", "c"}
+    assert look.ahead(look.request("c"), look.request("d")) == {"a", "c", "d"}
+
+
+@pytest.mark.parametrize("before", ["b", None])
+def test_what_a_request_before_it_needs_stays(before: str | None) -> None:
+    """100 slots are free, of which 60 then hold the KV of a prompt that waits before c."""
+    look = Look()
+    prompt = tuple(range(60))
+    slots = look.cache.token_to_kv_pool_allocator.alloc(len(prompt))
+    look.cache.insert(InsertParams(key=RadixKey(array("q", prompt), look.id(before)), value=slots))
+    first, idle = look.request(before, prompt), look.request("b")
+    assert look.ahead(first, idle, look.request("c")) == {"a", "b"}
+    found = look.cache.match_prefix(MatchPrefixParams(key=RadixKey(array("q", prompt), look.id(before))))
+    assert len(found.device_indices) == len(prompt)
+    assert look.cache.protected_size() == SLOTS["a"], "a lock was left behind"
+    look.request("b"), look.request(before, prompt)  # used last, so that without locks they would still go for c
+    assert "c" in look.ahead(look.request("c"))
