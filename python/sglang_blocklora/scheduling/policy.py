@@ -5,8 +5,9 @@ A step is one call of ``AffinityPolicy.order``, after which requests may leave t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -90,19 +91,18 @@ class AffinityPolicy:
         for ticket in tickets:
             ticket.last_step = self.steps
         self._settle()
-        arrival = _array(ticket.arrival for ticket in tickets)
-        by_arrival = np.argsort(arrival)
+        by_arrival = np.argsort(_column(tickets, "arrival"))
         levels = {value: level for level, value in enumerate(sorted(set(priority)))}
-        priorities = _array(levels[value] for value in priority)[by_arrival]
+        priorities = np.fromiter(map(levels.__getitem__, priority), np.int64, len(tickets))[by_arrival]
         waiting = Waiting(
-            _array(ticket.owner for ticket in tickets)[by_arrival],
+            _column(tickets, "owner")[by_arrival],
             priorities,
             np.asarray(prefix_tokens, np.int64)[by_arrival],
             np.asarray(load_tokens, np.float64)[by_arrival],
             np.asarray(cost_tokens, np.int64)[by_arrival],
-            self.steps - _array(ticket.arrival_step for ticket in tickets)[by_arrival],
+            self.steps - _column(tickets, "arrival_step")[by_arrival],
             np.asarray(deferred, bool)[by_arrival],
-            _array(ticket.overtaken_steps for ticket in tickets)[by_arrival],
+            _column(tickets, "overtaken_steps")[by_arrival],
         )
         chosen, turn = order(waiting, self._spent, self._quanta, self.max_wait_steps)
         self._last = [tickets[i] for i in by_arrival.tolist()], waiting, turn
@@ -121,7 +121,7 @@ class AffinityPolicy:
         if self._last is None:
             return
         tickets, waiting, turn = self._last
-        gone = np.fromiter((ticket.last_step != self.steps for ticket in tickets), bool, len(tickets))
+        gone = _column(tickets, "last_step") != self.steps
         for i in np.flatnonzero(_overtaken(gone, waiting, turn)):
             tickets[i].overtaken_steps += 1
         np.add.at(self._spent, waiting.owner[gone], waiting.cost_tokens[gone])
@@ -133,8 +133,8 @@ class AffinityPolicy:
         self._spent = np.maximum(self._spent - rounds * self._quanta, 0)
 
 
-def _array(values: Iterable[int]) -> Ints:
-    return np.fromiter(values, np.int64)
+def _column(tickets: Sequence[Ticket], name: str) -> Ints:
+    return np.fromiter(map(attrgetter(name), tickets), np.int64, len(tickets))
 
 
 def _overtaken(gone: Bools, waiting: Waiting, turn: Ints) -> Bools:
