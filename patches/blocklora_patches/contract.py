@@ -155,7 +155,6 @@ SYMBOLS: dict[str, tuple[str, ...] | None] = {
         "self",
     ),
     "sglang.srt.managers.scheduler.Scheduler.init_schedule_policy": ("self",),
-    "sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill": ("self", "running_batch"),
     "sglang.srt.managers.schedule_policy.CLIP_MAX_NEW_TOKENS": None,
     "sglang.srt.managers.schedule_policy.CacheAwarePolicy.LPM": None,
     "sglang.srt.managers.schedule_policy.SchedulePolicy.__init__": (

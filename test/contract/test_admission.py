@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -14,12 +15,14 @@ from sglang_blocklora.adapters.shard import AdapterShard
 from sglang_blocklora.decisions import DecisionLog
 from sglang_blocklora.memory.loaded import LoadedAdapter
 from sglang_blocklora.memory.unified_pool import UnifiedPool
+from sglang_blocklora.settings import Settings
 from support.real_cache import digest, new_cache
 from support.toy import host_only_images
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
-    from blocklora_patches import schedule_policy, scheduler
+    from blocklora_patches import look_ahead, schedule_policy, scheduler
+    from blocklora_patches.affinity_policy import AdapterAffinityPolicy
     from blocklora_patches.lora_manager import BlockLoRAManager
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
@@ -28,6 +31,7 @@ with warnings.catch_warnings():
     from sglang.srt.runtime_context import get_context
     from sglang.srt.sampling.sampling_params import SamplingParams
 
+BOUND = 2  # steps for which a request may be overtaken
 POOL_TOKENS = 240
 PAGE = 4
 SLOTS = {"a": 70, "b": 90, "c": 110, "d": 30}
@@ -42,7 +46,7 @@ def context() -> Iterator[None]:
 class Admission:
     """Scheduler's admission loop, its steps in upstream's order, over a pool of four adapters that do not all fit."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, affinity: bool = False) -> None:
         self.cache = new_cache(PAGE, POOL_TOKENS)
         self.pool = UnifiedPool(64, host_only_images(), DecisionLog(None, 0))
         self.pool.arena = SimpleNamespace(write=lambda slots, image: None)
@@ -52,16 +56,26 @@ class Admission:
                 name, "", AdapterShard(name, 1, 1, slots, (), (), ()), slots, False, digest(name), ""
             )
             self.pool.add(self.id(name), adapter, torch.zeros(1, 2, slots, 8))
-        manager = SimpleNamespace(unified=True, pool=self.pool)
+        manager = SimpleNamespace(unified=True, pool=self.pool, decisions=DecisionLog(None, 0))
         manager.validate_lora_batch = lambda ids: BlockLoRAManager.validate_lora_batch(manager, ids)
         self.scheduler = SimpleNamespace(
-            policy=None,  # any of SGLang's: this is about admission, whatever the order
+            policy=None,  # any of SGLang's: most of this is about admission, whatever the order
+            tree_cache=self.cache,
+            enable_hierarchical_cache=False,
+            enable_priority_scheduling=False,
+            schedule_low_priority_values_first=False,
+            chunked_prefill_size=300,
+            chunked_req=None,
             tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager)),
             max_total_num_tokens=POOL_TOKENS,
             page_size=PAGE,
             lora_drainer=None,
             enable_lora_overlap_loading=False,
         )
+        if affinity:
+            self.scheduler.policy = AdapterAffinityPolicy(self.scheduler, Settings(adapter_max_wait_steps=BOUND))
+        self.overtaken: Counter[str] = Counter()
+        self.requests = 0
         self.running: list[Req] = []
         self.waiting: list[Req] = []
         self.is_full = False
@@ -74,7 +88,8 @@ class Admission:
         whole_pool = POOL_TOKENS - -(-len(prompt) // PAGE) * PAGE - PAGE - 1  # upstream's own bound
         sampling = SamplingParams(max_new_tokens=min(new_tokens, whole_pool))
         sampling.normalize(None)
-        request = Req("r", "", array("q", prompt), sampling, lora_id=self.id(name))
+        self.requests += 1
+        request = Req(str(self.requests), "", array("q", prompt), sampling, lora_id=self.id(name))
         request.messages = []
         request.set_finish_with_abort = request.messages.append
         scheduler._init_req_max_new_tokens(self.scheduler, request)
@@ -98,6 +113,7 @@ class Admission:
         batch = SimpleNamespace(is_empty=lambda: not self.running, batch_is_full=self.is_full)
         scheduler._get_new_batch_prefill_raw(self.scheduler, None, batch)
         self.is_full = batch.batch_is_full
+        turns = self.order() if self.scheduler.policy is not None and not self.is_full else {}
         adder, loras = self.adder(), {request.lora_id for request in self.running}
         for request in [] if self.is_full else self.waiting:
             if not self.can_schedule(request, loras):
@@ -114,7 +130,26 @@ class Admission:
             self.allocate(request)
         self.pool.make_resident(request.lora_id for request in admitted if request.lora_id)
         self.running += admitted
+        self.count_overtaken(admitted, turns)
+        self.scheduler.waiting_queue = self.waiting
+        result = SimpleNamespace(running_batch=SimpleNamespace(reqs=self.running), batch_to_run=None)
+        look_ahead._get_new_batch_prefill(result, self.scheduler, None)
         return admitted
+
+    def order(self) -> dict[str, int]:
+        """Order the queue; the turn of each request."""
+        self.scheduler.policy.calc_priority(self.waiting)
+        turns = self.scheduler.policy._affinity.turns.tolist()
+        return {request.rid: turn for request, turn in zip(self.waiting, turns, strict=True)}
+
+    def count_overtaken(self, admitted: list[Req], turns: dict[str, int]) -> None:
+        """By the definition; request numbers are arrival numbers."""
+        for request in self.waiting if turns else []:
+            self.overtaken[request.rid] += any(
+                int(other.rid) > int(request.rid)
+                and (other.lora_id == request.lora_id or turns[other.rid] >= turns[request.rid])
+                for other in admitted
+            )
 
     def allocate(self, request: Req) -> None:
         """Slots for the rest of the prompt and for the whole answer."""
@@ -132,10 +167,11 @@ class Admission:
         self.is_full = False
 
 
+@pytest.mark.parametrize("affinity", [True, False])
 @pytest.mark.parametrize("seed", range(6))
-def test_everything_queued_runs_with_its_adapter_and_nothing_livelocks(seed: int) -> None:
+def test_everything_queued_runs_with_its_adapter_and_nothing_livelocks(seed: int, affinity: bool) -> None:
     """Random requests and pins: an idle pool always admits somebody, who is not shut out by a pin."""
-    admission, random_ = Admission(), random.Random(seed)
+    admission, random_ = Admission(affinity=affinity), random.Random(seed)
     ended, pinned = 0, None
     for step in range(150):
         if random_.random() < 0.7 and len(admission.waiting) < 8:
@@ -168,6 +204,20 @@ def test_everything_queued_runs_with_its_adapter_and_nothing_livelocks(seed: int
             ended += 1
     assert ended > 40
     assert admission.cache.protected_size() == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_in_our_order_nobody_is_overtaken_more_often_than_the_bound(seed: int) -> None:
+    """Short requests, so that adapters run on and the room for others does not come by itself."""
+    admission, random_ = Admission(affinity=True), random.Random(seed)
+    for _ in range(150):
+        if random_.random() < 0.95 and len(admission.waiting) < 12:
+            prompt = [random_.randint(0, 5) for _ in range(random_.randint(1, 20))]
+            admission.waiting.append(admission.request(random_.choice([None, *SLOTS]), prompt, random_.randint(1, 20)))
+        admitted = admission.one_pass()
+        if admission.running and (random_.random() < 0.5 or not admitted):
+            admission.finish(random_.choice(admission.running))
+    assert max(admission.overtaken.values()) == BOUND
 
 
 def test_an_adapter_that_preemption_unlocked_and_evicted_is_not_run_without() -> None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from sglang_blocklora.adapters.shard import AdapterShard
 from sglang_blocklora.decisions import DecisionLog
-from sglang_blocklora.memory.pool import LoadedAdapter
+from sglang_blocklora.memory.loaded import LoadedAdapter
 from sglang_blocklora.memory.unified_pool import UnifiedPool
 from support.real_cache import digest, new_cache
+from support.toy import host_only_images
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
@@ -30,12 +31,13 @@ class Look:
 
     def __init__(self) -> None:
         self.cache = new_cache(1, POOL_TOKENS)
-        self.pool = UnifiedPool(64, DecisionLog(None, 0))
+        self.pool = UnifiedPool(64, host_only_images(), DecisionLog(None, 0))
         self.pool.arena = SimpleNamespace(write=lambda slots, image: None)
         self.pool.bind_cache(self.cache)
         for name, slots in SLOTS.items():
-            shard = AdapterShard(name, 1, 1, torch.zeros(1, 2, slots, 8), (), (), ())
-            self.pool.add(self.id(name), LoadedAdapter(name, "", shard, slots, False, digest(name)))
+            shard = AdapterShard(name, 1, 1, slots, (), (), ())
+            adapter = LoadedAdapter(name, "", shard, slots, False, digest(name), "")
+            self.pool.add(self.id(name), adapter, torch.zeros(1, 2, slots, 8))
         assert self.pool.fits([self.id("a"), self.id("b")])
         running = self.request("a")
         self.cache.inc_lock_ref(running.last_node)
