@@ -68,19 +68,19 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.pools[0].loaded)
     @rule(data=st.data())
     def look_ahead(self, data) -> None:
-        first = self.ranks[0]
-        missing = [key for key in first.loaded if not first.is_resident(key)]
+        first = self.pools[0]
+        at_hand = self.ranks.call(lambda pool: [k for k in sorted(pool.loaded) if pool.images.in_host_memory(k)])
+        missing = [key for key in at_hand if not first.is_resident(key)]
         if not missing:
             return
         key = data.draw(st.sampled_from(missing))
         keep = data.draw(st.lists(st.sampled_from(sorted(first.resident)), unique=True)) if first.resident else []
         staying = {*keep, *(k for k in first.resident if first.loaded[k].pinned)}
-        taken = sum(first.loaded[k].slots for k in staying)
-        for pool, order in zip(self.ranks, (keep, keep[::-1]), strict=True):
-            assert pool.load_ahead(key, order) == (taken + first.loaded[key].slots <= SLOTS)
-            assert staying <= set(pool.resident)
+        room = sum(first.loaded[k].slots for k in (*staying, key)) <= SLOTS
+        assert self.ranks.call(lambda pool: pool.load_ahead(key, keep if pool is first else reversed(keep))) == room
+        assert staying <= set(first.resident)
 
-    @precondition(lambda self: self.ranks[0].loaded)
+    @precondition(lambda self: self.pools[0].loaded)
     @rule(data=st.data())
     def run(self, data) -> None:
         keys = data.draw(st.lists(st.sampled_from([*sorted(self.pools[0].loaded), "unknown"]), unique=True))
