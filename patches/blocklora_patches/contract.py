@@ -254,6 +254,7 @@ FRONTEND_SYMBOLS: dict[str, tuple[str, ...] | None] = {
     "sglang.lang.ir.SglFunction.run_batch": None,
     "sglang.lang.ir.SglExprList.__init__": ("self", "expr_list"),
     "sglang.lang.interpreter.StreamExecutor.submit": ("self", "expr"),
+    "sglang.lang.interpreter.StreamExecutor._thread_worker_func": ("self",),
     "sglang.lang.interpreter.StreamExecutor.get_var": ("self", "name"),
     "sglang.lang.interpreter.StreamExecutor._resolve_sampling_params": ("self", "sampling_params"),
     "sglang.lang.interpreter.StreamExecutor._execute_gen": ("self", "expr"),

@@ -88,6 +88,11 @@ def _raise_error(executor: Any) -> None:
         raise executor.error_
 
 
+def _thread_worker_func(_: Any, self: Any) -> None:
+    if self.stream_text_event:
+        self.stream_text_event.set()
+
+
 def _text_iter(original: Any, self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
     yield from original(self, *args, **kwargs)
     _raise_error(self.stream_executor)
@@ -105,6 +110,13 @@ HOOKS = (
     Hook(f"{_EXECUTOR}.submit", _submit, HookType.BEFORE, "An unknown adapter is an error, never the base model."),
     Hook(f"{_EXECUTOR}._execute_gen", _execute, HookType.AROUND, "Goes when upstream passes an adapter to backends."),
     Hook(f"{_EXECUTOR}._execute_select", _execute, HookType.AROUND, "As for _execute_gen."),
+    Hook(
+        f"{_EXECUTOR}._thread_worker_func",
+        _thread_worker_func,
+        HookType.AFTER,
+        "Upstream wakes a stream's reader and then says that it has finished: a reader quick enough to look in between "
+        "waits for ever. Goes when upstream says it first.",
+    ),
     Hook(f"{_EXECUTOR}.get_var", _get_var, HookType.AROUND, "Who asks for an answer learns why there is none."),
     Hook(
         f"{_STATE}.text_iter", _text_iter, HookType.AROUND, "A stream that was refused raises, and does not just end."

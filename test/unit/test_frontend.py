@@ -268,6 +268,42 @@ def test_unknown_adapter_in_a_stream_raises_at_its_reader(sgl: Any, backend: Any
         list(state.text_iter())
 
 
+class LookedAt(threading.Event):
+    """Lets its reader look before ``set`` returns: the worst that a scheduler of threads can do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked = threading.Event()
+
+    def clear(self) -> None:
+        super().clear()
+        self.looked.set()
+
+    def set(self) -> None:
+        self.looked.clear()
+        super().set()
+        self.looked.wait(0.2)
+
+
+def test_a_stream_ends_however_quick_its_reader_is(sgl: Any, backend: Any) -> None:
+    ready = threading.Event()
+
+    @sgl.function
+    def program(s):
+        s.stream_executor.stream_text_event = LookedAt()
+        ready.set()
+        s += "x"
+
+    state = program.run(backend=backend, stream=True)
+    assert ready.wait(10)
+    pieces: list[str] = []
+    reader = threading.Thread(target=lambda: pieces.extend(state.text_iter()), daemon=True)
+    reader.start()
+    reader.join(10)
+    assert not reader.is_alive()
+    assert pieces == ["x"]
+
+
 @pytest.mark.filterwarnings("ignore:Error in stream_executor")  # upstream's word on it
 def test_an_adapter_that_was_unloaded_meanwhile_raises_where_its_answer_is_read(
     sgl: Any, backend: Any, openai_backend: Any, endpoint: Endpoint
