@@ -40,14 +40,15 @@ LORA_ID_LENGTH = 32  # hex digits that upstream appends to a request's extra key
 
 @dataclass(frozen=True)
 class AdapterPrefix:
-    """``tokens`` are the pseudo tokens of an adapter's slots; a multiple of the page size."""
+    """An adapter's contents, and its slots: a multiple of the page size."""
 
     content_hash: str
-    tokens: array[int]
+    slots: int
 
     @property
-    def slots(self) -> int:
-        return len(self.tokens)
+    def tokens(self) -> array[int]:
+        """Pseudo tokens of the slots; not kept here, since prefixes stay known for good."""
+        return pseudo_tokens(self.content_hash, self.slots)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class AdapterPrefixCache(UnifiedRadixCache):
 
     def know(self, lora_id: str, content_hash: str, slots: int) -> None:
         """Tell how keys of ``lora_id`` look; for good, since a request may outlive its adapter's name by a step."""
-        self._prefixes[lora_id] = AdapterPrefix(content_hash, pseudo_tokens(content_hash, self.slots_needed(slots)))
+        self._prefixes[lora_id] = AdapterPrefix(content_hash, self.slots_needed(slots))
 
     def slots_needed(self, slots: int) -> int:
         """``slots`` rounded up to whole pages."""

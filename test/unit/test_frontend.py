@@ -2,113 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import importlib
-import json
-import threading
-import warnings
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-ADAPTERS = ("a", "b", "c")
-
-
-@pytest.fixture(scope="module")
-def sgl() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SGLang warns while it is imported
-        from sglang_blocklora import frontend
-    return frontend
-
-
-class Endpoint:
-    """A server that keeps the requests it gets and answers with ``<adapter>``, or base."""
-
-    def __init__(self) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.looked_up = 0
-        self.adapter_names = list(ADAPTERS)
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                if self.path == "/v1/models":
-                    outer.looked_up += 1
-                    cards = [
-                        {"id": "base", "parent": None},
-                        *({"id": name, "parent": "base"} for name in outer.adapter_names),
-                    ]
-                    self.reply({"object": "list", "data": [card | {"object": "model"} for card in cards]})
-                else:
-                    self.reply({"model_path": "base"})
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.requests.append(body | {"path": self.path})
-                asked = body.get("lora_path") or body.get("model")
-                if asked not in (None, "base", *outer.adapter_names):
-                    self.reply({"error": {"message": "no such adapter"}}, status=404)
-                    return
-                if self.path != "/generate":
-                    answer: Any = self.completion(body)
-                elif isinstance(body.get("text"), list):
-                    answer = [self.choice(text, body.get("lora_path")) for text in body["text"]]
-                else:
-                    n = body["sampling_params"].get("n", 1)
-                    one = {"text": f"<{body.get('lora_path') or 'base'}>", "meta_info": {"prompt_tokens": 3}}
-                    answer = [one] * n if n > 1 else one  # as SGLang answers
-                self.reply(answer, stream=body.get("stream", False))
-
-            def choice(self, text: str, adapter: str | None) -> dict:
-                """The choice that names the request's adapter is the likeliest."""
-                logprob = -1.0 if text.endswith(adapter or "base") else -5.0
-                return {"meta_info": {"input_token_logprobs": [[logprob, 1, "?"]] * 2, "output_token_logprobs": []}}
-
-            def completion(self, body: dict) -> dict:
-                text = f"<{body['model']}>"
-                part = {"index": 0, "finish_reason": "stop"}
-                part |= {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
-                if body.get("stream"):
-                    part["delta"] = {"content": text}
-                usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-                return {"id": "1", "object": "x", "created": 1, "model": "m", "choices": [part], "usage": usage}
-
-            def reply(self, answer: Any, stream: bool = False, status: int = 200) -> None:
-                data = json.dumps(answer)
-                payload = f"data: {data}\n\ndata: [DONE]\n\n" if stream else data
-                self.send_response(status)
-                self.send_header("Content-Type", "text/event-stream" if stream else "application/json")
-                self.end_headers()
-                self.wfile.write(payload.encode())
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def adapters(self) -> list[str | None]:
-        return [request.get("lora_path") for request in self.requests]
-
-
-@pytest.fixture
-def endpoint() -> Iterator[Endpoint]:
-    endpoint = Endpoint()
-    yield endpoint
-    endpoint.server.shutdown()
-    endpoint.server.server_close()
-
-
-@pytest.fixture
-def backend(sgl: Any, endpoint: Endpoint) -> Any:
-    return sgl.RuntimeEndpoint(endpoint.url)
+from support.endpoint import ADAPTERS, Endpoint
 
 
 def test_each_call_names_its_adapter(sgl: Any, backend: Any) -> None:
@@ -207,21 +109,6 @@ def test_fork_with_an_adapter_per_branch(sgl: Any, backend: Any) -> None:
     assert state["default"] == ["<c>"] * 3
 
 
-def test_streaming(sgl: Any, backend: Any) -> None:
-    @sgl.function
-    def program(s):
-        s += sgl.gen("first") + sgl.gen("second", adapter="b")
-
-    state = program.run(backend=backend, stream=True, adapter="a")
-    assert "".join(state.text_iter()) == "<a><b>"
-    state = program.run(backend=backend, stream=True)
-
-    async def collect() -> str:
-        return "".join([part async for part in state.text_async_iter()])
-
-    assert asyncio.run(collect()) == "<base><b>"
-
-
 def test_several_answers_and_constraints_reach_the_server(sgl: Any, backend: Any, endpoint: Endpoint) -> None:
     @sgl.function
     def program(s):
@@ -255,53 +142,6 @@ def test_unknown_adapter_raises_where_it_is_named_with_the_known_names(
     with pytest.raises(sgl.UnknownAdapter):
         program.run_batch([{}, {}], backend=backend, adapter="nobody")
     assert endpoint.requests == []
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the program's own thread
-def test_unknown_adapter_in_a_stream_raises_at_its_reader(sgl: Any, backend: Any) -> None:
-    @sgl.function
-    def program(s):
-        s += "x" + sgl.gen("x", adapter="nobody")
-
-    state = program.run(backend=backend, stream=True)
-    with pytest.raises(sgl.UnknownAdapter):
-        list(state.text_iter())
-
-
-class LookedAt(threading.Event):
-    """Lets its reader look before ``set`` returns: the worst that a scheduler of threads can do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.looked = threading.Event()
-
-    def clear(self) -> None:
-        super().clear()
-        self.looked.set()
-
-    def set(self) -> None:
-        self.looked.clear()
-        super().set()
-        self.looked.wait(0.2)
-
-
-def test_a_stream_ends_however_quick_its_reader_is(sgl: Any, backend: Any) -> None:
-    ready = threading.Event()
-
-    @sgl.function
-    def program(s):
-        s.stream_executor.stream_text_event = LookedAt()
-        ready.set()
-        s += "x"
-
-    state = program.run(backend=backend, stream=True)
-    assert ready.wait(10)
-    pieces: list[str] = []
-    reader = threading.Thread(target=lambda: pieces.extend(state.text_iter()), daemon=True)
-    reader.start()
-    reader.join(10)
-    assert not reader.is_alive()
-    assert pieces == ["x"]
 
 
 @pytest.mark.filterwarnings("ignore:Error in stream_executor")  # upstream's word on it
@@ -357,18 +197,6 @@ def test_images_travel_unchanged_beside_the_adapter(
     assert adapted == plain | {"model": "a"}
     url = adapted["messages"][-1]["content"][1]["image_url"]["url"]
     assert base64.b64decode(url.split(",")[1]) == picture.read_bytes()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the program's own thread
-def test_several_answers_in_a_stream_are_refused_and_not_mixed(sgl: Any, backend: Any, endpoint: Endpoint) -> None:
-    @sgl.function
-    def program(s):
-        s += "x" + sgl.gen("x", adapter="a", n=2)
-
-    for options in ({}, {"adapter": "b"}):
-        with pytest.raises(sgl.SeveralAnswersInStream, match="n=2"):
-            list(program.run(backend=backend, stream=True, **options).text_iter())
-    assert endpoint.requests == []
 
 
 def test_adapters_loaded_later_are_found_and_known_ones_are_looked_up_once(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from functools import lru_cache
 
 # Bit 62 marks pseudo tokens: no token of a vocabulary, salted or not, reaches it.
 PSEUDO_BIT = 1 << 62
@@ -12,8 +13,9 @@ HASH_BITS = 42
 SALT_SHIFT = 32  # above every token of a vocabulary
 
 
+@lru_cache(maxsize=1024)
 def pseudo_tokens(content_hash: str, slots: int) -> array[int]:
-    """Keys (int64) of an adapter's ``slots`` slots: distinct ones, and others for other contents.
+    """Keys (int64) of an adapter's ``slots`` slots: distinct ones, and others for other contents. Not to be changed.
 
     content_hash  sha256 in hex; its pieces are spread over the tokens, so four slots tell 168 bits of it apart
     ``ValueError`` for more slots than an index can count.
