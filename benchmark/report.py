@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmark.record import REPOSITORY, RESULTS, Run, newest
 
-DOCUMENTS = ("docs/benchmarks.md", "docs/memory.md", "README.md")
+DOCUMENTS = ("docs/benchmarks.md", "docs/memory.md", "docs/scheduler.md", "README.md")
 IMAGES = "docs/images"
 
 
@@ -110,6 +110,21 @@ SECTIONS = (
             Column("error, %", "error", 0, PERCENT),
             Column("parameters over plain", "parameters_over_plain", 2),
         ),
+    ),
+    Section(
+        "scheduler_simulated",
+        "lpm",
+        (
+            Column("TTFT P99, ms", "ttft_p99_ms", 0),
+            Column("P50, ms", "ttft_p50_ms", 0),
+            Column("worst adapter's P99, ms", "worst_adapter_ttft_p99_ms", 0),
+            Column("median adapter's P99, ms", "median_adapter_ttft_p99_ms", 0),
+            Column("tokens/s", "output_tokens_per_s", 0),
+            Column("TTFT < 6 s, %", "slo_share", 0, PERCENT),
+            Column("TTFT < 5 x idle, %", "slo_ratio_share", 0, PERCENT),
+            Column("GB copied", "copied_gb", 0),
+        ),
+        plotted=False,
     ),
     Section(
         "memory_simulated",

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Protocol
+from unittest.mock import patch
+
+from sglang_blocklora.decisions import DecisionLog
+from sglang_blocklora.memory.pool import Pool
+from sglang_blocklora.scheduling import order
+from sglang_blocklora.scheduling.policy import QUANTUM_CHUNKS
+from sglang_blocklora.settings import Settings
 
 from benchmark.simulation import upstream
+from benchmark.simulation.costs import CHUNK_TOKENS, PAGE_TOKENS
 
 
 class Policy(Protocol):
@@ -77,3 +85,44 @@ class LoRAXRotation:
 
     def admits(self, request: upstream.Req, lora_ids: set[str], fits: Callable[[], bool]) -> bool:
         return request.lora_id in self.active and fits()
+
+
+class Affinity:
+    """Ours: the class that ``--schedule-policy adapter-affinity`` installs, on a stand-in for its scheduler.
+
+    A step here is an attempt to admit, of which there is one for every batch, or one a page of decoding while nothing
+    can be admitted. Constants in tokens become pages, as all lengths in the tree are.
+
+    max_wait_steps  ``--adapter-max-wait-steps``
+    quantum_chunks, batch_tokens  the constants of those names, for ablations
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        cache: upstream.UnifiedRadixCache,
+        max_wait_steps: int = Settings.adapter_max_wait_steps,
+        quantum_chunks: int = QUANTUM_CHUNKS,
+        batch_tokens: float = order.BATCH_TOKENS_PER_SLOT,
+    ) -> None:
+        manager = SimpleNamespace(pool=pool, decisions=DecisionLog(None, 0))
+        scheduler = SimpleNamespace(
+            tree_cache=cache,
+            enable_hierarchical_cache=False,
+            enable_priority_scheduling=False,
+            schedule_low_priority_values_first=False,
+            tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager)),
+            chunked_prefill_size=CHUNK_TOKENS // PAGE_TOKENS * quantum_chunks // QUANTUM_CHUNKS,
+        )
+        self.policy = upstream.AdapterAffinityPolicy(scheduler, Settings(adapter_max_wait_steps=max_wait_steps))
+        self.batch_tokens = batch_tokens
+
+    def order(self, waiting: list[upstream.Req], running: list[upstream.Req], now_s: float) -> None:
+        with (
+            patch.object(order, "AGE_TOKENS_PER_STEP", order.AGE_TOKENS_PER_STEP / PAGE_TOKENS),
+            patch.object(upstream.affinity_policy, "BATCH_TOKENS_PER_SLOT", self.batch_tokens),
+        ):
+            self.policy.calc_priority(waiting, SimpleNamespace(reqs=running))
+
+    def admits(self, request: upstream.Req, lora_ids: set[str], fits: Callable[[], bool]) -> bool:
+        return self.policy.admits(request, lora_ids, fits)

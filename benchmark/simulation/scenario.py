@@ -39,14 +39,16 @@ SETTINGS = {
 }
 
 
-def multi_turn(rate: float, adapters: int = MANY) -> Workload:
+def multi_turn(rate: float, adapters: int = MANY, seconds: int = SECONDS) -> Workload:
     """Sessions of 2 to 5 turns behind a shared system prompt, Zipf 1.0; ``rate`` sessions a second."""
-    return replace(MULTI_TURN, sessions=int(rate * SECONDS), rate=rate, adapters=adapters)
+    return replace(MULTI_TURN, sessions=int(rate * seconds), rate=rate, adapters=adapters)
 
 
-def single_turn(rate: float, popularity: str, cv: float = 1.0, adapters: int = MANY) -> Workload:
+def single_turn(
+    rate: float, popularity: str, cv: float = 1.0, adapters: int = MANY, seconds: int = SECONDS
+) -> Workload:
     """S-LoRA's synthetic requests: prompts and answers of 8 to 512 random tokens, nothing shared."""
-    return Workload(int(rate * SECONDS), rate, adapters, popularity=popularity, cv=cv)
+    return Workload(int(rate * seconds), rate, adapters, popularity=popularity, cv=cv)
 
 
 @dataclass(frozen=True)

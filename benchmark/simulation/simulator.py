@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 
@@ -19,42 +18,13 @@ import numpy as np
 from benchmark.serving.workload import Session
 from benchmark.simulation import upstream
 from benchmark.simulation.costs import CHUNK_TOKENS, PAGE_TOKENS, Costs, Work
+from benchmark.simulation.outcome import Outcome, Record
 from benchmark.simulation.policies import Policy
 from benchmark.simulation.systems import MAX_RUNNING, Adapter, System
 from benchmark.simulation.traffic import Conversation, pages
 
 MAX_PREFILL_TOKENS = 16384  # --max-prefill-tokens
 SAMPLE_STEPS = 500  # between two looks at what the tree holds
-
-
-@dataclass
-class Record:
-    """One request as its client sees it. Times in seconds, lengths in tokens; cached_tokens in whole pages."""
-
-    adapter: int
-    arrival_s: float
-    prompt_tokens: int
-    new_tokens: int
-    resident: bool
-    alone_s: float  # TTFT on an idle server with nothing cached
-    cached_tokens: int = 0
-    first_token_s: float = 0.0
-    end_s: float = 0.0
-
-    @property
-    def ttft_s(self) -> float:
-        return self.first_token_s - self.arrival_s
-
-
-@dataclass
-class Outcome:
-    """What a run gives: ``records`` in order of arrival, copies, and samples of the share of KV without its adapter."""
-
-    records: list[Record] = field(default_factory=list)
-    loads: int = 0
-    copied_bytes: int = 0
-    retractions: int = 0
-    invalid_shares: list[float] = field(default_factory=list)
 
 
 class Simulator:

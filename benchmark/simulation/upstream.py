@@ -19,6 +19,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
     import sglang.srt.managers.schedule_batch as schedule_batch
     import torch
+    from blocklora_patches import affinity_policy
+    from blocklora_patches.affinity_policy import AdapterAffinityPolicy
     from blocklora_patches.unified_radix_cache import AdapterPrefixCache
     from sglang.srt.lora.eviction_policy import LRUEvictionPolicy
     from sglang.srt.lora.lora_manager import LoRAManager
@@ -38,6 +40,7 @@ with warnings.catch_warnings():
 
 __all__ = [
     "EMPTY_SLOT",
+    "AdapterAffinityPolicy",
     "AdapterPrefixCache",
     "AddReqResult",
     "LRUEvictionPolicy",
@@ -51,6 +54,7 @@ __all__ = [
     "ScheduleBatch",
     "SchedulePolicy",
     "UnifiedRadixCache",
+    "affinity_policy",
     "evict_from_tree_cache",
     "maybe_cache_unfinished_req",
     "new_cache",

@@ -12,8 +12,12 @@ from typing import Any
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, CacheAwarePolicy, SchedulePolicy
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_disagg
-from sglang_blocklora.scheduling.order import DISK_LOAD_TOKENS_PER_SLOT, HOST_LOAD_TOKENS_PER_SLOT
-from sglang_blocklora.scheduling.policy import AffinityPolicy
+from sglang_blocklora.scheduling.order import (
+    BATCH_TOKENS_PER_SLOT,
+    DISK_LOAD_TOKENS_PER_SLOT,
+    HOST_LOAD_TOKENS_PER_SLOT,
+)
+from sglang_blocklora.scheduling.policy import QUANTUM_CHUNKS, AffinityPolicy
 from sglang_blocklora.settings import Settings
 
 from blocklora_patches.hook import Hook
@@ -36,7 +40,7 @@ class AdapterAffinityPolicy(SchedulePolicy):
         self._manager = scheduler.tp_worker.model_runner.lora_manager
         self._affinity = AffinityPolicy(
             settings.adapter_max_wait_steps,
-            scheduler.chunked_prefill_size or scheduler.max_prefill_tokens,
+            QUANTUM_CHUNKS * (scheduler.chunked_prefill_size or scheduler.max_prefill_tokens),
             settings.adapter_weights,
         )
 
@@ -46,7 +50,8 @@ class AdapterAffinityPolicy(SchedulePolicy):
                 req.ticket = self._affinity.ticket(self._adapter_name(req.lora_id))
                 self._record("arrive", arrival=req.ticket.arrival, adapter=self._adapter_name(req.lora_id))
         deferred = self._match(waiting_queue)
-        load_tokens = {key: self._load_tokens(key) for key in {req.lora_id: None for req in waiting_queue}}
+        running = {req.lora_id for req in running_batch.reqs} if running_batch is not None else set()
+        load_tokens = {key: self._load_tokens(key, running) for key in {req.lora_id: None for req in waiting_queue}}
         order = self._affinity.order(
             [req.ticket for req in waiting_queue],
             [(req.priority or 0) * self.priority_sign for req in waiting_queue],
@@ -83,12 +88,15 @@ class AdapterAffinityPolicy(SchedulePolicy):
             return lora_id
         return self._manager.pool.loaded[lora_id].name
 
-    def _load_tokens(self, lora_id: str | None) -> float:
+    def _load_tokens(self, lora_id: str | None, running: set[str | None]) -> float:
         pool = self._manager.pool if self._manager is not None else None
-        if pool is None or lora_id not in pool.loaded or pool.is_resident(lora_id):
+        if pool is None or lora_id not in pool.loaded or lora_id in running:
             return 0.0
-        in_host_memory = lora_id in pool.images.host  # or on its way there
-        return pool.loaded[lora_id].slots * (HOST_LOAD_TOKENS_PER_SLOT if in_host_memory else DISK_LOAD_TOKENS_PER_SLOT)
+        per_slot = BATCH_TOKENS_PER_SLOT
+        if not pool.is_resident(lora_id):
+            in_host_memory = lora_id in pool.images.host  # or on its way there
+            per_slot += HOST_LOAD_TOKENS_PER_SLOT if in_host_memory else DISK_LOAD_TOKENS_PER_SLOT
+        return pool.loaded[lora_id].slots * per_slot
 
     def _record(self, kind: str, **fields: object) -> None:
         if self._manager is not None:

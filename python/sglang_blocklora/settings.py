@@ -50,7 +50,7 @@ class Settings:
     adapter_eviction: str = DEFAULT_STRATEGY
     plain_lora_sharding: str = "replicate"
     adapter_affinity: bool = True
-    adapter_max_wait_steps: int = 256
+    adapter_max_wait_steps: int = 16
     adapter_weights: dict[str, float] = dataclasses.field(default_factory=dict)
     adapter_dirs: tuple[str, ...] = ()
     route_by_adapter: bool = True

@@ -10,8 +10,9 @@ import pytest
 
 from benchmark.serving.workload import Session, Turn, Workload
 from benchmark.simulation.costs import Costs, Model
-from benchmark.simulation.policies import LoRAXRotation, SLoRACluster, Upstream
-from benchmark.simulation.simulator import Outcome, Simulator
+from benchmark.simulation.outcome import Outcome
+from benchmark.simulation.policies import Affinity, LoRAXRotation, SLoRACluster, Upstream
+from benchmark.simulation.simulator import Simulator
 from benchmark.simulation.systems import Static, StockSlots, Unified, make_adapters
 
 # Llama-3.1-8B and an H100, from their data sheets; shares and overheads are those of costs.py.
@@ -115,6 +116,7 @@ POLICIES = {
     "lpm": lambda system: Upstream("lpm", system.cache),
     "cluster": lambda system: SLoRACluster(),
     "rotation": lambda system: LoRAXRotation(active=4, cycle_s=0.5),
+    "affinity": lambda system: Affinity(system.pool, system.cache),
 }
 
 

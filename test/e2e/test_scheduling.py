@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from sglang_blocklora.scheduling.policy import QUANTUM_CHUNKS
 from support import skewed_launcher
 from support.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens
 from support.server import Server, running
 
 NEW_TOKENS = 8
 MAX_WAIT_STEPS = 6
-QUANTUM_TOKENS = 256  # the server's --chunked-prefill-size
+CHUNK_TOKENS = 256
+WEIGHT = 1 / QUANTUM_CHUNKS
+QUANTUM_TOKENS = 256  # of a round of each adapter: WEIGHT x QUANTUM_CHUNKS x CHUNK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,9 @@ def scheduled(small, tmp_path_factory) -> Iterator[Scheduled]:
     folder = tmp_path_factory.mktemp("scheduling-server")
     script = Path(skewed_launcher.__file__)
     flags = ["--tp", "2", "--adapter-memory", "unified", "--max-total-tokens", "4096", "--max-running-requests", "4"]
-    flags += ["--max-loras-per-batch", "3", "--chunked-prefill-size", str(QUANTUM_TOKENS)]
+    flags += ["--max-loras-per-batch", "3", "--chunked-prefill-size", str(CHUNK_TOKENS)]
+    for name in adapters:
+        flags += ["--adapter-weight", f"{name}={WEIGHT}"]
     flags += ["--adapter-max-wait-steps", str(MAX_WAIT_STEPS), "--adapter-decision-log", str(folder / "decisions")]
     paths = ["--lora-paths", *(f"{name}={path}" for name, path in adapters.items())]
     environment = {"PYTHONPATH": os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])}

@@ -1,0 +1,65 @@
+"""Simulated: in which order should requests of many adapters be admitted? All in unified memory of the same size.
+
+SGLang's fcfs and lpm, S-LoRA's clustering by adapter, LoRAX's rotation of adapters, and ours.
+
+    python -m benchmark.scheduler.simulate [--quick]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from benchmark.simulation.policies import Affinity, LoRAXRotation, Policy, SLoRACluster, Upstream
+from benchmark.simulation.scenario import Contender, Scenario, main, multi_turn, single_turn
+from benchmark.simulation.systems import System, Unified
+
+SECONDS = 40  # of arrivals
+one_turn = partial(single_turn, seconds=SECONDS)
+turns = partial(multi_turn, seconds=SECONDS)
+
+SCENARIOS = (
+    Scenario("64 adapters, multi-turn, 10 sessions/s, 16 GiB", turns(10), 16),
+    Scenario("S-LoRA alpha 1, 24 req/s, 16 GiB", one_turn(24, "slora:1.0"), 16),
+    Scenario("S-LoRA alpha 1, 10 req/s, 12 GiB for 20 GiB of rank 64", one_turn(10, "slora:1.0"), 12, (64,)),
+    Scenario("S-LoRA alpha 1, 12 req/s, 12 GiB for 20 GiB of rank 64", one_turn(12, "slora:1.0"), 12, (64,)),
+    Scenario("S-LoRA alpha 1, 14 req/s, 12 GiB for 20 GiB of rank 64", one_turn(14, "slora:1.0"), 12, (64,)),
+    Scenario("S-LoRA alpha 0.3, 34 req/s, 16 GiB", one_turn(34, "slora:0.3"), 16),
+    Scenario("S-LoRA alpha 0.1, 44 req/s, 16 GiB", one_turn(44, "slora:0.1"), 16),
+    Scenario("Zipf 1.0 in bursts (cv 4), 28 req/s, 16 GiB", one_turn(28, "zipf:1.0", 4.0), 16),
+    Scenario("one hot (half) + 20 cold, 44 req/s, 16 GiB", one_turn(44, "hot:0.5", adapters=21), 16),
+    Scenario("low load: 64 adapters, multi-turn, 4 sessions/s, 16 GiB", turns(4), 16),
+)
+ABLATED = (SCENARIOS[0], SCENARIOS[4], SCENARIOS[7])
+
+
+def _upstream(name: str) -> Callable[[System], Policy]:
+    return lambda system: Upstream(name, system.cache)
+
+
+def _ours(**constants: float) -> Callable[[System], Policy]:
+    return lambda system: Affinity(system.pool, system.cache, **constants)
+
+
+def contenders(scenario: Scenario) -> dict[str, Contender]:
+    """The policies, all on the same memory; where it is telling, ours with another constant too."""
+    policies = {
+        "lpm": _upstream("lpm"),
+        "fcfs": _upstream("fcfs"),
+        "S-LoRA cluster": lambda system: SLoRACluster(),
+        "LoRAX rotation": lambda system: LoRAXRotation(),
+        "adapter-affinity": _ours(),
+    }
+    if scenario.name in {ablated.name for ablated in ABLATED}:
+        policies |= {
+            "ours, overtaken 4 steps": _ours(max_wait_steps=4),
+            "ours, overtaken 64 steps": _ours(max_wait_steps=64),
+            "ours, overtaken 256 steps": _ours(max_wait_steps=256),
+            "ours, rounds of one chunk": _ours(quantum_chunks=1),
+            "ours, any adapter joins a batch alike": _ours(batch_tokens=0.0),
+        }
+    return {name: Contender(Unified, policy) for name, policy in policies.items()}
+
+
+if __name__ == "__main__":
+    main("scheduler_simulated", __doc__, SCENARIOS, contenders)
