@@ -91,7 +91,7 @@ def build_model(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=512,
+        max_position_embeddings=2048,  # a token of random bytes becomes up to three when an answer is sent again
         initializer_range=0.15,
         bos_token_id=None,
         eos_token_id=None,
