@@ -155,6 +155,8 @@ SYMBOLS: dict[str, tuple[str, ...] | None] = {
         "self",
     ),
     "sglang.srt.managers.scheduler.Scheduler.init_schedule_policy": ("self",),
+    "sglang.srt.managers.schedule_batch.Req.__init__": None,
+    "sglang.srt.managers.schedule_policy.PrefillAdder.preempt_to_schedule": ("self", "req"),
     "sglang.srt.managers.schedule_policy.CLIP_MAX_NEW_TOKENS": None,
     "sglang.srt.managers.schedule_policy.CacheAwarePolicy.LPM": None,
     "sglang.srt.managers.schedule_policy.SchedulePolicy.__init__": (

@@ -1,4 +1,4 @@
-"""``managers/schedule_policy.py``: no request is admitted without its adapter."""
+"""``managers/schedule_policy.py``: no request is admitted without its adapter, or preempted for nothing."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ def _add_one_req(original: Any, self: Any, req: Any, *args: Any, **kwargs: Any) 
     return original(self, req, *args, **kwargs)
 
 
+def _preempt_to_schedule(original: Any, self: Any, req: Any) -> Any:
+    cache = self.tree_cache
+    if not isinstance(cache, AdapterPrefixCache):
+        return original(self, req)
+    with cache.keeping(cache.nodes_of([req.lora_id])):
+        return original(self, req)
+
+
 HOOKS = (
     Hook(
         "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
@@ -25,5 +33,12 @@ HOOKS = (
         HookType.AROUND,
         "A running request that is preempted unlocks its adapter and evicts, after the adapters of a pass were checked "
         "and before the next request locks its own.",
+    ),
+    Hook(
+        "sglang.srt.managers.schedule_policy.PrefillAdder.preempt_to_schedule",
+        _preempt_to_schedule,
+        HookType.AROUND,
+        "Slots of the adapter that a request is about to lock look free to it. Where it then does not fit, upstream "
+        "forgets the requests that were preempted for it.",
     ),
 )

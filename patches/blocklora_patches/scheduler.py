@@ -49,9 +49,12 @@ def _add_request_to_queue(self: Any, req: Any, is_retracted: bool = False) -> No
 
 
 def _can_schedule_lora_req(original: Any, self: Any, req: Any, running_loras: Any) -> bool:
-    # Pins that came after the request was queued may shut it out: others overtake it until they go.
-    if _taken_by_adapters(self, req) and _room(self, req) < req.sampling_params.max_new_tokens:
-        return False
+    if _taken_by_adapters(self, req):
+        # Pins that came after the request was queued shorten it, or shut it out: others overtake it until they go.
+        room = _room(self, req)
+        if room <= len(req.output_ids):
+            return False
+        req.sampling_params.max_new_tokens = min(req.sampling_params.max_new_tokens, room)
     return adapter_fits(self, req, running_loras, lambda: bool(original(self, req, running_loras)))
 
 

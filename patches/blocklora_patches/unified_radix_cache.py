@@ -101,6 +101,11 @@ class AdapterPrefixCache(UnifiedRadixCache):
         resident = self._resident.get(self._prefixes[lora_id].content_hash)
         return resident.slots if resident is not None else None
 
+    def nodes_of(self, lora_ids: Iterable[str | None]) -> list[int]:
+        """The tree's nodes of those adapters that are resident."""
+        known = [self._resident.get(self._prefixes[key].content_hash) for key in lora_ids if key in self._prefixes]
+        return [adapter.node for adapter in known if adapter is not None]
+
     def arrived(self, lora_id: str | None, key: RadixKey) -> None:
         """Tell the strategy of a request that came, once each. ``key`` is as a match would have it."""
         content_hash = self._prefixes[lora_id].content_hash if lora_id in self._prefixes else None

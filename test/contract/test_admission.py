@@ -21,7 +21,7 @@ from support.toy import host_only_images
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
-    from blocklora_patches import look_ahead, schedule_policy, scheduler
+    from blocklora_patches import look_ahead, schedule_batch, schedule_policy, scheduler
     from blocklora_patches.affinity_policy import AdapterAffinityPolicy
     from blocklora_patches.lora_manager import BlockLoRAManager
     from sglang.srt.managers.schedule_batch import Req
@@ -237,6 +237,37 @@ def test_an_adapter_that_preemption_unlocked_and_evicted_is_not_run_without() ->
     assert not adder.can_run_list
     assert admission.one_pass() == [waiting]
     assert admission.cache.can_admit(waiting.lora_id)
+
+
+@pytest.mark.parametrize(("new_tokens", "preempted"), [(90, False), (10, True)])
+def test_nobody_is_preempted_for_a_request_that_does_not_fit_beside_its_own_adapter(
+    new_tokens: int, preempted: bool
+) -> None:
+    """Its adapter is loaded and not locked yet: 90 slots that look free until the request is added."""
+    admission = Admission()
+    admission.waiting = [admission.request(None, [1] * 60, 20), admission.request(None, [2] * 4, 10)]
+    _, victim = admission.one_pass()
+    newcomer = admission.request("b", [3] * 8, new_tokens)
+    assert admission.can_schedule(newcomer, {None})
+    for request, priority in zip((*admission.running, newcomer), (100, 0, 50), strict=True):
+        request.priority = priority
+    released: list[int] = []
+    adder = admission.adder()
+    adder.priority_scheduling_preemption_threshold = 10
+    adder.running_batch.release_req = lambda index, left: released.append(index)
+    adder.running_batch.filter_batch = lambda keep_indices: None
+    assert schedule_policy._preempt_to_schedule(PrefillAdder.preempt_to_schedule, adder, newcomer) is preempted
+    assert released == [1] * preempted
+    assert adder.preempt_list == [victim] * preempted
+
+
+def test_a_base_model_request_cannot_name_an_adapter_by_its_extra_key() -> None:
+    admission = Admission()
+    for own, lora_id in (("", None), ("tenant", None), ("", admission.id("a"))):
+        extra_key = own + admission.id("a") if lora_id is None else own
+        request = Req("1", "", array("q", [1]), SamplingParams(), lora_id=lora_id, extra_key=extra_key)
+        schedule_batch._init(None, request)
+        assert admission.cache._split(request.extra_key)[0] == lora_id
 
 
 def test_two_requests_whose_adapters_do_not_fit_together_run_one_after_the_other() -> None:
