@@ -82,6 +82,7 @@ SYMBOLS: dict[str, tuple[str, ...] | None] = {
         "request",
         "raw_request",
     ),
+    "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses._validate_model": ("self", "model"),
     "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses._generate_with_builtin_tools": (
         "self",
         "request_id",

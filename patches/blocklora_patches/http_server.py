@@ -122,7 +122,7 @@ class AdapterRoutes:
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def unload(self, body: UnloadRequest) -> Response:
-        if body.lora_name not in self._manager.lora_registry.get_all_adapters():
+        if body.lora_name not in loaded_adapters(self._manager):
             return _error(f"The lora adapter '{body.lora_name}' cannot be found.", 404, "lora_name")
         result = await self._manager.unload_lora_adapter(UnloadLoRAAdapterReqInput(lora_name=body.lora_name))
         if not result.success:

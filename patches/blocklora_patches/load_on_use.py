@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput
@@ -35,7 +36,7 @@ async def _resolve_lora_path(original: Any, self: Any, obj: Any) -> None:
 async def _load(manager: Any, name: str) -> None:
     """Load ``name``, however many requests ask for it at once. ``ValueError``, which becomes a 400, if it cannot be."""
     ref = manager.lora_ref_cache.get(name)
-    path = ref.lora_path if ref else adapter_folders().find(name)
+    path = ref.lora_path if ref and Path(ref.lora_path).is_dir() else adapter_folders().find(name)
     if path is None:
         known = known_adapters(loaded_adapters(manager), adapter_folders())
         raise ValueError(f"The adapter '{name}' does not exist. {known}")

@@ -15,6 +15,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from blocklora_patches.hook import Hook
 
 POLL_SECONDS = 0.01
+FORGET_SECONDS = 60  # long after upstream took the last request off an unloaded adapter's counter
 
 
 def _init_lora(_: Any, self: Any) -> None:
@@ -36,11 +37,12 @@ async def _acquire(original: Any, self: Any, lora_name: Any) -> Any:
 
 
 async def _wait_for_unload(original: Any, self: Any, lora_id: str) -> None:
-    # The counter stays: upstream takes requests off it after their states are gone.
+    # The counter stays for a while: upstream takes requests off it after their states are gone.
     while getattr(self, "blocklora_acquiring", 0) or any(
         state.obj.lora_id == lora_id for state in self.blocklora_requests.values()
     ):
         await asyncio.sleep(POLL_SECONDS)
+    asyncio.get_running_loop().call_later(FORGET_SECONDS, self._counters.pop, lora_id, None)
 
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"

@@ -26,6 +26,10 @@ async def _create_responses(original: Any, self: Any, request: Any, raw_request:
     return await original(self, request, raw_request)
 
 
+def _validate_model(original: Any, self: Any, model: Any) -> None:
+    """``create_responses`` has refused unknown names already; upstream knows none that is yet to be loaded."""
+
+
 def _generate_with_builtin_tools(
     self: Any, request_id: str, request_prompt: Any, adapted_request: Any, *args: Any, **kwargs: Any
 ) -> None:
@@ -39,6 +43,12 @@ HOOKS = (
         _create_responses,
         HookType.AROUND,
         "An unknown model is a 404 that lists the known names, and a known adapter is kept for the hook below.",
+    ),
+    Hook(
+        f"{_CLASS}._validate_model",
+        _validate_model,
+        HookType.AROUND,
+        "Upstream refuses adapters that a request may load, and names of a model that has a colon.",
     ),
     Hook(
         f"{_CLASS}._generate_with_builtin_tools",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqOutput
 from sglang.srt.plugins.hook_registry import HookType
 
 from blocklora_patches.data_parallel import load, unload
@@ -12,10 +13,17 @@ from blocklora_patches.load_on_use import adapter_folders
 
 
 async def _unload_lora_adapter(original: Any, self: Any, obj: Any, _: Any = None) -> Any:
-    result = await unload(original, self, obj)
+    # Forgotten first: a request that names it while its last ones run must not load it again.
+    ref = self.lora_ref_cache.pop(obj.lora_name, None)
+    loaded = {**self.lora_registry.get_all_adapters(), **self.pending_lora_unloads}
+    if ref is not None and obj.lora_name not in loaded:  # --max-loaded-loras put it out already
+        result = UnloadLoRAAdapterReqOutput(success=True, loaded_adapters={})
+    else:
+        result = await unload(original, self, obj)
     if result.success:
-        self.lora_ref_cache.pop(obj.lora_name, None)
         adapter_errors(self).pop(obj.lora_name, None)
+    elif ref is not None:
+        self.lora_ref_cache.setdefault(obj.lora_name, ref)
     return result
 
 

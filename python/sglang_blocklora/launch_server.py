@@ -45,6 +45,8 @@ def parse(argv: Sequence[str]) -> tuple[settings.Settings, list[str]]:
     )
     settings.add_arguments(parser)
     own, rest = parser.parse_known_args(argv)
+    if any(argument.split("=", 1)[0] == "--config" for argument in rest):
+        raise SystemExit("--config: this launcher has defaults of its own and does not read the file. Give its flags.")
     if {"-h", "--help"} & set(rest):
         parser.print_help()
         print()

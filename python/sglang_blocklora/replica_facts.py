@@ -19,6 +19,7 @@ def merge_replicas(replicas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for one in (one for facts in replicas for one in facts["adapters"]):
         seen = adapters.setdefault(one["lora_id"], one | dict.fromkeys(SUMMED, 0))
         seen |= {key: seen[key] + one[key] for key in SUMMED}
+        seen["last_error"] = seen["last_error"] or one["last_error"]
         seen["tier"] = min(seen["tier"], one["tier"], key=TIERS.index)
     return {
         **replicas[0],

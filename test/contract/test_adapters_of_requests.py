@@ -17,9 +17,11 @@ from sglang_blocklora.settings import Settings
 def patches() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SGLang warns while it is imported
-        from blocklora_patches import load_on_use, lora_registry
+        from blocklora_patches import load_on_use, lora_registry, tokenizer_manager
         from sglang.srt.lora.lora_registry import LoRARef, LoRARegistry
-    return SimpleNamespace(load=load_on_use, registry=lora_registry, LoRARef=LoRARef, LoRARegistry=LoRARegistry)
+    return SimpleNamespace(
+        load=load_on_use, registry=lora_registry, manager=tokenizer_manager, LoRARef=LoRARef, LoRARegistry=LoRARegistry
+    )
 
 
 @pytest.fixture
@@ -111,3 +113,38 @@ def test_an_unload_waits_for_the_requests_themselves_not_for_a_count(patches: An
         await patches.registry._wait_for_unload(None, registry, ref.lora_id)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("outcome", [True, False])
+def test_what_is_unloaded_cannot_be_loaded_again_while_its_last_requests_run(patches: Any, outcome: bool) -> None:
+    async def run() -> None:
+        manager = Manager(patches)
+        manager.pending_lora_unloads = {}
+        ref = patches.LoRARef(lora_name="elsewhere", lora_path="/elsewhere")
+        await manager.lora_registry.register(ref)
+        manager.lora_ref_cache["elsewhere"] = ref
+
+        async def drain(*_: Any) -> Any:
+            await manager.lora_registry.unregister("elsewhere")
+            with pytest.raises(ValueError, match="does not exist"):
+                await manager.ask("elsewhere")
+            return SimpleNamespace(success=outcome, error_message=None)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(patches.manager, "unload", drain)
+            await patches.manager._unload_lora_adapter(None, manager, SimpleNamespace(lora_name="elsewhere"))
+        assert ("elsewhere" in manager.lora_ref_cache) is not outcome
+
+    asyncio.run(run())
+
+
+def test_an_adapter_that_a_limit_put_out_can_be_unloaded_for_good(patches: Any) -> None:
+    async def run() -> None:
+        manager = Manager(patches)
+        manager.pending_lora_unloads = {}
+        manager.lora_ref_cache["a"] = patches.LoRARef(lora_name="a", lora_path="/a")
+        result = await patches.manager._unload_lora_adapter(None, manager, SimpleNamespace(lora_name="a"))
+        assert result.success
+        assert not manager.lora_ref_cache
+
+    asyncio.run(run())

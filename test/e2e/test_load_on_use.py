@@ -68,6 +68,8 @@ def test_openai_and_the_frontend_language_load_too(
 ) -> None:
     put("one", "n8")
     put("two", "n2")
+    put("three", "n2")
+    assert client.responses.create(model="three", input="hello", max_output_tokens=8).output_text
     texts = [
         client.completions.create(model=model, prompt="hello", max_tokens=8, temperature=0).choices[0].text
         for model in ("llama:one", "one", "llama")
@@ -84,7 +86,7 @@ def test_openai_and_the_frontend_language_load_too(
     found = program.run(backend=sgl.RuntimeEndpoint(api_server.url), temperature=0, max_new_tokens=8)["two"]
     body = {"text": "hello", "lora_path": "sql", "sampling_params": {"temperature": 0, "max_new_tokens": 8}}
     assert found == api_server.call("/generate", body)[1]["text"], "the same weights as sql"
-    assert (loads(api_server, "one"), loads(api_server, "two")) == (1, 1)
+    assert [loads(api_server, name) for name in ("one", "two", "three")] == [1, 1, 1]
 
 
 def test_a_broken_adapter_is_a_400_until_it_is_repaired(

@@ -55,6 +55,7 @@ def test_our_schedule_policy_is_the_default_and_sglangs_can_be_chosen() -> None:
         ["--adapter-weight", "a=0"],
         ["--adapter-weight", "a=nan"],
         ["--adapter-weight", "a=1", "--adapter-weight", "a=2"],
+        ["--config", "flags.yaml"],  # SGLang's: the defaults of this launcher would override it
     ],
 )
 def test_impossible_flags_stop_with_a_message(flags: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,13 @@ def test_no_name_raises_or_leaves_the_roots(tmp_path_factory: pytest.TempPathFac
     root.mkdir(exist_ok=True)
     found = AdapterFolders([root]).find(name)
     assert found is None or found.parent == root.resolve()
+
+
+def test_a_root_that_went_and_a_name_that_no_answer_can_carry_hide_no_others(roots: list[Path]) -> None:
+    before = AdapterFolders(roots).all()
+    make_adapter(Path(os.fsdecode(os.fsencode(roots[0]) + b"/\xff")))
+    assert before
+    assert AdapterFolders([*roots, roots[0] / "gone"]).all() == before
 
 
 def test_an_adapter_that_comes_later_is_found(roots: list[Path]) -> None:

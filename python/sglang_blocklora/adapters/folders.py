@@ -21,7 +21,7 @@ class AdapterFolders:
 
     def find(self, name: str) -> Path | None:
         """The folder that ``name`` is, links followed, or None. Never raises, whatever the name."""
-        if not name or name.startswith(".") or "/" in name or "\0" in name:
+        if not name or name.startswith(".") or "/" in name or "\0" in name or not _is_unicode(name):
             return None
         for root in self.roots:
             folder = _adapter(root, name)
@@ -31,12 +31,24 @@ class AdapterFolders:
 
     def all(self) -> dict[str, Path]:
         """Every name and its folder, by name."""
-        names = {entry.name for root in self.roots for entry in root.iterdir()} if self.roots else set()
+        names = {name for root in self.roots for name in _names(root)}
         found = ((name, self.find(name)) for name in sorted(names))
         return {name: folder for name, folder in found if folder is not None}
 
 
 NO_FOLDERS = AdapterFolders(())
+
+
+def _names(root: Path) -> list[str]:
+    try:
+        return [entry.name for entry in root.iterdir()]
+    except OSError:  # gone or unreadable: its adapters are, and no others
+        return []
+
+
+def _is_unicode(name: str) -> bool:
+    """Names that are not UTF-8 on the disk carry surrogates, which no answer can."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _adapter(root: Path, name: str) -> Path | None:
