@@ -10,7 +10,7 @@ from support.server import running
 
 # (family, KV heads, TP size); 2 KV heads on 4 and 8 ranks make SGLang's CPU engine pad heads. ``make test`` runs the
 # unmarked ones.
-REPRESENTATIVE = [("qwen2", 2, 4), ("qwen3", 6, 3), ("mistral", 2, 1)]  # Llama at TP 2: test_serving.py
+REPRESENTATIVE = [("qwen2", 2, 4), ("qwen3", 6, 3)]  # Llama at TP 2: test_serving.py; at TP 1: test_data_parallel.py
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3")
 REST = [
     *((family, 6 if tp == 3 else 2, tp) for family in FAMILIES for tp in (1, 2, 3, 4)),
