@@ -18,7 +18,7 @@ import torch
 import zmq
 from sglang_blocklora.adapters.content_hash import content_hash
 from support.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens
-from support.server import Server, free_port, running
+from support.server import Server, running
 from support.subscriber import AllBlocksCleared, BlockStored, KVEventBatch, Subscriber
 
 PAGE = 16
@@ -92,9 +92,10 @@ def events() -> Iterator[Events]:
 
 @pytest.fixture(scope="module")
 def server(world: World, events: Events, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder, port = tmp_path_factory.mktemp("features-server"), free_port()
-    events.socket.connect(f"tcp://127.0.0.1:{port}")
-    config = {"publisher": "zmq", "endpoint": f"tcp://*:{port}"}
+    folder = tmp_path_factory.mktemp("features-server")
+    endpoint = f"ipc://{folder}/events"
+    events.socket.connect(endpoint)
+    config = {"publisher": "zmq", "endpoint": endpoint}
     flags = ["--tp", "2", "--page-size", str(PAGE), "--max-total-tokens", str(POOL_TOKENS)]
     flags += ["--chunked-prefill-size", str(2 * PAGE), "--max-running-requests", "8", "--enable-priority-scheduling"]
     flags += ["--schedule-conservativeness", "0.05", "--kv-events-config", json.dumps(config)]
