@@ -57,6 +57,8 @@ def contenders(scenario: Scenario) -> dict[str, Contender]:
             "ours, overtaken 256 steps": _ours(max_wait_steps=256),
             "ours, rounds of one chunk": _ours(quantum_chunks=1),
             "ours, any adapter joins a batch alike": _ours(batch_tokens=0.0),
+            "ours, no look-ahead": _ours(arena_head=0),
+            "ours, look-ahead of 32 requests": _ours(arena_head=32),
         }
     return {name: Contender(Unified, policy) for name, policy in policies.items()}
 

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 from sglang_blocklora.decisions import DecisionLog
 from sglang_blocklora.memory.pool import Pool
+from sglang_blocklora.memory.unified_pool import UnifiedPool
 from sglang_blocklora.scheduling import order
 from sglang_blocklora.scheduling.policy import QUANTUM_CHUNKS
 from sglang_blocklora.settings import Settings
@@ -18,17 +19,27 @@ from benchmark.simulation.costs import CHUNK_TOKENS, PAGE_TOKENS
 
 
 class Policy(Protocol):
-    """``order`` sorts the queue in place; ``admits`` says whether a request may join.
+    """``order`` sorts the queue in place; ``admits`` says whether a request may join; ``look_ahead`` is told of each
+    step, before it runs, and may load adapters of requests that wait.
 
     lora_ids  adapters of the batch so far
     fits      whether the request's adapter can be added, asked only where it matters
+    running   what holds its adapter: the running requests, those just admitted, and one whose prompt is half done
     """
 
     def order(self, waiting: list[upstream.Req], running: list[upstream.Req], now_s: float) -> None: ...
     def admits(self, request: upstream.Req, lora_ids: set[str], fits: Callable[[], bool]) -> bool: ...
+    def look_ahead(self, waiting: list[upstream.Req], running: list[upstream.Req]) -> None: ...
 
 
-class Upstream:
+class NoLookAhead:
+    """Loads nothing before a batch needs it."""
+
+    def look_ahead(self, waiting: list[upstream.Req], running: list[upstream.Req]) -> None:
+        pass
+
+
+class Upstream(NoLookAhead):
     """A policy of SGLang by its name on the command line: ``fcfs``, ``lpm``."""
 
     def __init__(self, name: str, cache: upstream.UnifiedRadixCache) -> None:
@@ -41,7 +52,7 @@ class Upstream:
         return fits()
 
 
-class SLoRACluster:
+class SLoRACluster(NoLookAhead):
     """S-LoRA's adapter clustering (arXiv 2311.03285): adapters of the running batch first, then whole groups.
 
     No ageing, as published.
@@ -58,7 +69,7 @@ class SLoRACluster:
         return fits()
 
 
-class LoRAXRotation:
+class LoRAXRotation(NoLookAhead):
     """LoRAX: a queue per adapter, the oldest request of the active adapters first, adapters rotating every 2 s.
 
     active   adapters that 10 % of an H100 holds (its ``adapter_memory_fraction``) at rank 64: 24
@@ -94,7 +105,7 @@ class Affinity:
     can be admitted. Constants in tokens become pages, as all lengths in the tree are.
 
     max_wait_steps  ``--adapter-max-wait-steps``
-    quantum_chunks, batch_tokens  the constants of those names, for ablations
+    quantum_chunks, batch_tokens, arena_head  the constants of those names, for ablations
     """
 
     def __init__(
@@ -104,9 +115,10 @@ class Affinity:
         max_wait_steps: int = Settings.adapter_max_wait_steps,
         quantum_chunks: int = QUANTUM_CHUNKS,
         batch_tokens: float = order.BATCH_TOKENS_PER_SLOT,
+        arena_head: int = upstream.look_ahead.ARENA_HEAD_REQUESTS,
     ) -> None:
-        manager = SimpleNamespace(pool=pool, decisions=DecisionLog(None, 0))
-        scheduler = SimpleNamespace(
+        manager = SimpleNamespace(pool=pool, unified=isinstance(pool, UnifiedPool), decisions=DecisionLog(None, 0))
+        self.scheduler = scheduler = SimpleNamespace(
             tree_cache=cache,
             enable_hierarchical_cache=False,
             enable_priority_scheduling=False,
@@ -115,7 +127,7 @@ class Affinity:
             chunked_prefill_size=CHUNK_TOKENS // PAGE_TOKENS * quantum_chunks // QUANTUM_CHUNKS,
         )
         self.policy = upstream.AdapterAffinityPolicy(scheduler, Settings(adapter_max_wait_steps=max_wait_steps))
-        self.batch_tokens = batch_tokens
+        self.batch_tokens, self.arena_head = batch_tokens, arena_head
 
     def order(self, waiting: list[upstream.Req], running: list[upstream.Req], now_s: float) -> None:
         with (
@@ -126,3 +138,9 @@ class Affinity:
 
     def admits(self, request: upstream.Req, lora_ids: set[str], fits: Callable[[], bool]) -> bool:
         return self.policy.admits(request, lora_ids, fits)
+
+    def look_ahead(self, waiting: list[upstream.Req], running: list[upstream.Req]) -> None:
+        scheduler = SimpleNamespace(**vars(self.scheduler), policy=self.policy, waiting_queue=waiting, chunked_req=None)
+        result = SimpleNamespace(running_batch=SimpleNamespace(reqs=running), batch_to_run=None)
+        with patch.object(upstream.look_ahead, "ARENA_HEAD_REQUESTS", self.arena_head):
+            upstream.look_ahead._get_new_batch_prefill(result, scheduler, None)

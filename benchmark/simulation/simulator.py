@@ -49,6 +49,8 @@ class Simulator:
         self.running: list[upstream.Req] = []
         self.chunked: upstream.Req | None = None
         self.full = False
+        self.ahead_s = 0.0  # copies that go on beside the step
+        self.due_s = 0.0  # copies that it waits for
         self.outcome = Outcome()
         self.steps = 0
         self.arrivals: list[tuple[float, int, Conversation]] = []
@@ -131,6 +133,7 @@ class Simulator:
         self.waiting = [req for req in self.waiting if req not in admitted]
         if adder.new_chunked_req is not None:
             self.chunked = adder.new_chunked_req
+        self._look_ahead([*self.running, *adder.can_run_list])
         self._extend(adder.can_run_list, matches + len(admitted))
         return True
 
@@ -188,6 +191,7 @@ class Simulator:
 
     def _decode(self) -> None:
         """Some decode steps at once: up to a page, the first end of a request or the next arrival."""
+        self._look_ahead(self.running)
         steps = min(PAGE_TOKENS, min(req.record.new_tokens - req.generated for req in self.running))
         work = self._decode_work(steps)
         lora_ids = {req.lora_id for req in self.running}
@@ -249,6 +253,11 @@ class Simulator:
 
     # --- both
 
+    def _look_ahead(self, running: list[upstream.Req]) -> None:
+        self.due_s = self.system.take_load_s()
+        self.policy.look_ahead(self.waiting, running)
+        self.ahead_s = self.system.take_load_s()
+
     def _allocate(self, count: int) -> np.ndarray:
         upstream.evict_from_tree_cache(self.cache, count)
         slots = self.allocator.alloc(count)
@@ -262,8 +271,9 @@ class Simulator:
         return max(self.costs.forward_s(work), self.costs.host_step_s + matches * self.system.match_s)
 
     def _pass(self, seconds: float, steps: int = 1) -> None:
-        """Let time pass; loads come first, not hidden behind anything."""
-        self.now_s += seconds + self.system.take_load_s()
+        """Let time pass; loads come first, not hidden behind anything, but for those ahead."""
+        self.now_s += max(seconds, self.ahead_s) + self.due_s + self.system.take_load_s()
+        self.ahead_s = self.due_s = 0.0
         if self.steps // SAMPLE_STEPS != (self.steps + steps) // SAMPLE_STEPS:
             self._sample()
         self.steps += steps

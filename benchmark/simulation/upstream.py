@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
     import sglang.srt.managers.schedule_batch as schedule_batch
     import torch
-    from blocklora_patches import affinity_policy
+    from blocklora_patches import affinity_policy, look_ahead
     from blocklora_patches.affinity_policy import AdapterAffinityPolicy
     from blocklora_patches.unified_radix_cache import AdapterPrefixCache
     from sglang.srt.lora.eviction_policy import LRUEvictionPolicy
@@ -56,6 +56,7 @@ __all__ = [
     "UnifiedRadixCache",
     "affinity_policy",
     "evict_from_tree_cache",
+    "look_ahead",
     "maybe_cache_unfinished_req",
     "new_cache",
     "release_kv_cache",

@@ -10,8 +10,11 @@ from sglang.srt.plugins.hook_registry import HookType
 from blocklora_patches.affinity_policy import AdapterAffinityPolicy
 from blocklora_patches.hook import Hook
 
-# Waiting requests whose adapters are fetched ahead: a prefill batch seldom takes more.
-HEAD_REQUESTS = 32
+# Waiting requests whose adapters are read from disk ahead, into host memory.
+DISK_HEAD_REQUESTS = 32
+# Waiting requests whose adapters are brought into the arena ahead. There a place costs another adapter's or KV's: what
+# comes for a request far down the queue is evicted again before it is used (docs/scheduler.md).
+ARENA_HEAD_REQUESTS = 4
 
 
 def _get_new_batch_prefill(result: Any, self: Any, running_batch: Any) -> None:
@@ -23,8 +26,9 @@ def _get_new_batch_prefill(result: Any, self: Any, running_batch: Any) -> None:
     manager = self.tp_worker.model_runner.lora_manager
     if manager is None or not isinstance(self.policy, AdapterAffinityPolicy):
         return
-    pool, head = manager.pool, self.waiting_queue[:HEAD_REQUESTS]
-    pool.prefetch(dict.fromkeys(req.lora_id for req in head if req.lora_id is not None))
+    pool, head = manager.pool, self.waiting_queue[:ARENA_HEAD_REQUESTS]
+    soon = self.waiting_queue[:DISK_HEAD_REQUESTS]
+    pool.prefetch(dict.fromkeys(req.lora_id for req in soon if req.lora_id is not None))
     first = next((i for i, req in enumerate(head) if _can_be_loaded(pool, req.lora_id)), None)
     if first is None:
         return

@@ -18,7 +18,7 @@ from support.toy import host_only_images
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
     from blocklora_patches.affinity_policy import AdapterAffinityPolicy
-    from blocklora_patches.look_ahead import _get_new_batch_prefill
+    from blocklora_patches.look_ahead import ARENA_HEAD_REQUESTS, _get_new_batch_prefill
     from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
@@ -69,6 +69,13 @@ class Look:
 def test_free_room_is_used_one_adapter_a_step_in_the_queues_order() -> None:
     look = Look()
     assert look.ahead(look.request("b"), look.request("d"), look.request("c")) == {"a", "b", "d"}
+
+
+def test_far_down_the_queue_no_adapter_takes_room() -> None:
+    look = Look()
+    head = [look.request("b") for _ in range(ARENA_HEAD_REQUESTS)]
+    assert look.ahead(*head, look.request("d")) == {"a", "b"}
+    assert look.ahead(*head[1:], look.request("d")) == {"a", "b", "d"}
 
 
 def test_an_idle_adapter_that_nobody_before_needs_gives_way() -> None:
