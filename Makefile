@@ -24,7 +24,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.bench  ## CPU benchmarks, under 20 minutes, then docs/benchmarks.md; others: PARTS="decode memory", PARTS=all
+bench: $(VENV)/.bench  ## CPU benchmarks, under 20 minutes, then docs/benchmarks.md; others: PARTS="memory quality", PARTS=all
 	$(BIN)/python -m benchmark.run $(PARTS)
 
 bench-report: $(VENV)/.bench  ## tables and plots of docs/benchmarks.md and README.md from benchmark/results, nothing measured

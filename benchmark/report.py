@@ -73,8 +73,17 @@ CACHES = (
     Column("MiB copied", "copied_mib", 0),
     Column("failed", "failed_requests", 0),
 )
+SIMULATED_ORDER = (
+    Column("TTFT P99, ms", "ttft_p99_ms", 0),
+    Column("P50, ms", "ttft_p50_ms", 0),
+    Column("worst adapter's P99, ms", "worst_adapter_ttft_p99_ms", 0),
+    Column("median adapter's P99, ms", "median_adapter_ttft_p99_ms", 0),
+    Column("tokens/s", "output_tokens_per_s", 0),
+    Column("TTFT < 6 s, %", "slo_share", 0, PERCENT),
+    Column("TTFT < 5 x idle, %", "slo_ratio_share", 0, PERCENT),
+    Column("GB copied", "copied_gb", 0),
+)
 SECTIONS = (
-    Section("decode", "base", (Column("TPOT, ms", "tpot_ms_p50"), Column("tokens/s", "output_tokens_per_s", 0))),
     Section("memory", "stock slots", (*LATENCIES, *CACHES)),
     Section(
         "scheduler",
@@ -111,21 +120,8 @@ SECTIONS = (
             Column("parameters over plain", "parameters_over_plain", 2),
         ),
     ),
-    Section(
-        "scheduler_simulated",
-        "lpm",
-        (
-            Column("TTFT P99, ms", "ttft_p99_ms", 0),
-            Column("P50, ms", "ttft_p50_ms", 0),
-            Column("worst adapter's P99, ms", "worst_adapter_ttft_p99_ms", 0),
-            Column("median adapter's P99, ms", "median_adapter_ttft_p99_ms", 0),
-            Column("tokens/s", "output_tokens_per_s", 0),
-            Column("TTFT < 6 s, %", "slo_share", 0, PERCENT),
-            Column("TTFT < 5 x idle, %", "slo_ratio_share", 0, PERCENT),
-            Column("GB copied", "copied_gb", 0),
-        ),
-        plotted=False,
-    ),
+    Section("scheduler_predicted", "lpm", SIMULATED_ORDER, plotted=False),
+    Section("scheduler_simulated", "lpm", SIMULATED_ORDER, plotted=False),
     Section(
         "memory_simulated",
         "stock, 8 slots",
@@ -177,21 +173,27 @@ def conditions(part: str, run: Run, root: str) -> str:
     )
 
 
+def plots(section: Section, root: str) -> list[str]:
+    """The link to the part's plot, if it has one."""
+    return [f"![{section.part}]({root}{IMAGES}/{section.part}.svg)"] if section.plotted else []
+
+
 def details(section: Section, run: Run | None, root: str) -> str:
     """The part's block in docs/benchmarks.md: every scenario, its conditions and its plot."""
     if run is None:
         return f"Not measured yet: `make bench PARTS={section.part}`."
     blocks = [f"**{scenario}**\n\n{table(section, variants)}" for scenario, variants in run.figures.items()]
-    plot = [f"![{section.part}]({root}{IMAGES}/{section.part}.svg)"] if section.plotted else []
-    return "\n\n".join([*blocks, *plot, conditions(section.part, run, root)])
+    return "\n\n".join([*blocks, *plots(section, root), conditions(section.part, run, root)])
 
 
 def summary(section: Section, run: Run | None, root: str) -> str:
-    """The part's block in the README: the first scenario and its conditions."""
+    """The part's block elsewhere: the first scenario, its conditions and the plot."""
     if run is None:
         return f"Not measured yet: `make bench PARTS={section.part}`."
     scenario, variants = next(iter(run.figures.items()))
-    return f"{scenario}:\n\n{table(section, variants)}\n\n{conditions(section.part, run, root)}"
+    return "\n\n".join(
+        [f"{scenario}:", table(section, variants), *plots(section, root), conditions(section.part, run, root)]
+    )
 
 
 BLOCKS: dict[str, Callable[[Section, Run | None, str], str]] = {"": details, "-summary": summary}

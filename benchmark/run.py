@@ -32,10 +32,10 @@ class Part:
 
 
 PARTS = {
-    "decode": Part("benchmark.serving.runner", 420),
     "end_to_end_tp2": Part("benchmark.paper.end_to_end --tp 2", 420),
     "memory": Part("benchmark.memory.serve", 480),
     "scheduler": Part("benchmark.scheduler.serve", 600),
+    "scheduler_predicted": Part("benchmark.scheduler.predict", 120),
     "quality": Part("benchmark.quality.train", 600),
     "cost_model": Part("benchmark.paper.cost_model", 60),
     "counts": Part("benchmark.paper.counts", 240, quick=False),

@@ -5,11 +5,11 @@ bytes on each TP rank for adapters and KV together:
 
     stock    8 slots padded to rank 16, and ``--kv-tokens`` tokens of KV
     static   an arena of those bytes (rounded up to MiB, taken from the KV), and the same KV
-    unified  one pool of all of it, with each ``--adapter-eviction``
+    unified  one pool of all of it
 
 A second workload asks 8 adapters only, so that they fit everywhere.
 
-    python -m benchmark.memory.serve [--rounds 2] [--sessions 48] [--rate 5]
+    python -m benchmark.memory.serve [--rounds 2] [--sessions 48] [--rate 5] [--strategies cost-aware]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_blocklora.memory.eviction import STRATEGIES
+from sglang_blocklora.memory.eviction import DEFAULT_STRATEGY, STRATEGIES
 
 from benchmark.record import Recorder
 from benchmark.serving import tiny
@@ -73,7 +73,7 @@ class EqualMemory:
         )
 
 
-def launches(memory: EqualMemory, paths: tuple[str, ...]) -> dict[str, Launch]:
+def launches(memory: EqualMemory, strategies: list[str], paths: tuple[str, ...]) -> dict[str, Launch]:
     """A server for each way to use the memory."""
     common = ("--tp", str(TP), "--max-running-requests", str(MAX_RUNNING), "--schedule-policy", "fcfs", *paths)
     stock = ("--lora-backend", "torch_native", "--max-loras-per-batch", str(STOCK_SLOTS))
@@ -82,7 +82,7 @@ def launches(memory: EqualMemory, paths: tuple[str, ...]) -> dict[str, Launch]:
         "stock slots": Launch(True, (*common, *stock, "--max-total-tokens", str(memory.kv_tokens))),
         "static": Launch(False, (*common, *static, "--max-total-tokens", str(memory.static_tokens))),
     }
-    for strategy in STRATEGIES:
+    for strategy in strategies:
         unified = ("--adapter-memory", "unified", "--adapter-eviction", strategy)
         flags = (*common, *unified, "--max-total-tokens", str(memory.unified_tokens))
         made[f"unified, {strategy}"] = Launch(False, flags)
@@ -114,7 +114,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     model, adapters = tiny.build(folder, {name: AdapterChoice(rank=rank) for name, rank in ranks.items()})
     checked = {name: adapters[name] for name in list(adapters)[: len(RANKS)]}
     prompts, expected = tiny.prompts_and_answers(model, checked, (40,), CHECKED_TOKENS)
-    servers = {k: v for k, v in launches(memory, tiny.lora_paths(adapters)).items() if k in options.variants}
+    servers = launches(memory, options.strategies, tiny.lora_paths(adapters))
     workloads = scenarios(options)
     settings = {
         "model": tiny.DESCRIPTION,
@@ -143,8 +143,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = list(launches(EqualMemory(1), ()))
-    parser.add_argument("--variants", nargs="+", choices=names, default=names)
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=[DEFAULT_STRATEGY])
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--kv-tokens", type=int, default=4096, help="KV tokens that the stock server has")
     parser.add_argument("--sessions", type=int, default=48)

@@ -1,12 +1,13 @@
 """(b) Decode on a CPU, end to end over HTTP: block-diagonal, S-LoRA's sharding, stock SGLang and the base model.
 
-One adapter in the batch, as in most of the paper's runs. The plain adapter has rank r on stock SGLang and S-LoRA's
-sharding; block-diagonal ones (n = TP size) have r, 2r, 4r, and the largest rank with no more parameters ("matched").
-Rounds are interleaved (A B B A), servers that are not measured are stopped, and tokens are checked against PEFT first.
-A step's time is the median gap between tokens. Two cores exchange over gloo, where a collective is dear: the order of
-the variants says something about GPUs, the size of the gaps does not (``cost_model.py``).
+The base model is measured on stock SGLang without LoRA, twice, which shows the noise, and on ours with LoRA on.
+Otherwise one adapter is in the batch, as in most of the paper's runs. The plain adapter has rank r on stock SGLang and
+S-LoRA's sharding; block-diagonal ones (n = TP size) have r, 2r, 4r, and the largest rank with no more parameters
+("matched"). Rounds are interleaved (A B B A), servers that are not measured are stopped, and tokens are checked against
+PEFT first. A step's time is the median gap between tokens. Two cores exchange over gloo, where a collective is dear: the
+order of the variants says something about GPUs, the size of the gaps does not (``cost_model.py``).
 
-    python -m benchmark.paper.end_to_end [--tp 2] [--batch 1 8 32] [--rounds 3] [--tokens 16]
+    python -m benchmark.paper.end_to_end [--tp 2] [--batch 1 8 32] [--rounds 5] [--tokens 24]
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ VARIANTS = {
     "block-diagonal, matched": Variant("ours", ["bd-matched"]),
     "block-diagonal, 2r": Variant("ours", ["bd-2r"]),
     "block-diagonal, 4r": Variant("ours", ["bd-4r"]),
+    "ours, base model": Variant("ours", [None]),
     "base again (noise)": Variant("base", [None]),
 }
 
@@ -104,8 +106,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=16, help="new tokens of a request")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=24, help="new tokens of a request")
     options = parser.parse_args()
     ranks = ", ".join(f"{name} {choice.rank}" for name, choice in adapters_of(options.tp).items())
     settings = {

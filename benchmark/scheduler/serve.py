@@ -3,7 +3,7 @@
 The same server, unified memory, three times with another ``--schedule-policy``; few requests run at once, so that a
 queue forms. It confirms on real ranks what the simulator ranks at full scale.
 
-    python -m benchmark.scheduler.serve [--rounds 2] [--sessions 200] [--rate 8]
+    python -m benchmark.scheduler.serve [--rounds 3] [--sessions 40]
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmark.record import Recorder
@@ -25,48 +26,53 @@ POLICIES = ("fcfs", "lpm", "adapter-affinity")
 ADAPTERS, RANK = 24, 8
 POOL_TOKENS = 4096  # about ten adapters and the KV of some sessions
 MAX_RUNNING = 8
+SESSIONS = 40
 
 
-def scenarios(options: argparse.Namespace) -> dict[str, Workload]:
-    """More than the server can do, for long enough that a request left behind is seen: conversations behind a shared
-    prompt, and single requests that share nothing.
+def scenarios(sessions: int) -> dict[str, Workload]:
+    """Conversations that all begin within seconds and ask again soon, so that about as many requests wait all the time,
+    however fast the machine is. They are behind a shared prompt, and more than memory holds.
     """
     turns = Workload(
-        options.sessions,
-        options.rate,
-        ADAPTERS,
-        "zipf:1.0",
-        cv=2.0,
-        turns=(1, 3),
+        sessions,
+        rate=sessions / 2,
+        adapters=ADAPTERS,
+        popularity="zipf:1.0",
+        turns=(4, 9),
         user_tokens=(16, 65),
         new_tokens=(8, 25),
         system_tokens=64,
         think_s=0.5,
         vocab=tiny.VOCAB,
     )
-    single = dataclasses.replace(turns, rate=2 * options.rate, popularity="hot:0.5", turns=(1, 2), system_tokens=0)
-    return {
-        "Zipf 1.0, 1 to 2 turns behind a shared prompt": turns,
-        "One hot (half) + 23 cold, nothing shared": single,
-    }
+    return {"Zipf 1.0": turns, "One hot (half) + 23 cold": dataclasses.replace(turns, popularity="hot:0.5")}
+
+
+def build(folder: Path) -> tuple[Path, dict[str, Path]]:
+    """The model's folder, and name -> folder of the adapters."""
+    return tiny.build(folder, {f"a{i}": AdapterChoice(rank=RANK) for i in range(ADAPTERS)})
+
+
+def launch(adapters: Mapping[str, Path], policy: str) -> Launch:
+    """A server under that policy."""
+    memory = ("--adapter-memory", "unified", "--max-total-tokens", str(POOL_TOKENS))
+    limits = ("--max-running-requests", str(MAX_RUNNING), "--schedule-policy", policy)
+    return Launch(False, ("--tp", str(TP), *memory, *limits, *tiny.lora_paths(adapters)))
 
 
 def measure(options: argparse.Namespace, folder: Path) -> None:
     """The whole benchmark, in an empty folder."""
-    model, adapters = tiny.build(folder, {f"a{i}": AdapterChoice(rank=RANK) for i in range(ADAPTERS)})
+    model, adapters = build(folder)
     checked = {name: adapters[name] for name in list(adapters)[:2]}
     prompts, expected = tiny.prompts_and_answers(model, checked, (40,), CHECKED_TOKENS)
-    common = ("--tp", str(TP), "--adapter-memory", "unified", "--max-total-tokens", str(POOL_TOKENS))
-    common += ("--max-running-requests", str(MAX_RUNNING), *tiny.lora_paths(adapters))
-    servers = {policy: Launch(False, (*common, "--schedule-policy", policy)) for policy in options.policies}
+    servers = {policy: launch(adapters, policy) for policy in options.policies}
     settings = {
         "model": tiny.DESCRIPTION,
         "TP size": TP,
         "adapters": f"{ADAPTERS} plain, rank {RANK}",
         "server": f"unified memory of {POOL_TOKENS} slots, {MAX_RUNNING} requests at once",
-        "workload": f"{options.sessions} sessions, gamma arrivals of cv 2, turns of 16 to 64 random tokens, answers of "
-        f"8 to 24. With a shared prompt of 64 tokens: {options.rate:g} sessions/s, 0.5 s mean think time; without: "
-        f"{2 * options.rate:g}/s",
+        "workload": f"{options.sessions} conversations that begin within two seconds; 4 to 8 turns of 16 to 64 random "
+        "tokens, answers of 8 to 24, system prompt of 64, 0.5 s mean think time",
         "slo": f"TTFT within {options.slo_ttft_s:g} s",
         "rounds": options.rounds,
     }
@@ -77,7 +83,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
             recorder,
             members,
             {policy: Variant(policy, list(adapters)) for policy in members},
-            scenarios(options),
+            scenarios(options.sessions),
             rounds=options.rounds,
             slo_ttft_s=options.slo_ttft_s,
             adapter_bytes=lambda _: RANK * tiny.plain_bytes(TP),
@@ -89,9 +95,8 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
-    parser.add_argument("--sessions", type=int, default=200)
-    parser.add_argument("--rate", type=float, default=8.0, help="sessions per second")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--sessions", type=int, default=SESSIONS)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slo-ttft-s", type=float, default=2.0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -106,10 +106,32 @@ class Costs:
         return max(flops / (self.peak_flops * self.mfu), traffic / (self.hbm_bandwidth * self.mbu)) + launches
 
 
+@dataclass(frozen=True)
+class CpuCosts(Costs):
+    """A TP rank of the real servers that ``scheduler/serve.py`` starts: a tiny model in float32, two ranks, two cores.
+
+    Measured by ``benchmark/scheduler/calibrate.py`` on an AMD EPYC: a step is a sum of fixed parts, the client's and
+    the HTTP server's time on the same cores among them. Copies are left at what they cost on an H100: next to nothing.
+    """
+
+    model: Model = Model(layers=4, hidden=256, heads=4, kv_heads=2, head_dim=32, intermediate=384, item_bytes=4)
+    step_s: float = 16.7e-3
+    request_s: float = 0.3e-3
+    adapter_s: float = 0.7e-3
+    token_s: float = 0.09e-3
+    host_step_s: float = 16.7e-3
+
+    def forward_s(self, work: Work) -> float:
+        parts = self.request_s * work.requests + self.adapter_s * work.adapters + self.token_s * work.tokens
+        return self.step_s + parts
+
+
 @dataclass
 class Work:
     """What one step computes.
 
+    requests        that take part
+    adapters        distinct ones among them
     tokens          that go through the linears
     attended        sum over those tokens of the tokens each attends to
     context_tokens  whose KV is read
@@ -117,6 +139,8 @@ class Work:
     lora_flops      sum over tokens of 2 x the parameters of its adapter
     """
 
+    requests: int = 0
+    adapters: int = 0
     tokens: int = 0
     attended: float = 0.0
     context_tokens: int = 0
@@ -125,6 +149,7 @@ class Work:
 
     def extend(self, tokens: int, prefix: int, adapter_bytes: int, item_bytes: int = 2) -> None:
         """Add a request that computes ``tokens`` behind ``prefix`` cached ones."""
+        self.requests += 1
         self.tokens += tokens
         self.attended += tokens * (prefix + tokens / 2)
         self.context_tokens += prefix + tokens

@@ -14,7 +14,7 @@ from benchmark.simulation.costs import GIB, Costs
 from benchmark.simulation.figures import figures
 from benchmark.simulation.policies import Policy
 from benchmark.simulation.simulator import Simulator
-from benchmark.simulation.systems import Adapter, System, make_adapters
+from benchmark.simulation.systems import MAX_RUNNING, Adapter, System, make_adapters
 
 SEEDS = (0, 1, 2)
 PROCESSES = 2
@@ -51,16 +51,23 @@ def single_turn(
     return Workload(int(rate * seconds), rate, adapters, popularity=popularity, cv=cv)
 
 
+H100 = Costs()
+
+
 @dataclass(frozen=True)
 class Scenario:
-    """memory_gib  left for adapters and KV after the model's weights
-    ranks       of the adapters, taking turns
+    """memory_gib   left for adapters and KV after the model's weights
+    ranks        of the adapters, taking turns
+    costs        of the machine and its model
+    max_running  requests at once, at most
     """
 
     name: str
     workload: Workload
-    memory_gib: int
+    memory_gib: float
     ranks: tuple[int, ...] = MIXED_RANKS
+    costs: Costs = H100
+    max_running: int = MAX_RUNNING
 
     def shortened(self) -> Scenario:
         """A fifth of the sessions."""
@@ -80,17 +87,25 @@ Contenders = Callable[[Scenario], Mapping[str, Contender]]
 
 def play(contenders: Contenders, scenario: Scenario, name: str, seed: int) -> dict[str, float]:
     """Figures of one run."""
-    contender, costs = contenders(scenario)[name], Costs()
+    contender, costs = contenders(scenario)[name], scenario.costs
     adapters = make_adapters(scenario.ranks, scenario.workload.adapters, costs)
-    system = contender.system(adapters, scenario.memory_gib * GIB // costs.model.slot_bytes, costs)
+    system = contender.system(adapters, round(scenario.memory_gib * GIB) // costs.model.slot_bytes, costs)
     sessions = replace(scenario.workload, seed=seed).generate()
-    return figures(Simulator(system, contender.policy(system), adapters, sessions, costs).run())
+    policy = contender.policy(system)
+    return figures(Simulator(system, policy, adapters, sessions, costs, scenario.max_running).run())
 
 
-def main(part: str, document: str, scenarios: Sequence[Scenario], contenders: Contenders) -> None:
+def main(
+    part: str,
+    document: str,
+    scenarios: Sequence[Scenario],
+    contenders: Contenders,
+    settings: Mapping[str, object] = SETTINGS,
+) -> None:
     """The command line of an experiment: play everything, record it as ``part``, print its tables.
 
     document  docstring of the experiment; ``contenders`` has to be a function of a module, for the processes
+    settings  what a reader has to know
     """
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -99,7 +114,7 @@ def main(part: str, document: str, scenarios: Sequence[Scenario], contenders: Co
     quick = parser.parse_args().quick
     seeds = SEEDS[:1] if quick else SEEDS
     scenarios = [scenario.shortened() for scenario in scenarios] if quick else scenarios
-    recorder = None if quick else Recorder(part, seeds[0], SETTINGS | {"seeds": ", ".join(map(str, seeds))})
+    recorder = None if quick else Recorder(part, seeds[0], dict(settings) | {"seeds": ", ".join(map(str, seeds))})
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     jobs = [(scenario, name, seed) for scenario in scenarios for name in contenders(scenario) for seed in seeds]
     with ProcessPoolExecutor(PROCESSES) as pool:

@@ -37,7 +37,9 @@ class Simulator:
         adapters: Sequence[Adapter],
         sessions: Sequence[Session],
         costs: Costs,
+        max_running: int = MAX_RUNNING,
     ) -> None:
+        self.max_running = max_running
         self.system, self.policy, self.adapters, self.costs = system, policy, adapters, costs
         self.cache = system.cache
         self.allocator = self.cache.token_to_kv_pool_allocator
@@ -99,7 +101,7 @@ class Simulator:
             self.waiting.append(req)
 
     def _alone_s(self, tokens: int, adapter: Adapter) -> float:
-        work = Work(adapter_bytes=adapter.size_bytes)
+        work = Work(adapters=1, adapter_bytes=adapter.size_bytes)
         work.extend(tokens, 0, adapter.size_bytes)
         return self.costs.forward_s(work) + self.costs.load_image_s(adapter.size_bytes)
 
@@ -109,7 +111,7 @@ class Simulator:
         """Admit what can be admitted and run it; False if that is nothing."""
         if (self.full or not self.waiting) and self.chunked is None:
             return False
-        if len(self.running) >= MAX_RUNNING and self.chunked is None:
+        if len(self.running) >= self.max_running and self.chunked is None:
             self.full = True
             return False
         self.policy.order(self.waiting, self.running, self.now_s)
@@ -142,7 +144,7 @@ class Simulator:
         for req in self.waiting:
             if not self.policy.admits(req, lora_ids, partial(self._fits, req.lora_id, lora_ids)):
                 continue
-            if len(adder.can_run_list) >= MAX_RUNNING - len(self.running):
+            if len(adder.can_run_list) >= self.max_running - len(self.running):
                 self.full = True
                 break
             req.init_next_round_input(self.cache)
@@ -172,7 +174,7 @@ class Simulator:
                 req.record.cached_tokens = start * PAGE_TOKENS
             work.extend((end - start) * PAGE_TOKENS, start * PAGE_TOKENS, req.adapter.size_bytes)
             seen.add(req.adapter)
-        work.adapter_bytes = sum(adapter.size_bytes for adapter in seen)
+        work.adapters, work.adapter_bytes = len(seen), sum(adapter.size_bytes for adapter in seen)
         self._pass(self._step_s({req.lora_id for req in batch}, work, matches))
         for req in batch:
             if req is self.chunked:
@@ -211,7 +213,8 @@ class Simulator:
                 self._finish(req)
 
     def _decode_work(self, steps: int) -> Work:
-        work = Work(adapter_bytes=sum({req.adapter: req.adapter.size_bytes for req in self.running}.values()))
+        seen = {req.adapter for req in self.running}
+        work = Work(adapters=len(seen), adapter_bytes=sum(adapter.size_bytes for adapter in seen))
         for req in self.running:
             work.extend(1, req.record.prompt_tokens + req.generated + steps // 2, req.adapter.size_bytes)
         return work

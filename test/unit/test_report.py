@@ -9,6 +9,8 @@ import pytest
 from benchmark.record import REPOSITORY, Recorder, newest
 from benchmark.report import DOCUMENTS, IMAGES, SECTIONS, Column, Section, render, table
 
+PART = "end_to_end_tp2"
+
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_documents_are_what_the_raw_results_give(document):
@@ -26,10 +28,10 @@ def test_every_section_is_in_the_documentation_with_its_plot():
 
 
 def record(folder: Path, values: dict[str, list[float]], finish: bool) -> None:
-    recorder = Recorder("decode", 7, {"rounds": 2}, folder)
+    recorder = Recorder(PART, 7, {"rounds": 2}, folder)
     for number in range(2):
         for variant, rounds in values.items():
-            recorder.add("1 request", variant, number, {"tpot_ms_p50": rounds[number]})
+            recorder.add("1 request", variant, number, {"itl_ms_p50": rounds[number]})
     if finish:
         recorder.finish()
 
@@ -37,17 +39,17 @@ def record(folder: Path, values: dict[str, list[float]], finish: bool) -> None:
 def test_the_newest_finished_run_is_taken_and_a_broken_one_is_kept(tmp_path):
     record(tmp_path, {"base": [1.0, 3.0]}, finish=True)
     record(tmp_path, {"base": [50.0, 60.0]}, finish=False)
-    run = newest("decode", tmp_path)
+    run = newest(PART, tmp_path)
     assert run is not None
-    assert run.figures == {"1 request": {"base": {"tpot_ms_p50": [1.0, 3.0]}}}
+    assert run.figures == {"1 request": {"base": {"itl_ms_p50": [1.0, 3.0]}}}
     assert run.conditions["seed"] == 7
     assert {"command", "commit", "machine", "versions"} <= set(run.conditions)
-    assert "60.0" in (tmp_path / "decode.jsonl").read_text()
+    assert "60.0" in (tmp_path / f"{PART}.jsonl").read_text()
     assert newest("memory", tmp_path) is None
 
 
 def test_table_shows_median_range_and_the_baseline():
-    section = Section("decode", "base", (Column("TPOT, ms", "tpot"), Column("hits, %", "hits", 0, 100.0)))
+    section = Section(PART, "base", (Column("TPOT, ms", "tpot"), Column("hits, %", "hits", 0, 100.0)))
     figures = {"base": {"tpot": [10.0, 20.0, 12.0]}, "ours": {"tpot": [15.0, 15.0, 15.0], "hits": [0.5, 0.25, 0.75]}}
     assert table(section, figures).splitlines() == [
         "|  | TPOT, ms | against base | hits, % |",
@@ -58,15 +60,16 @@ def test_table_shows_median_range_and_the_baseline():
 
 
 def test_a_run_without_the_baseline_compares_nothing():
-    section = Section("decode", "base", (Column("TPOT, ms", "tpot"),))
+    section = Section(PART, "base", (Column("TPOT, ms", "tpot"),))
     assert table(section, {"ours": {"tpot": [15.0]}}).splitlines()[2] == "| ours | 15.0 |  |"
 
 
 def test_render_replaces_what_stands_between_the_marks_and_nothing_else(tmp_path):
     record(tmp_path, {"base": [1.0, 3.0], "ours": [2.0, 2.0]}, finish=True)
-    text = "before\n<!-- begin decode-summary -->\nold\n<!-- end decode-summary -->\nafter\n"
+    text = f"before\n<!-- begin {PART}-summary -->\nold\n<!-- end {PART}-summary -->\nafter\n"
     made = render("README.md", text, tmp_path)
-    assert made.startswith("before\n<!-- begin decode-summary -->\n1 request:")
-    assert made.endswith("([raw](benchmark/results/decode.jsonl)).\n<!-- end decode-summary -->\nafter\n")
+    assert made.startswith(f"before\n<!-- begin {PART}-summary -->\n1 request:")
+    assert f"![{PART}](docs/images/{PART}.svg)" in made
+    assert made.endswith(f"([raw](benchmark/results/{PART}.jsonl)).\n<!-- end {PART}-summary -->\nafter\n")
     assert "old" not in made
     assert render("README.md", made, tmp_path) == made
