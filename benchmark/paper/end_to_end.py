@@ -4,8 +4,8 @@ The base model is measured on stock SGLang without LoRA, twice, which shows the 
 Otherwise one adapter is in the batch, as in most of the paper's runs. The plain adapter has rank r on stock SGLang and
 S-LoRA's sharding; block-diagonal ones (n = TP size) have r, 2r, 4r, and the largest rank with no more parameters
 ("matched"). Rounds are interleaved (A B B A), servers that are not measured are stopped, and tokens are checked against
-PEFT first. A step's time is the median gap between tokens. Two cores exchange over gloo, where a collective is dear: the
-order of the variants says something about GPUs, the size of the gaps does not (``cost_model.py``).
+PEFT first. A step's time is the median gap between tokens. Two cores exchange over gloo, where a collective is dear:
+the order of the variants says something about GPUs, the size of the gaps does not (``cost_model.py``).
 
     python -m benchmark.paper.end_to_end [--tp 2] [--batch 1 8 32] [--rounds 5] [--tokens 24]
 """
