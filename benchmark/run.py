@@ -39,7 +39,7 @@ PARTS = {
     "quality": Part("benchmark.quality.train", 600),
     "cost_model": Part("benchmark.paper.cost_model", 60),
     "counts": Part("benchmark.paper.counts", 240, quick=False),
-    "end_to_end_tp4": Part("benchmark.paper.end_to_end --tp 4 --rounds 2", 540, quick=False),
+    "end_to_end_tp4": Part("benchmark.paper.end_to_end --tp 4 --rounds 5", 600, quick=False),
     "memory_simulated": Part("benchmark.memory.simulate", 300, quick=False),
     "scheduler_simulated": Part("benchmark.scheduler.simulate", 420, quick=False),
 }

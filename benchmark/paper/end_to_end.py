@@ -7,7 +7,7 @@ S-LoRA's sharding; block-diagonal ones (n = TP size) have r, 2r, 4r, and the lar
 PEFT first. A step's time is the median gap between tokens. Two cores exchange over gloo, where a collective is dear:
 the order of the variants says something about GPUs, the size of the gaps does not (``cost_model.py``).
 
-    python -m benchmark.paper.end_to_end [--tp 2] [--batch 1 8 32] [--rounds 5] [--tokens 24]
+    python -m benchmark.paper.end_to_end [--tp 2] [--batch 1 8 32] [--rounds 10] [--tokens 12]
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=24, help="new tokens of a request")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=12, help="new tokens of a request")
     options = parser.parse_args()
     ranks = ", ".join(f"{name} {choice.rank}" for name, choice in adapters_of(options.tp).items())
     settings = {

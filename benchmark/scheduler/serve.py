@@ -3,7 +3,7 @@
 The same server, unified memory, three times with another ``--schedule-policy``; few requests run at once, so that a
 queue forms. It confirms on real ranks what the simulator ranks at full scale.
 
-    python -m benchmark.scheduler.serve [--rounds 3] [--sessions 40]
+    python -m benchmark.scheduler.serve [--rounds 2] [--sessions 40]
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def scenarios(sessions: int) -> dict[str, Workload]:
         rate=sessions / 2,
         adapters=ADAPTERS,
         popularity="zipf:1.0",
-        turns=(4, 9),
+        turns=(3, 7),
         user_tokens=(16, 65),
         new_tokens=(8, 25),
         system_tokens=64,
@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         "TP size": TP,
         "adapters": f"{ADAPTERS} plain, rank {RANK}",
         "server": f"unified memory of {POOL_TOKENS} slots, {MAX_RUNNING} requests at once",
-        "workload": f"{options.sessions} conversations that begin within two seconds; 4 to 8 turns of 16 to 64 random "
+        "workload": f"{options.sessions} conversations that begin within two seconds; 3 to 6 turns of 16 to 64 random "
         "tokens, answers of 8 to 24, system prompt of 64, 0.5 s mean think time",
         "slo": f"TTFT within {options.slo_ttft_s:g} s",
         "rounds": options.rounds,
@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     parser.add_argument("--sessions", type=int, default=SESSIONS)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--slo-ttft-s", type=float, default=2.0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
@@ -10,9 +10,9 @@ from sglang.srt.plugins.hook_registry import HookType
 from blocklora_patches.affinity_policy import AdapterAffinityPolicy
 from blocklora_patches.hook import Hook
 
-# Waiting requests whose adapters are read from disk ahead, into host memory.
-DISK_HEAD_REQUESTS = 32
-# Waiting requests whose adapters are brought into the arena ahead. There a place costs another adapter's or KV's: what
+# Waiting requests whose adapters are read from disk ahead, and for which nothing they need is evicted here.
+HEAD_REQUESTS = 32
+# Those of them whose adapters are brought into the arena ahead. There a place costs another adapter's or KV's: what
 # comes for a request far down the queue is evicted again before it is used (docs/scheduler.md).
 ARENA_HEAD_REQUESTS = 4
 
@@ -26,19 +26,23 @@ def _get_new_batch_prefill(result: Any, self: Any, running_batch: Any) -> None:
     manager = self.tp_worker.model_runner.lora_manager
     if manager is None or not isinstance(self.policy, AdapterAffinityPolicy):
         return
-    pool, head = manager.pool, self.waiting_queue[:ARENA_HEAD_REQUESTS]
-    soon = self.waiting_queue[:DISK_HEAD_REQUESTS]
-    pool.prefetch(dict.fromkeys(req.lora_id for req in soon if req.lora_id is not None))
-    first = next((i for i, req in enumerate(head) if _can_be_loaded(pool, req.lora_id)), None)
+    pool, head = manager.pool, self.waiting_queue[:HEAD_REQUESTS]
+    pool.prefetch(dict.fromkeys(req.lora_id for req in head if req.lora_id is not None))
+    first = next((req.lora_id for req in head[:ARENA_HEAD_REQUESTS] if _can_be_loaded(pool, req.lora_id)), None)
     if first is None:
         return
     batches = [batch.reqs for batch in (result.running_batch, result.batch_to_run) if batch is not None]
     parked = [self.chunked_req] if self.chunked_req is not None else []
-    keep = {req.lora_id for reqs in (*batches, parked, head[:first]) for req in reqs if req.lora_id is not None}
-    nodes = [req.last_node for req in head[:first] if req.last_node is not None]
-    with self.tree_cache.keeping(nodes) if manager.unified else nullcontext():
-        if pool.load_ahead(head[first].lora_id, keep):
-            manager.decisions.record("ahead", adapter=pool.loaded[head[first].lora_id].name)
+    keep = {req.lora_id for reqs in (*batches, parked, head) for req in reqs if req.lora_id is not None}
+    with _keeping(self.tree_cache, head) if manager.unified else nullcontext():
+        if pool.load_ahead(first, keep):
+            manager.decisions.record("ahead", adapter=pool.loaded[first].name)
+
+
+def _keeping(cache: Any, waiting: list[Any]) -> AbstractContextManager[None]:
+    """Nothing that these requests have in the tree is evicted meanwhile: adapters and matched prefixes."""
+    matched = [req.last_node for req in waiting if req.last_node is not None]
+    return cache.keeping([*matched, *cache.nodes_of(dict.fromkeys(req.lora_id for req in waiting))])
 
 
 def _can_be_loaded(pool: Any, key: str | None) -> bool:

@@ -84,17 +84,18 @@ def test_an_idle_adapter_that_nobody_before_needs_gives_way() -> None:
     assert look.ahead(look.request("c"), look.request("d")) == {"a", "c", "d"}
 
 
-@pytest.mark.parametrize("before", ["b", None])
-def test_what_a_request_before_it_needs_stays(before: str | None) -> None:
-    """100 slots are free, of which 60 then hold the KV of a prompt that waits before c."""
+@pytest.mark.parametrize("place", [0, 2], ids=["behind", "before"])
+@pytest.mark.parametrize("other", ["b", None])
+def test_what_another_waiting_request_needs_stays(other: str | None, place: int) -> None:
+    """100 slots are free, of which 60 then hold the KV of a prompt that waits before or behind c."""
     look = Look()
     prompt = tuple(range(60))
     slots = look.cache.token_to_kv_pool_allocator.alloc(len(prompt))
-    look.cache.insert(InsertParams(key=RadixKey(array("q", prompt), look.id(before)), value=slots))
-    first, idle = look.request(before, prompt), look.request("b")
-    assert look.ahead(first, idle, look.request("c")) == {"a", "b"}
-    found = look.cache.match_prefix(MatchPrefixParams(key=RadixKey(array("q", prompt), look.id(before))))
+    look.cache.insert(InsertParams(key=RadixKey(array("q", prompt), look.id(other)), value=slots))
+    others = [look.request(other, prompt), look.request("b")]
+    assert look.ahead(*others[:place], look.request("c"), *others[place:]) == {"a", "b"}
+    found = look.cache.match_prefix(MatchPrefixParams(key=RadixKey(array("q", prompt), look.id(other))))
     assert len(found.device_indices) == len(prompt)
     assert look.cache.protected_size() == SLOTS["a"], "a lock was left behind"
-    look.request("b"), look.request(before, prompt)  # used last, so that without locks they would still go for c
+    look.request("b"), look.request(other, prompt)  # used last, so that without locks they would still go for c
     assert "c" in look.ahead(look.request("c"))
