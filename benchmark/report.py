@@ -69,7 +69,7 @@ LATENCIES = (
 )
 CACHES = (
     Column("KV hits, %", "kv_hit_rate", 0, PERCENT),
-    Column("adapter hits, %", "adapter_hit_rate", 0, PERCENT),
+    Column("loads per 100 requests", "adapter_loads_per_request", 0, PERCENT),
     Column("MiB copied", "copied_mib", 0),
     Column("failed", "failed_requests", 0),
 )
@@ -173,27 +173,21 @@ def conditions(part: str, run: Run, root: str) -> str:
     )
 
 
-def plots(section: Section, root: str) -> list[str]:
-    """The link to the part's plot, if it has one."""
-    return [f"![{section.part}]({root}{IMAGES}/{section.part}.svg)"] if section.plotted else []
-
-
 def details(section: Section, run: Run | None, root: str) -> str:
     """The part's block in docs/benchmarks.md: every scenario, its conditions and its plot."""
     if run is None:
         return f"Not measured yet: `make bench PARTS={section.part}`."
     blocks = [f"**{scenario}**\n\n{table(section, variants)}" for scenario, variants in run.figures.items()]
-    return "\n\n".join([*blocks, *plots(section, root), conditions(section.part, run, root)])
+    plot = [f"![{section.part}]({root}{IMAGES}/{section.part}.svg)"] if section.plotted else []
+    return "\n\n".join([*blocks, *plot, conditions(section.part, run, root)])
 
 
 def summary(section: Section, run: Run | None, root: str) -> str:
-    """The part's block elsewhere: the first scenario, its conditions and the plot."""
+    """The part's block elsewhere: the first scenario and its conditions."""
     if run is None:
         return f"Not measured yet: `make bench PARTS={section.part}`."
     scenario, variants = next(iter(run.figures.items()))
-    return "\n\n".join(
-        [f"{scenario}:", table(section, variants), *plots(section, root), conditions(section.part, run, root)]
-    )
+    return "\n\n".join([f"{scenario}:", table(section, variants), conditions(section.part, run, root)])
 
 
 BLOCKS: dict[str, Callable[[Section, Run | None, str], str]] = {"": details, "-summary": summary}

@@ -39,6 +39,8 @@ PARTS = {
     "quality": Part("benchmark.quality.train", 600),
     "cost_model": Part("benchmark.paper.cost_model", 60),
     "counts": Part("benchmark.paper.counts", 240, quick=False),
+    "counts_tp4": Part("benchmark.paper.counts --tp 4", 420, quick=False),
+    "counts_tp8": Part("benchmark.paper.counts --tp 8", 900, quick=False),
     "end_to_end_tp4": Part("benchmark.paper.end_to_end --tp 4 --rounds 5", 600, quick=False),
     "memory_simulated": Part("benchmark.memory.simulate", 300, quick=False),
     "scheduler_simulated": Part("benchmark.scheduler.simulate", 420, quick=False),

@@ -19,7 +19,7 @@ SCENARIOS = tuple(
 )
 SETTINGS = {
     "SIMULATED": "SGLang's and our own tree, allocator, admission and pools; a step as long as on the real servers",
-    "workload": "that of the real servers, with the same seeds",
+    "workload": "that of the real servers; turns and answers are rounded up to 16 tokens",
 }
 
 

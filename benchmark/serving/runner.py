@@ -53,7 +53,7 @@ def interleave(
                     figures = client.summary(*client.play(server.url, sessions, names, label), slo_ttft_s)
                     loads = member.adapter_loads() - before
                     figures["adapter_loads"] = loads.total()
-                    figures["adapter_hit_rate"] = 1 - loads.total() / figures["requests"]
+                    figures["adapter_loads_per_request"] = loads.total() / figures["requests"]
                     figures["copied_mib"] = sum(adapter_bytes(name) * n for name, n in loads.items()) / 2**20
                     if number >= 0:
                         recorder.add(scenario, variant, number, figures)

@@ -96,6 +96,10 @@ class Costs:
         scatter = max(2 * adapter_bytes / (self.hbm_bandwidth * self.mbu), self.scatter_copies * self.copy_s)
         return adapter_bytes / self.pcie_bandwidth + scatter
 
+    def step_seconds(self, work: Work, look_ups_s: float) -> float:
+        """One step without loading: the GPU's time, or the scheduler's where that takes longer."""
+        return max(self.forward_s(work), self.host_step_s + look_ups_s)
+
     def forward_s(self, work: Work) -> float:
         """One forward step without loading."""
         model = self.model
@@ -119,7 +123,9 @@ class CpuCosts(Costs):
     request_s: float = 0.3e-3
     adapter_s: float = 0.7e-3
     token_s: float = 0.09e-3
-    host_step_s: float = 16.7e-3
+
+    def step_seconds(self, work: Work, look_ups_s: float) -> float:
+        return self.forward_s(work) + look_ups_s  # one core does both
 
     def forward_s(self, work: Work) -> float:
         parts = self.request_s * work.requests + self.adapter_s * work.adapters + self.token_s * work.tokens

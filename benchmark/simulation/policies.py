@@ -17,10 +17,13 @@ from sglang_blocklora.settings import Settings
 from benchmark.simulation import upstream
 from benchmark.simulation.costs import CHUNK_TOKENS, PAGE_TOKENS
 
+LPM_LONGEST_QUEUE = 128  # upstream's SchedulePolicy._determine_active_policy
+
 
 class Policy(Protocol):
     """``order`` sorts the queue in place; ``admits`` says whether a request may join; ``look_ahead`` is told of each
-    step, before it runs, and may load adapters of requests that wait.
+    step, before it runs, and may load adapters of requests that wait; ``look_ups(n)`` says how many of ``n`` waiting
+    requests' prefixes are looked up in a step.
 
     lora_ids  adapters of the batch so far
     fits      whether the request's adapter can be added, asked only where it matters
@@ -30,16 +33,20 @@ class Policy(Protocol):
     def order(self, waiting: list[upstream.Req], running: list[upstream.Req], now_s: float) -> None: ...
     def admits(self, request: upstream.Req, lora_ids: set[str], fits: Callable[[], bool]) -> bool: ...
     def look_ahead(self, waiting: list[upstream.Req], running: list[upstream.Req]) -> None: ...
+    def look_ups(self, waiting: int) -> int: ...
 
 
-class NoLookAhead:
-    """Loads nothing before a batch needs it."""
+class Blind:
+    """Loads nothing before a batch needs it, and looks nothing up to order the queue."""
 
     def look_ahead(self, waiting: list[upstream.Req], running: list[upstream.Req]) -> None:
         pass
 
+    def look_ups(self, waiting: int) -> int:
+        return 0
 
-class Upstream(NoLookAhead):
+
+class Upstream(Blind):
     """A policy of SGLang by its name on the command line: ``fcfs``, ``lpm``."""
 
     def __init__(self, name: str, cache: upstream.UnifiedRadixCache) -> None:
@@ -51,8 +58,12 @@ class Upstream(NoLookAhead):
     def admits(self, request: upstream.Req, lora_ids: set[str], fits: Callable[[], bool]) -> bool:
         return fits()
 
+    def look_ups(self, waiting: int) -> int:
+        """``lpm`` looks up all of a short queue, and none of a long one."""
+        return waiting if self.policy.policy.value == "lpm" and waiting <= LPM_LONGEST_QUEUE else 0
 
-class SLoRACluster(NoLookAhead):
+
+class SLoRACluster(Blind):
     """S-LoRA's adapter clustering (arXiv 2311.03285): adapters of the running batch first, then whole groups.
 
     No ageing, as published.
@@ -69,7 +80,7 @@ class SLoRACluster(NoLookAhead):
         return fits()
 
 
-class LoRAXRotation(NoLookAhead):
+class LoRAXRotation(Blind):
     """LoRAX: a queue per adapter, the oldest request of the active adapters first, adapters rotating every 2 s.
 
     active   adapters that 10 % of an H100 holds (its ``adapter_memory_fraction``) at rank 64: 24
@@ -140,7 +151,12 @@ class Affinity:
         return self.policy.admits(request, lora_ids, fits)
 
     def look_ahead(self, waiting: list[upstream.Req], running: list[upstream.Req]) -> None:
-        scheduler = SimpleNamespace(**vars(self.scheduler), policy=self.policy, waiting_queue=waiting, chunked_req=None)
+        scheduler = SimpleNamespace(
+            **vars(self.scheduler), policy=self.policy, waiting_queue=waiting, chunked_req=None, page_size=1
+        )
         result = SimpleNamespace(running_batch=SimpleNamespace(reqs=running), batch_to_run=None)
         with patch.object(upstream.look_ahead, "ARENA_HEAD_REQUESTS", self.arena_head):
             upstream.look_ahead._get_new_batch_prefill(result, scheduler, None)
+
+    def look_ups(self, waiting: int) -> int:
+        return min(waiting, upstream.affinity_policy.MATCHES_PER_STEP)

@@ -51,8 +51,6 @@ class Simulator:
         self.running: list[upstream.Req] = []
         self.chunked: upstream.Req | None = None
         self.full = False
-        self.ahead_s = 0.0  # copies that go on beside the step
-        self.due_s = 0.0  # copies that it waits for
         self.outcome = Outcome()
         self.steps = 0
         self.arrivals: list[tuple[float, int, Conversation]] = []
@@ -115,7 +113,7 @@ class Simulator:
             self.full = True
             return False
         self.policy.order(self.waiting, self.running, self.now_s)
-        matches = len(self.waiting)
+        matches = self.policy.look_ups(len(self.waiting))
         adder = upstream.PrefillAdder(
             1,
             self.cache,
@@ -135,7 +133,6 @@ class Simulator:
         self.waiting = [req for req in self.waiting if req not in admitted]
         if adder.new_chunked_req is not None:
             self.chunked = adder.new_chunked_req
-        self._look_ahead([*self.running, *adder.can_run_list])
         self._extend(adder.can_run_list, matches + len(admitted))
         return True
 
@@ -162,6 +159,7 @@ class Simulator:
         self.rows.alloc(batch)
         needed = sum(req.extend_range.length for req in batch)
         slots = self._allocate(needed)
+        self.policy.look_ahead(self.waiting, [*self.running, *batch])
         work, seen = Work(), set()
         for req in batch:
             start, end = req.extend_range
@@ -193,11 +191,11 @@ class Simulator:
 
     def _decode(self) -> None:
         """Some decode steps at once: up to a page, the first end of a request or the next arrival."""
-        self._look_ahead(self.running)
+        self.policy.look_ahead(self.waiting, self.running)
         steps = min(PAGE_TOKENS, min(req.record.new_tokens - req.generated for req in self.running))
         work = self._decode_work(steps)
         lora_ids = {req.lora_id for req in self.running}
-        step_s = self._step_s(lora_ids, work, 0 if self.full else len(self.waiting))
+        step_s = self._step_s(lora_ids, work, 0 if self.full else self.policy.look_ups(len(self.waiting)))
         if self.arrivals:
             steps = min(steps, max(1, -int(-(self.arrivals[0][0] - self.now_s) // step_s)))
         self._make_room(steps)
@@ -256,11 +254,6 @@ class Simulator:
 
     # --- both
 
-    def _look_ahead(self, running: list[upstream.Req]) -> None:
-        self.due_s = self.system.take_load_s()
-        self.policy.look_ahead(self.waiting, running)
-        self.ahead_s = self.system.take_load_s()
-
     def _allocate(self, count: int) -> np.ndarray:
         upstream.evict_from_tree_cache(self.cache, count)
         slots = self.allocator.alloc(count)
@@ -271,12 +264,11 @@ class Simulator:
     def _step_s(self, lora_ids: set[str], work: Work, matches: int) -> float:
         """Seconds of one step of a batch without loading: the GPU's, or the scheduler's where that takes longer."""
         self.system.prepare(lora_ids)
-        return max(self.costs.forward_s(work), self.costs.host_step_s + matches * self.system.match_s)
+        return self.costs.step_seconds(work, matches * self.system.match_s)
 
     def _pass(self, seconds: float, steps: int = 1) -> None:
-        """Let time pass; loads come first, not hidden behind anything, but for those ahead."""
-        self.now_s += max(seconds, self.ahead_s) + self.due_s + self.system.take_load_s()
-        self.ahead_s = self.due_s = 0.0
+        """Let time pass; loads come first, not hidden behind anything."""
+        self.now_s += seconds + self.system.take_load_s()
         if self.steps // SAMPLE_STEPS != (self.steps + steps) // SAMPLE_STEPS:
             self._sample()
         self.steps += steps

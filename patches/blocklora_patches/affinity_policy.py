@@ -54,7 +54,7 @@ class AdapterAffinityPolicy(SchedulePolicy):
         load_tokens = {key: self._load_tokens(key, running) for key in {req.lora_id: None for req in waiting_queue}}
         order = self._affinity.order(
             [req.ticket for req in waiting_queue],
-            [(req.priority or 0) * self.priority_sign for req in waiting_queue],
+            [self._priority(req) for req in waiting_queue],
             [req.num_matched_prefix_tokens for req in waiting_queue],
             [load_tokens[req.lora_id] for req in waiting_queue],
             [_cost_tokens(req) for req in waiting_queue],
@@ -82,6 +82,10 @@ class AdapterAffinityPolicy(SchedulePolicy):
         new = [req for req in waiting_queue if req.last_node is None][:MATCHES_PER_STEP]
         head = [req for req in waiting_queue[:MATCHES_PER_STEP] if req.last_node is not None]
         return self._compute_prefix_matches((head[: MATCHES_PER_STEP - len(new)]) + new, CacheAwarePolicy.LPM)
+
+    def _priority(self, req: Any) -> int:
+        """Smaller goes first. Upstream keeps what a client asked for also where priorities are off."""
+        return (req.priority or 0) * self.priority_sign if self.enable_priority_scheduling else 0
 
     def _adapter_name(self, lora_id: str | None) -> str | None:
         if lora_id is None or self._manager is None or lora_id not in self._manager.pool.loaded:

@@ -31,11 +31,11 @@ HOOKS = (
     *lora_manager.HOOKS,
     *lora_registry.HOOKS,
     *load_on_use.HOOKS,
-    *look_ahead.HOOKS,
     *model_runner.HOOKS,
     *schedule_batch.HOOKS,
     *schedule_policy.HOOKS,
     *scheduler.HOOKS,
+    *look_ahead.HOOKS,  # behind the scheduler's, which refuse requests whose adapter could not be read
     *scheduler_state.HOOKS,
     *serving_base.HOOKS,
     *serving_responses.HOOKS,

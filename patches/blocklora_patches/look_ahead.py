@@ -33,9 +33,12 @@ def _get_new_batch_prefill(result: Any, self: Any, running_batch: Any) -> None:
         return
     batches = [batch.reqs for batch in (result.running_batch, result.batch_to_run) if batch is not None]
     parked = [self.chunked_req] if self.chunked_req is not None else []
+    spare = sum(len(reqs) for reqs in batches) * self.page_size  # what their next step may take
+    if manager.unified and not self.tree_cache.has_room(first, spare):
+        return  # nothing need be locked to know that
     keep = {req.lora_id for reqs in (*batches, parked, head) for req in reqs if req.lora_id is not None}
     with _keeping(self.tree_cache, head) if manager.unified else nullcontext():
-        if pool.load_ahead(first, keep):
+        if pool.load_ahead(first, keep, spare):
             manager.decisions.record("ahead", adapter=pool.loaded[first].name)
 
 

@@ -23,7 +23,7 @@ def _taken_by_adapters(scheduler: Any, req: Any) -> int:
 
 
 def _room(scheduler: Any, req: Any) -> int:
-    """Tokens that ``req`` could generate if it ran alone; negative where its prompt alone does not fit."""
+    """Tokens that ``req`` could generate if it ran alone; none where it cannot run at all."""
     page = scheduler.page_size
     prompt = -(-len(req.origin_input_ids) // page) * page
     # PrefillAdder adds a page for rounding, and wants more slots than it needs.
@@ -38,7 +38,7 @@ def _init_req_max_new_tokens(self: Any, req: Any) -> None:
 
 def _add_request_to_queue(self: Any, req: Any, is_retracted: bool = False) -> None:
     taken = _taken_by_adapters(self, req)
-    if taken == 0 or req.output_ids or _room(self, req) >= 0:
+    if taken == 0 or req.output_ids or _room(self, req) > 0:
         return
     message = (
         f"The prompt of {len(req.origin_input_ids)} tokens can never run: of the KV pool's {self.max_total_num_tokens} "

@@ -129,9 +129,9 @@ class AdapterPrefixCache(UnifiedRadixCache):
         held = [self._prefixes[key] for key in (*self._pins, lora_id) if key in self._prefixes]
         return sum({prefix.content_hash: prefix.slots for prefix in held}.values())
 
-    def has_room(self, lora_id: str) -> bool:
-        """Whether an adapter's slots are free, or are once everything not in use is evicted."""
-        shortfall = self._prefixes[lora_id].slots - self.token_to_kv_pool_allocator.available_size()
+    def has_room(self, lora_id: str, spare: int = 0) -> bool:
+        """Whether an adapter's slots and ``spare`` more are free, or are once everything not in use is evicted."""
+        shortfall = self._prefixes[lora_id].slots + spare - self.token_to_kv_pool_allocator.available_size()
         return shortfall <= self.evictable_size()
 
     def reserve(self, lora_id: str) -> torch.Tensor | None:

@@ -313,6 +313,19 @@ def test_what_can_never_fit_is_refused_and_what_fits_is_shortened_until_it_runs(
         assert admission.one_pass() == [request]
 
 
+@pytest.mark.parametrize("room", [0, 1])
+def test_without_room_for_a_single_new_token_a_request_is_refused(room: int) -> None:
+    """It would never be admitted. With pages the room is seldom exactly none."""
+    admission = Admission()
+    probe = admission.request("c", [1] * 8, 10)
+    admission.scheduler.max_total_num_tokens -= scheduler._room(admission.scheduler, probe) - room
+    request = admission.request("c", [1] * 8, 10)
+    assert bool(request.messages) == (room == 0)
+    if room:
+        admission.waiting = [request]
+        assert admission.one_pass() == [request]
+
+
 def test_pins_that_shut_a_request_out_let_others_overtake_it() -> None:
     admission = Admission()
     long, short = admission.request("c", [1] * 90, 20), admission.request("c", [1] * 8, 4)

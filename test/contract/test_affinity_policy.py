@@ -118,6 +118,14 @@ def test_priorities_go_first_where_they_are_on(scheduler) -> None:
     assert queue == [high, low]
 
 
+def test_priorities_count_nothing_where_they_are_off(scheduler) -> None:
+    """Upstream keeps what a client asks for all the same: nobody may jump the queue by it."""
+    first, second = request([1], "here", priority=0), request([2], "here", priority=1_000_000)
+    queue = [first, second]
+    scheduler.policy.calc_priority(queue)
+    assert queue == [first, second]
+
+
 def test_lookups_of_a_step_are_bounded_and_reach_everybody(scheduler, monkeypatch) -> None:
     queue = [request([1000 + i, i]) for i in range(3 * MATCHES_PER_STEP)]
     lookups: list[int] = []

@@ -47,6 +47,7 @@ class Look:
             policy=object.__new__(AdapterAffinityPolicy),
             tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager)),
             tree_cache=self.cache,
+            page_size=1,
             chunked_req=None,
         )
 
@@ -69,6 +70,14 @@ class Look:
 def test_free_room_is_used_one_adapter_a_step_in_the_queues_order() -> None:
     look = Look()
     assert look.ahead(look.request("b"), look.request("d"), look.request("c")) == {"a", "b", "d"}
+
+
+def test_the_running_batch_keeps_room_for_its_next_step() -> None:
+    """100 slots are free, as many as c takes, and b waits."""
+    look = Look()
+    assert look.ahead(look.request("c"), look.request("b")) == {"a", "b"}
+    look.result.running_batch.reqs = []
+    assert look.ahead(look.request("c"), look.request("b")) == {"a", "b", "c"}
 
 
 def test_far_down_the_queue_no_adapter_takes_room() -> None:

@@ -77,7 +77,7 @@ class PoolMachine(RuleBasedStateMachine):
         keep = data.draw(st.lists(st.sampled_from(sorted(first.resident)), unique=True)) if first.resident else []
         staying = {*keep, *(k for k in first.resident if first.loaded[k].pinned)}
         room = sum(first.loaded[k].slots for k in (*staying, key)) <= SLOTS
-        assert self.ranks.call(lambda pool: pool.load_ahead(key, keep if pool is first else reversed(keep))) == room
+        assert self.ranks.call(lambda pool: pool.load_ahead(key, keep if pool is first else reversed(keep), 0)) == room
         assert staying <= set(first.resident)
 
     @precondition(lambda self: self.pools[0].loaded)
