@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ def test_every_section_is_in_the_documentation_with_its_plot():
         assert f"<!-- begin {section.part} -->" in text
         if section.plotted and newest(section.part):
             assert (REPOSITORY / IMAGES / f"{section.part}.svg").is_file()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_local_link_leads_somewhere(document):
+    path = REPOSITORY / document
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text())
+    missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert not missing
 
 
 def record(folder: Path, values: dict[str, list[float]], finish: bool) -> None:
