@@ -140,8 +140,13 @@ SECTIONS = (
 
 
 def over(values: Sequence[float], baseline: Sequence[float]) -> str:
-    """Median against the baseline's, in percent."""
-    return f"{(statistics.median(values) / statistics.median(baseline) - 1) * PERCENT:+z.0f} %"
+    """Against the baseline, in percent: the median of the ratios round by round, which a machine's drift leaves alone."""
+    return f"{(ratio(values, baseline) - 1) * PERCENT:+z.0f} %"
+
+
+def ratio(values: Sequence[float], baseline: Sequence[float]) -> float:
+    """Median over the rounds of one variant's figure over another's; ``ValueError`` where the rounds are not the same."""
+    return statistics.median(value / base for value, base in zip(values, baseline, strict=True))
 
 
 def table(section: Section, variants: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
