@@ -140,12 +140,12 @@ SECTIONS = (
 
 
 def over(values: Sequence[float], baseline: Sequence[float]) -> str:
-    """Against the baseline, in percent: the median of the ratios round by round, which a machine's drift leaves alone."""
+    """Against the baseline in percent, by ``ratio``: a machine's drift leaves that alone."""
     return f"{(ratio(values, baseline) - 1) * PERCENT:+z.0f} %"
 
 
 def ratio(values: Sequence[float], baseline: Sequence[float]) -> float:
-    """Median over the rounds of one variant's figure over another's; ``ValueError`` where the rounds are not the same."""
+    """Median over the rounds of one figure over another's; ``ValueError`` where the rounds are not the same."""
     return statistics.median(value / base for value, base in zip(values, baseline, strict=True))
 
 
