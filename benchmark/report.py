@@ -172,7 +172,8 @@ def conditions(part: str, run: Run, root: str) -> str:
     settings = ". ".join(f"{name[0].upper()}{name[1:]}: {value}" for name, value in facts["settings"].items())
     pins = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
-        f"{settings}. Median (min to max) over the rounds. Seed {facts['seed']}, {facts['machine']}, {pins}; "
+        f"{settings}. Median (min to max) over the rounds, compared round by round. "
+        f"Seed {facts['seed']}, {facts['machine']}, {pins}; "
         f"commit {facts['commit']}, {facts['date']}: `{facts['command']}` "
         f"([raw]({root}benchmark/results/{part}.jsonl))."
     )
