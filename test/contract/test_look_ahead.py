@@ -17,6 +17,7 @@ from support.toy import host_only_images
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
+    from blocklora_patches import install, look_ahead, scheduler
     from blocklora_patches.affinity_policy import AdapterAffinityPolicy
     from blocklora_patches.look_ahead import ARENA_HEAD_REQUESTS, _get_new_batch_prefill
     from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
@@ -108,3 +109,9 @@ def test_what_another_waiting_request_needs_stays(other: str | None, place: int)
     assert look.cache.protected_size() == SLOTS["a"], "a lock was left behind"
     look.request("b"), look.request(other, prompt)  # used last, so that without locks they would still go for c
     assert "c" in look.ahead(look.request("c"))
+
+
+def test_requests_whose_adapter_failed_are_gone_before_anything_is_read_for_them() -> None:
+    """Hooks on one method run in the order of installation."""
+    order = [hook for hook in install.HOOKS if hook.target.endswith("Scheduler.get_new_batch_prefill")]
+    assert order == [scheduler.HOOKS[-1], *look_ahead.HOOKS]
