@@ -179,24 +179,20 @@ def conditions(part: str, run: Run, root: str) -> str:
     )
 
 
-def details(section: Section, run: Run | None, root: str) -> str:
+def details(section: Section, run: Run, root: str) -> str:
     """The part's block in docs/benchmarks.md: every scenario, its conditions and its plot."""
-    if run is None:
-        return f"Not measured yet: `make bench PARTS={section.part}`."
     blocks = [f"**{scenario}**\n\n{table(section, variants)}" for scenario, variants in run.figures.items()]
     plot = [f"![{section.part}]({root}{IMAGES}/{section.part}.svg)"] if section.plotted else []
     return "\n\n".join([*blocks, *plot, conditions(section.part, run, root)])
 
 
-def summary(section: Section, run: Run | None, root: str) -> str:
+def summary(section: Section, run: Run, root: str) -> str:
     """The part's block elsewhere: the first scenario and its conditions."""
-    if run is None:
-        return f"Not measured yet: `make bench PARTS={section.part}`."
     scenario, variants = next(iter(run.figures.items()))
     return "\n\n".join([f"{scenario}:", table(section, variants), conditions(section.part, run, root)])
 
 
-BLOCKS: dict[str, Callable[[Section, Run | None, str], str]] = {"": details, "-summary": summary}
+BLOCKS: dict[str, Callable[[Section, Run, str], str]] = {"": details, "-summary": summary}
 
 
 def render(document: str, text: str, results: Path = RESULTS) -> str:
@@ -207,7 +203,8 @@ def render(document: str, text: str, results: Path = RESULTS) -> str:
             name = section.part + suffix
             marked = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
             if marked.search(text):
-                made = block(section, newest(section.part, results), root)
+                run = newest(section.part, results)
+                made = block(section, run, root) if run else f"Not measured yet: `make bench PARTS={section.part}`."
                 text = marked.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
     return text
 

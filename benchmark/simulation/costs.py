@@ -116,6 +116,11 @@ class CpuCosts(Costs):
 
     Measured by ``benchmark/scheduler/calibrate.py`` on an AMD EPYC: a step is a sum of fixed parts, the client's and
     the HTTP server's time on the same cores among them. Copies are left at what they cost on an H100: next to nothing.
+
+    step_s     of any step
+    request_s  for each request in it
+    adapter_s  for each distinct adapter in it
+    token_s    for each token that goes through the linears
     """
 
     model: Model = Model(layers=4, hidden=256, heads=4, kv_heads=2, head_dim=32, intermediate=384, item_bytes=4)

@@ -9,6 +9,7 @@ import pytest
 
 from benchmark.record import REPOSITORY, Recorder, newest
 from benchmark.report import DOCUMENTS, IMAGES, SECTIONS, Column, Section, render, table
+from benchmark.run import PARTS
 
 PART = "end_to_end_tp2"
 
@@ -34,6 +35,10 @@ def test_every_local_link_leads_somewhere(document):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text())
     missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
     assert not missing
+
+
+def test_every_section_can_be_measured_by_the_command_it_names():
+    assert {section.part for section in SECTIONS} == set(PARTS)
 
 
 def record(folder: Path, values: dict[str, list[float]], finish: bool) -> None:
