@@ -20,7 +20,7 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-from sglang_blocklora.adapters.standalone import BaseSizes
+from sglang_blocklora.tools.base_model import BaseSizes
 
 from benchmark.paper.shardings import LLAMA, Sharding, lora_cost, modules_of, parameters
 from benchmark.record import Recorder

@@ -24,7 +24,7 @@ from benchmark.paper.shardings import LLAMA, SHARDINGS, Cost, Sharding, lora_cos
 from benchmark.record import REPOSITORY, Recorder
 from benchmark.serving import fleet  # first: its import makes the tests' helpers importable
 
-from sglang_blocklora.adapters.standalone import BaseSizes  # isort: skip
+from sglang_blocklora.tools.base_model import BaseSizes  # isort: skip
 from support import collectives  # isort: skip
 from support.models import AdapterChoice, build_adapters, build_model  # isort: skip
 from support.server import running  # isort: skip

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from sglang_blocklora.adapters.standalone import BaseSizes
+from sglang_blocklora.tools.base_model import BaseSizes
 
 from benchmark.paper.shardings import LLAMA, MODULES, matched_rank, modules_of
 from benchmark.record import Recorder

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from sglang_blocklora.adapters.match_rank import match_rank, plain_parameters
-from sglang_blocklora.adapters.plan import LinearPlan, plan_linear
-from sglang_blocklora.adapters.standalone import BaseSizes, kind_of, standalone_spec
-from sglang_blocklora.sharding.shard import ModuleShape
+from sglang_blocklora.sharding.cut import ModuleShape
+from sglang_blocklora.sharding.plan import LinearPlan, plan_linear
+from sglang_blocklora.tools.base_model import BaseSizes, kind_of, standalone_spec
+from sglang_blocklora.tools.match_rank import match_rank, plain_parameters
 
 Sharding = Literal["stock", "s-lora", "block-diagonal"]
 SHARDINGS: tuple[Sharding, ...] = ("stock", "s-lora", "block-diagonal")

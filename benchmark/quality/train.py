@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sglang_blocklora.adapters.match_rank import match_rank, plain_parameters
+from sglang_blocklora.tools.match_rank import match_rank, plain_parameters
 from tqdm import tqdm
 
 from benchmark.quality import names

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from sglang_blocklora.adapters.match_rank import match_rank, plain_parameters
+from sglang_blocklora.tools.match_rank import match_rank, plain_parameters
 
 from benchmark.serving import fleet  # noqa: F401  (its import makes the tests' helpers importable)
 

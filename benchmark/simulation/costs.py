@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang_blocklora.memory.layout import place
+from sglang_blocklora.sharding.layout import place
 
 MIB = 2**20
 GIB = 2**30

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import Protocol
 from unittest.mock import patch
 
-from sglang_blocklora.decisions import DecisionLog
-from sglang_blocklora.memory.pool import Pool
+from sglang_blocklora.memory.decisions import DecisionLog
+from sglang_blocklora.memory.static_pool import Pool
 from sglang_blocklora.memory.unified_pool import UnifiedPool
 from sglang_blocklora.scheduling import order
 from sglang_blocklora.scheduling.policy import QUANTUM_CHUNKS

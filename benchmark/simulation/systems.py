@@ -15,12 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from sglang_blocklora.adapters.loading import Outcome
-from sglang_blocklora.decisions import DecisionLog
+from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.eviction import DEFAULT_STRATEGY, STRATEGIES
 from sglang_blocklora.memory.images import ImageStore
 from sglang_blocklora.memory.loaded import LoadedAdapter
-from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.memory.static_arena import StaticArena
+from sglang_blocklora.memory.static_pool import AdapterPool
 from sglang_blocklora.memory.unified_pool import UnifiedPool
 
 from benchmark.simulation import upstream

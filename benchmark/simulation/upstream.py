@@ -19,9 +19,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
     import sglang.srt.managers.schedule_batch as schedule_batch
     import torch
-    from blocklora_patches import affinity_policy, look_ahead
-    from blocklora_patches.affinity_policy import AdapterAffinityPolicy
-    from blocklora_patches.unified_radix_cache import AdapterPrefixCache
+    from blocklora_patches.cache.unified_radix_cache import AdapterPrefixCache
+    from blocklora_patches.scheduler import look_ahead
+    from blocklora_patches.scheduler import queue_order as affinity_policy
+    from blocklora_patches.scheduler.queue_order import AdapterAffinityPolicy
     from sglang.srt.lora.eviction_policy import LRUEvictionPolicy
     from sglang.srt.lora.lora_manager import LoRAManager
     from sglang.srt.lora.mem_pool import EMPTY_SLOT, LoRAMemoryPool

@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 from server import Server, ServerFailed, free_port
 from sglang_blocklora import cpu_only
-from sglang_blocklora.adapters.inspection import inspect_adapter
+from sglang_blocklora.tools.inspect_adapter import inspect_adapter
 
 HERE = Path(__file__).resolve().parent
 ADAPTERS = HERE / "adapters"

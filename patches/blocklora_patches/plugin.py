@@ -12,9 +12,9 @@ def activate() -> None:
     """
     if Settings.active() is None:
         return
-    from blocklora_patches.contract import check_version
+    from blocklora_patches.releases.contract import check_version
 
     check_version()
-    from blocklora_patches.install import install
+    from blocklora_patches.hooks.install import install
 
     install()

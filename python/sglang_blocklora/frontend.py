@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sglang_blocklora import cpu_only, launch_server
-from sglang_blocklora.adapter_choice import (
+from sglang_blocklora.naming.choice import (
     AdaptersNotSupported,
     AdapterUnavailable,
     SeveralAnswersInStream,
@@ -22,8 +22,8 @@ from sglang_blocklora.adapter_choice import (
 
 cpu_only.prepare_import()
 
-from blocklora_patches import lang  # noqa: E402  # imports SGLang, so only after the preparation above
-from blocklora_patches.lang_engine import EngineEndpoint  # noqa: E402
+from blocklora_patches.language import activate as lang  # noqa: E402  # imports SGLang, so only after the preparation above
+from blocklora_patches.language.engine import EngineEndpoint  # noqa: E402
 
 lang.activate()
 

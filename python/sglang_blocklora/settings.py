@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_blocklora.adapters.folders import AdapterFolders
 from sglang_blocklora.memory.eviction import DEFAULT_STRATEGY, STRATEGIES
+from sglang_blocklora.naming.folders import AdapterFolders
 
 # Set by our launcher only: its absence is what keeps an installed but unused extension out of stock SGLang.
 SETTINGS_VARIABLE = "SGLANG_BLOCKLORA_SETTINGS"

@@ -17,10 +17,10 @@ from sglang_blocklora.settings import Settings
 def patches() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SGLang warns while it is imported
-        from blocklora_patches import load_on_use, lora_registry, tokenizer_manager
+        from blocklora_patches.http import adapters, load_on_use, registry
         from sglang.srt.lora.lora_registry import LoRARef, LoRARegistry
     return SimpleNamespace(
-        load=load_on_use, registry=lora_registry, manager=tokenizer_manager, LoRARef=LoRARef, LoRARegistry=LoRARegistry
+        load=load_on_use, registry=registry, manager=adapters, LoRARef=LoRARef, LoRARegistry=LoRARegistry
     )
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang_blocklora.adapters.shard import AdapterShard
-from sglang_blocklora.decisions import DecisionLog
+from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.loaded import LoadedAdapter
 from sglang_blocklora.memory.unified_pool import UnifiedPool
 from sglang_blocklora.settings import Settings
@@ -21,9 +21,12 @@ from support.toy import host_only_images
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
-    from blocklora_patches import look_ahead, schedule_batch, schedule_policy, scheduler
-    from blocklora_patches.affinity_policy import AdapterAffinityPolicy
-    from blocklora_patches.lora_manager import BlockLoRAManager
+    from blocklora_patches.model.lora_manager import BlockLoRAManager
+    from blocklora_patches.scheduler import admission as scheduler
+    from blocklora_patches.scheduler import look_ahead
+    from blocklora_patches.scheduler import prefill_adder as schedule_policy
+    from blocklora_patches.scheduler import request as schedule_batch
+    from blocklora_patches.scheduler.queue_order import AdapterAffinityPolicy
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
     from sglang.srt.managers.scheduler import Scheduler

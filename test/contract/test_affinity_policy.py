@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from sglang_blocklora.decisions import DecisionLog
+from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.settings import Settings
 
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
-    from blocklora_patches.affinity_policy import MATCHES_PER_STEP, AdapterAffinityPolicy, adapter_fits
+    from blocklora_patches.scheduler.queue_order import MATCHES_PER_STEP, AdapterAffinityPolicy, adapter_fits
     from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
     from sglang.srt.mem_cache.base_prefix_cache import InsertParams
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams

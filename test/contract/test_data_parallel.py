@@ -33,7 +33,7 @@ class Manager:
 def load() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SGLang warns while it is imported
-        from blocklora_patches.data_parallel import _load_on_all
+        from blocklora_patches.http.replicas import _load_on_all
         from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput
 
     def run(manager: Manager, name: str = "a") -> Any:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang_blocklora.adapters.shard import AdapterShard
-from sglang_blocklora.decisions import DecisionLog
+from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.loaded import LoadedAdapter
 from sglang_blocklora.memory.unified_pool import UnifiedPool
 from support.real_cache import digest, new_cache
@@ -17,9 +17,10 @@ from support.toy import host_only_images
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
-    from blocklora_patches import install, look_ahead, scheduler
-    from blocklora_patches.affinity_policy import AdapterAffinityPolicy
-    from blocklora_patches.look_ahead import ARENA_HEAD_REQUESTS, _get_new_batch_prefill
+    from blocklora_patches.hooks import install
+    from blocklora_patches.scheduler import admission, look_ahead
+    from blocklora_patches.scheduler.look_ahead import ARENA_HEAD_REQUESTS, _get_new_batch_prefill
+    from blocklora_patches.scheduler.queue_order import AdapterAffinityPolicy
     from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
@@ -114,4 +115,4 @@ def test_what_another_waiting_request_needs_stays(other: str | None, place: int)
 def test_requests_whose_adapter_failed_are_gone_before_anything_is_read_for_them() -> None:
     """Hooks on one method run in the order of installation."""
     order = [hook for hook in install.HOOKS if hook.target.endswith("Scheduler.get_new_batch_prefill")]
-    assert order == [scheduler.HOOKS[-1], *look_ahead.HOOKS]
+    assert order == [admission.HOOKS[-1], *look_ahead.HOOKS]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from sglang_blocklora.decisions import DecisionLog
+from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.images import ImageStore
 from sglang_blocklora.memory.unified_pool import KVArena, UnifiedPool
 from support.ranks import Ranks
@@ -18,7 +18,7 @@ from support.tiers import LAYERS, WIDTH, Disk, numbered
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
-    from blocklora_patches.scheduler import _get_new_batch_prefill
+    from blocklora_patches.scheduler.admission import _get_new_batch_prefill
 
 POOL_TOKENS = 192
 HOST_SLOTS = 150

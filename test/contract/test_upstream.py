@@ -18,7 +18,7 @@ import json, sys
 from sglang.srt.plugins.hook_registry import HookRegistry
 import sglang.srt.lora.lora_manager as m, sglang.srt.entrypoints.openai.serving_base as s
 import sglang.srt.model_executor.model_runner as r
-install = sys.modules.get("blocklora_patches.install")
+install = sys.modules.get("blocklora_patches.hooks.install")
 print("STATE" + json.dumps({
     "patched": sorted(HookRegistry._patched),
     "missing": sorted({h.target for h in install.HOOKS} - HookRegistry._patched) if install else [],
@@ -49,7 +49,7 @@ def settings() -> dict[str, str]:
 
 
 def test_every_upstream_symbol_is_as_expected() -> None:
-    code = "from blocklora_patches.contract import FRONTEND_SYMBOLS, mismatches\n"
+    code = "from blocklora_patches.releases.contract import FRONTEND_SYMBOLS, mismatches\n"
     result = run(code + "print(mismatches() + mismatches(FRONTEND_SYMBOLS))")
     assert result.stdout.splitlines()[-1:] == ["[]"], result.stdout + result.stderr[-2000:]
 
@@ -73,7 +73,7 @@ def test_off_means_that_nothing_is_patched_or_imported(settings: dict[str, str],
 
 
 def test_another_release_stops_at_once_with_the_version_that_is_needed(settings: dict[str, str]) -> None:
-    code = "import blocklora_patches.contract as c\nc.version = lambda name: '0.5.22'\n" + LOAD
+    code = "import blocklora_patches.releases.contract as c\nc.version = lambda name: '0.5.22'\n" + LOAD
     result = run(code, **settings)
     assert result.returncode != 0
     assert f"sglang=={SGLANG_VERSION}" in result.stderr
@@ -91,7 +91,7 @@ REFUSALS = """
 import contextlib, json, os
 from types import SimpleNamespace
 import torch
-import blocklora_patches.unsupported as u
+import blocklora_patches.model.unsupported as u
 from sglang.srt.arg_groups.fields import disagg, exec_, lora, memory, model, parallel, schedule, serving, spec
 from sglang.srt.configs.model_config import AttentionArch
 
@@ -206,7 +206,7 @@ def test_everything_unsupported_is_refused_in_one_message() -> None:
 def test_other_architectures_are_refused_at_start_up() -> None:
     code = """
 import torch
-from blocklora_patches.model_spec import adaptable_linears
+from blocklora_patches.model.linears import adaptable_linears
 try:
     adaptable_linears(type("DeepseekV3ForCausalLM", (torch.nn.Module,), {})())
 except ValueError as error:

@@ -11,7 +11,7 @@ import torch
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
-    from blocklora_patches.unified_radix_cache import AdapterPrefixCache
+    from blocklora_patches.cache.unified_radix_cache import AdapterPrefixCache
     from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from sglang_blocklora.adapters.loading import Outcome
-from sglang_blocklora.adapters.model_spec import Interval, LinearSpec, ModelSpec, Source
-from sglang_blocklora.decisions import DecisionLog
+from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.images import ImageStore
+from sglang_blocklora.sharding.linears import Interval, LinearSpec, ModelSpec, Source
 
 ROW_MODULES = ("o_proj", "down_proj")
 

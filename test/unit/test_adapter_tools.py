@@ -1,4 +1,4 @@
-"""``python -m sglang_blocklora.adapters``: figures counted by hand or by PEFT, exit codes, JSON."""
+"""``python -m sglang_blocklora.tools``: figures counted by hand or by PEFT, exit codes, JSON."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sglang_blocklora.adapters.__main__ import main
 from sglang_blocklora.adapters.content_hash import content_hash
-from sglang_blocklora.adapters.match_rank import match_rank
 from sglang_blocklora.adapters.shard import load_shard
+from sglang_blocklora.tools.__main__ import main
+from sglang_blocklora.tools.match_rank import match_rank
 from support.toy import ToyModel, write_adapter
 
 MODEL = ToyModel()
@@ -218,7 +218,7 @@ def test_verify_passes_for_every_structure(tmp_path: Path, capsys, options: dict
 
 
 def test_verify_fails_when_a_rank_lost_its_part(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang_blocklora.adapters import verification
+    from sglang_blocklora.tools import verify as verification
 
     write_adapter(tmp_path, MODEL, rank=4, nblocks=2)
 
@@ -238,7 +238,7 @@ def test_text_output_and_usage_errors(tmp_path: Path) -> None:
     """As a person runs it: text on stdout, errors on stderr, 2 for a wrong command line, help with exit codes."""
 
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "sglang_blocklora.adapters", *map(str, arguments)]
+        command = [sys.executable, "-m", "sglang_blocklora.tools", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     write_adapter(tmp_path, MODEL, rank=4, nblocks=2)

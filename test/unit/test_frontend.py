@@ -308,7 +308,7 @@ def test_openai_chat_streams_and_speculates(sgl: Any, openai_backend: Any) -> No
 def test_the_language_alone_is_patched(sgl: Any) -> None:
     """No server hook in a user's process, and importing sglang gives the same functions."""
     import sglang
-    from blocklora_patches import lang
+    from blocklora_patches.language import activate as lang
 
     assert sglang.gen is sgl.gen
     assert sglang.adapter is sgl.adapter

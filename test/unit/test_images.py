@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sglang_blocklora.adapters.content_hash import content_hash
 from sglang_blocklora.adapters.loading import attempt
-from sglang_blocklora.decisions import DecisionLog
+from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.host_tier import HostTier
 from sglang_blocklora.memory.images import ImageStore
 from sglang_blocklora.memory.loaded import LoadedAdapter

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from sglang_blocklora import cpu_only, launch_server, naming
+from sglang_blocklora import cpu_only, launch_server
+from sglang_blocklora.naming import model_names
 from sglang_blocklora.settings import SETTINGS_VARIABLE, SWITCH_VARIABLE, Settings
 
 REPOSITORY = Path(__file__).parents[2]
@@ -98,13 +99,13 @@ def test_settings_reach_other_processes_and_the_switch_turns_them_off(monkeypatc
     [("base", None), ("default", None), ("a", "a"), ("base:a", "a"), ("default:a", "a"), ("x:y", "x:y")],
 )
 def test_model_names(model: str, adapter: str | None) -> None:
-    assert naming.resolve_model(model, "base", "default", ["a", "x:y"]) == adapter
+    assert model_names.resolve_model(model, "base", "default", ["a", "x:y"]) == adapter
 
 
 @pytest.mark.parametrize("model", ["", "b", "base:b", "other:a", "a:base", "base:"])
 def test_unknown_model_names_list_the_known_ones(model: str) -> None:
-    with pytest.raises(naming.UnknownModel, match=r"Base model: base\. Adapters: a, x:y\."):
-        naming.resolve_model(model, "base", "default", ["x:y", "a"])
+    with pytest.raises(model_names.UnknownModel, match=r"Base model: base\. Adapters: a, x:y\."):
+        model_names.resolve_model(model, "base", "default", ["x:y", "a"])
 
 
 @pytest.mark.parametrize(("tp", "cores", "expected"), [(1, 4, "0,1,2,3"), (2, 4, "0,1|2,3"), (3, 2, "0|1|0")])
@@ -157,7 +158,8 @@ def test_imports_go_one_way(root: str) -> None:
 def test_the_mechanism_imports_without_sglang() -> None:
     code = (
         "import sys; sys.modules['sglang'] = None\n"
-        "import sglang_blocklora.adapters.loading, sglang_blocklora.memory.pool, sglang_blocklora.batch.torch_step\n"
+        "import sglang_blocklora.adapters.loading, sglang_blocklora.memory.static_pool\n"
+        "import sglang_blocklora.batch.torch_step\n"
         "import sglang_blocklora.launch_server, blocklora_kernels.reference"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

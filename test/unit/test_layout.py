@@ -7,7 +7,7 @@ import torch
 from blocklora_kernels import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sglang_blocklora.memory.layout import ALIGNMENT_ELEMENTS, place
+from sglang_blocklora.sharding.layout import ALIGNMENT_ELEMENTS, place
 
 # hidden, query heads, KV heads, head dimension, intermediate
 MODELS = {

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sglang_blocklora import launch_server, naming
-from sglang_blocklora.adapters.folders import AdapterFolders
+from sglang_blocklora import launch_server
+from sglang_blocklora.naming import model_names
+from sglang_blocklora.naming.folders import AdapterFolders
+from sglang_blocklora.naming.single_flight import SingleFlight
 from sglang_blocklora.settings import Settings
-from sglang_blocklora.single_flight import SingleFlight
 
 
 def make_adapter(folder: Path) -> Path:
@@ -84,11 +85,13 @@ def test_an_adapter_that_comes_later_is_found(roots: list[Path]) -> None:
 def test_models_name_adapters_in_folders_and_errors_say_where_these_are(roots: list[Path]) -> None:
     folders = AdapterFolders(roots)
     for model, adapter in (("sql", "sql"), ("base:legal", "legal"), ("base", None), ("a", "a")):
-        assert naming.resolve_model(model, "base", "default", ["a"], folders) == adapter
+        assert model_names.resolve_model(model, "base", "default", ["a"], folders) == adapter
     make_adapter(roots[0] / "base")
-    assert naming.resolve_model("base", "base", "default", [], folders) is None, "the base model keeps its name"
-    with pytest.raises(naming.UnknownModel, match=rf"Adapters: a\. Others are folders below {roots[0]} or {roots[1]}"):
-        naming.resolve_model("base:../outside", "base", "default", ["a"], folders)
+    assert model_names.resolve_model("base", "base", "default", [], folders) is None, "the base model keeps its name"
+    with pytest.raises(
+        model_names.UnknownModel, match=rf"Adapters: a\. Others are folders below {roots[0]} or {roots[1]}"
+    ):
+        model_names.resolve_model("base:../outside", "base", "default", ["a"], folders)
 
 
 def test_folders_are_settings_and_must_be_reachable(roots: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

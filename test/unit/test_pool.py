@@ -8,10 +8,10 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from sglang_blocklora.decisions import DecisionLog
+from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.images import ImageStore
-from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.memory.static_arena import StaticArena
+from sglang_blocklora.memory.static_pool import AdapterPool
 from support.ranks import Ranks
 from support.tiers import LAYERS, WIDTH, Disk, numbered
 from support.toy import host_only_images

@@ -6,8 +6,8 @@ import copy
 import dataclasses
 from typing import Any
 
-from sglang_blocklora.replica_facts import merge_replicas
-from sglang_blocklora.reports import AdapterFacts
+from sglang_blocklora.reporting.facts import AdapterFacts
+from sglang_blocklora.reporting.replicas import merge_replicas
 
 
 def replica(running: int, tier: str, loads: int, *names: str) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from sglang_blocklora.memory.accounting import SlotCounts, SlotOwners
-from sglang_blocklora.memory.load_counts import LoadCounts
-from sglang_blocklora.metrics import AdapterCollector, LabelBudget
-from sglang_blocklora.reports import AdapterFacts, merge_facts, page, slot_facts
+from sglang_blocklora.memory.counts import LoadCounts
+from sglang_blocklora.reporting.facts import AdapterFacts, merge_facts, page, slot_facts
+from sglang_blocklora.reporting.prometheus import AdapterCollector, LabelBudget
 
 SLOTS = {
     "total": 100,

@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sglang_blocklora.adapters.model_spec import ModelSpec
 from sglang_blocklora.adapters.shard import load_shard
 from sglang_blocklora.batch.torch_step import TorchStep
 from sglang_blocklora.memory.loaded import LoadedAdapter
-from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.memory.static_arena import StaticArena
+from sglang_blocklora.memory.static_pool import AdapterPool
+from sglang_blocklora.sharding.linears import ModelSpec
 from support.toy import ToyModel, host_only_images, write_adapter
 
 TIMEOUT_S = 60

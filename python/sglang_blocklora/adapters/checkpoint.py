@@ -11,7 +11,7 @@ import torch
 
 from sglang_blocklora.adapters.errors import AdapterError
 from sglang_blocklora.adapters.weights_file import DTYPES, WeightsFile
-from sglang_blocklora.sharding.shard import Factor
+from sglang_blocklora.sharding.cut import Factor
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"

@@ -13,8 +13,8 @@ import torch
 
 from sglang_blocklora.adapters.content_hash import content_hash, file_versions
 from sglang_blocklora.adapters.errors import AdapterError
-from sglang_blocklora.adapters.model_spec import ModelSpec
 from sglang_blocklora.adapters.shard import AdapterShard, load_shard
+from sglang_blocklora.sharding.linears import ModelSpec
 
 logger = logging.getLogger(__name__)
 

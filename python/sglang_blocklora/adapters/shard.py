@@ -13,11 +13,11 @@ from blocklora_kernels.descriptor import Address, LinearDescriptor
 
 from sglang_blocklora.adapters.checkpoint import Checkpoint
 from sglang_blocklora.adapters.config import AdapterConfig, read_config
-from sglang_blocklora.adapters.model_spec import ModelSpec
-from sglang_blocklora.adapters.plan import LinearPlan, plan_linear
 from sglang_blocklora.adapters.validate import check_modules
-from sglang_blocklora.memory.layout import place
-from sglang_blocklora.sharding.shard import ModuleShape, read_a, read_b
+from sglang_blocklora.sharding.cut import ModuleShape, read_a, read_b
+from sglang_blocklora.sharding.layout import place
+from sglang_blocklora.sharding.linears import ModelSpec
+from sglang_blocklora.sharding.plan import LinearPlan, plan_linear
 
 logger = logging.getLogger(__name__)
 

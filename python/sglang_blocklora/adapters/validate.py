@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from sglang_blocklora.adapters.config import AdapterConfig
 from sglang_blocklora.adapters.errors import AdapterError
-from sglang_blocklora.adapters.model_spec import LinearSpec, ModelSpec
-from sglang_blocklora.sharding.shard import Factor, ModuleShape
+from sglang_blocklora.sharding.cut import Factor, ModuleShape
+from sglang_blocklora.sharding.linears import LinearSpec, ModelSpec
 
 
 def check_modules(

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from blocklora_kernels import reference
 
-from sglang_blocklora.adapters.model_spec import ModelSpec
 from sglang_blocklora.batch import s_lora_step
 from sglang_blocklora.batch.grouping import group_by_adapter
 from sglang_blocklora.batch.s_lora_step import Collectives, SplitFactors
 from sglang_blocklora.batch.step import Step
 from sglang_blocklora.memory.loaded import Resident
-from sglang_blocklora.memory.pool import Pool
+from sglang_blocklora.memory.static_pool import Pool
 from sglang_blocklora.sharding import s_lora
+from sglang_blocklora.sharding.linears import ModelSpec
 
 # [layer][linear], None where the adapter leaves the linear alone.
 AdapterFactors = tuple[tuple[reference.LinearFactors | SplitFactors | None, ...], ...]

@@ -13,12 +13,12 @@ from blocklora_kernels.ops import LoraLinear
 from blocklora_kernels.side_stream import SideStream
 from blocklora_kernels.table import AdapterTable
 
-from sglang_blocklora.adapters.model_spec import ModelSpec
 from sglang_blocklora.adapters.shard import AdapterShard
 from sglang_blocklora.batch.grouping import group_by_adapter
 from sglang_blocklora.batch.step import Step
 from sglang_blocklora.memory.loaded import Resident
-from sglang_blocklora.memory.pool import Pool
+from sglang_blocklora.memory.static_pool import Pool
+from sglang_blocklora.sharding.linears import ModelSpec
 
 # Local rank of a slice that the tile table is asked for; it decides speed only.
 USUAL_RANK = 64

@@ -9,9 +9,9 @@ import torch
 
 from sglang_blocklora.adapters.errors import AdapterError
 from sglang_blocklora.adapters.loading import Outcome, merge
-from sglang_blocklora.decisions import DecisionLog
+from sglang_blocklora.memory.counts import LoadCounts
+from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.host_tier import HostTier
-from sglang_blocklora.memory.load_counts import LoadCounts
 from sglang_blocklora.memory.loaded import LoadedAdapter
 
 # Reads this TP rank's part of an adapter again; runs in another thread too, and never raises.

@@ -8,10 +8,10 @@ from typing import Protocol
 
 import torch
 
-from sglang_blocklora.decisions import DecisionLog
 from sglang_blocklora.memory.accounting import SlotCounts
+from sglang_blocklora.memory.counts import LoadCounts
+from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.images import ImageStore
-from sglang_blocklora.memory.load_counts import LoadCounts
 from sglang_blocklora.memory.loaded import LoadedAdapter, Resident
 from sglang_blocklora.memory.transfer import Transfer
 

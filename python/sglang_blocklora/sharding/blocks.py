@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from blocklora_kernels.descriptor import Blocks
 
-from sglang_blocklora.adapters.model_spec import Interval
+from sglang_blocklora.sharding.linears import Interval
 
 
 class TouchedBlocks(NamedTuple):

@@ -16,8 +16,8 @@ from collections.abc import Iterable
 
 from blocklora_kernels.descriptor import Blocks
 
-from sglang_blocklora.adapters.model_spec import Interval, LinearSpec
-from sglang_blocklora.sharding.shard import ModuleShape, SliceCut, real_inputs
+from sglang_blocklora.sharding.cut import ModuleShape, SliceCut, real_inputs
+from sglang_blocklora.sharding.linears import Interval, LinearSpec
 
 
 def uses_s_lora(shapes: Iterable[ModuleShape]) -> bool:

@@ -1,0 +1,1 @@
+"""Runs in every TP rank's scheduler process: the radix cache in which adapters are prefixes."""

@@ -1,0 +1,31 @@
+"""``mem_cache/registry.py``: ``--radix-cache-backend blocklora``, the cache in which adapters are prefixes."""
+
+from __future__ import annotations
+
+from sglang.srt.mem_cache.registry import (
+    TreeCacheBuildContext,
+    create_unified_radix_cache,
+    register_radix_cache_backend,
+)
+from sglang_blocklora.memory.eviction import STRATEGIES
+from sglang_blocklora.settings import Settings
+
+from blocklora_patches.cache.unified_radix_cache import AdapterPrefixCache
+from blocklora_patches.model.unsupported import BACKEND_NAME
+
+
+def build_cache(context: TreeCacheBuildContext) -> AdapterPrefixCache:
+    """The radix cache of a scheduler, bound to the adapters of its model runner."""
+    cache = create_unified_radix_cache(context, cache_class=AdapterPrefixCache)
+    pool = context.tp_worker.model_runner.lora_manager.pool
+    cache.decisions = pool.decisions
+    settings = Settings.active()
+    assert settings is not None, "the backend is registered only where the launcher's settings are present"
+    cache.strategy = STRATEGIES[settings.adapter_eviction]()
+    pool.bind_cache(cache)
+    return cache
+
+
+def register() -> None:
+    """Make the backend known, before the command line is read."""
+    register_radix_cache_backend(BACKEND_NAME, build_cache)

@@ -1,0 +1,37 @@
+"""The hooks of a server."""
+
+from __future__ import annotations
+
+from blocklora_patches.cache import registry as cache_registry
+from blocklora_patches.hooks.apply import apply
+from blocklora_patches.http import adapters, load_on_use, metrics, model_names, registry, replicas, responses, routes
+from blocklora_patches.language import offline_engine
+from blocklora_patches.model import lora_manager, runner
+from blocklora_patches.releases.contract import SYMBOLS
+from blocklora_patches.scheduler import admission, control, look_ahead, prefill_adder, queue_order, request
+
+HOOKS = (
+    *queue_order.HOOKS,
+    *replicas.HOOKS,
+    *lora_manager.HOOKS,
+    *registry.HOOKS,
+    *load_on_use.HOOKS,
+    *runner.HOOKS,
+    *request.HOOKS,
+    *prefill_adder.HOOKS,
+    *admission.HOOKS,
+    *look_ahead.HOOKS,  # behind admission's, which refuse requests whose adapter could not be read
+    *control.HOOKS,
+    *model_names.HOOKS,
+    *responses.HOOKS,
+    *adapters.HOOKS,
+    *metrics.HOOKS,
+    *routes.HOOKS,
+    *offline_engine.HOOKS,
+)
+
+
+def install() -> None:
+    """Apply ``HOOKS``. ``SystemExit`` listing every upstream symbol that does not fit or hook that did not take."""
+    apply(HOOKS, SYMBOLS)
+    cache_registry.register()

@@ -1,0 +1,28 @@
+"""``lang/api.py``: the calls that generate take ``adapter=``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+from sglang_blocklora.naming.choice import NOT_GIVEN, Choice, chosen
+
+from blocklora_patches.hooks.hook import Hook
+
+
+def _with_adapter(original: Any, *args: Any, adapter: Choice = NOT_GIVEN, **kwargs: Any) -> Any:
+    """The expression, with the adapter it was written with: its own, or that of the block around it."""
+    expression = original(*args, **kwargs)
+    expression.adapter = chosen(adapter)
+    return expression
+
+
+HOOKS = tuple(
+    Hook(
+        f"sglang.lang.api.{name}",
+        _with_adapter,
+        HookType.AROUND,
+        "Upstream's expressions name no adapter. Goes when they do.",
+    )
+    for name in ("gen", "gen_int", "gen_string", "select")
+)

@@ -1,0 +1,229 @@
+"""``lora/lora_manager.py``: SGLang's manager of adapters, replaced by one that serves them block-diagonally."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from sglang.srt.lora.lora_manager import LoRAManager
+from sglang.srt.lora.lora_registry import LoRARef
+from sglang.srt.managers.io_struct import LoRAUpdateOutput
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.runner import get_is_capture_mode
+from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.runtime_context import get_parallel
+from sglang_blocklora.adapters.loading import Outcome, attempt, merge
+from sglang_blocklora.batch.step import Step
+from sglang_blocklora.batch.torch_step import TorchStep
+from sglang_blocklora.batch.triton_step import TritonStep
+from sglang_blocklora.memory.decisions import DecisionLog
+from sglang_blocklora.memory.images import ImageStore
+from sglang_blocklora.memory.loaded import LoadedAdapter
+from sglang_blocklora.memory.static_arena import StaticArena
+from sglang_blocklora.memory.static_pool import AdapterPool
+from sglang_blocklora.memory.transfer import Transfer
+from sglang_blocklora.memory.unified_pool import KVArena, UnifiedPool
+from sglang_blocklora.settings import Settings
+
+from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.model.linear import AdaptedLinearMethod
+from blocklora_patches.model.linears import adaptable_linears, build_spec
+from blocklora_patches.model.parallel_state import TPCollectives
+
+logger = logging.getLogger(__name__)
+
+
+class BlockLoRAManager(LoRAManager):
+    """The interface of SGLang's manager over ``AdapterPool``: what the scheduler and the model runner call.
+
+    One lives in each TP rank's process. Nothing of upstream's slot pool, backends or LoRA layers is used; its
+    ``__init__`` is not called, because it builds them.
+    """
+
+    enable_dp_attention = False
+    memory_pool = None  # upstream's gauges of its slot pool are left out
+    supports_prefill_cuda_graph = False
+    prefill_cuda_graph_max_bs = None
+
+    def __init__(
+        self,
+        base_model: torch.nn.Module,
+        base_hf_config: Any,
+        max_loras_per_batch: int,
+        load_config: Any,
+        dtype: torch.dtype,
+        server_args: Any,
+        lora_backend: str = "triton",
+        tp_size: int = 1,
+        tp_rank: int = 0,
+        max_lora_rank: int | None = None,
+        target_modules: Iterable[str] | None = None,
+        lora_paths: list[LoRARef] | None = None,
+    ) -> None:
+        settings = Settings.active()
+        assert settings is not None, "the plugin installs this class only where the launcher's settings are present"
+        self._max_rank = max_lora_rank or 256
+        self.device = next(base_model.parameters()).device
+        self.lora_refs: dict[str, LoRARef] = {}
+        self._linears = linears = adaptable_linears(base_model)
+        s_lora = settings.plain_lora_sharding == "s-lora"
+        targets = set(target_modules or {"all"})
+        self._spec = build_spec(linears, base_hf_config, targets, dtype, tp_rank, tp_size, s_lora)
+        self.unified = settings.adapter_memory == "unified"
+        self.decisions = DecisionLog(settings.decision_log, tp_rank)
+        self.pool: AdapterPool | UnifiedPool
+        images, transfer = self._image_store(settings), Transfer(self.device)
+        if self.unified:
+            self.pool = UnifiedPool(max_loras_per_batch, images, self.decisions, transfer)
+        else:
+            slots = settings.adapter_memory_mb * 2**20 // self.slot_bytes
+            arena = StaticArena(len(linears), slots, self._spec.row_width, dtype, self.device)
+            self.pool = AdapterPool(arena, max_loras_per_batch, images, transfer)
+            self._install_step(settings)
+            logger.info("block-diagonal LoRA: %d MiB = %d slots", settings.adapter_memory_mb, slots)
+        for ref in lora_paths or []:
+            result = self.load_lora_adapter(ref)
+            if not result.success:
+                raise ValueError(f"--lora-paths: {result.error_message}")
+
+    def _image_store(self, settings: Settings) -> ImageStore:
+        """Where images of adapters are that are not in use; ``self._attempt`` loads an adapter's part."""
+        pinned = self.device.type == "cuda"
+        self._attempt = partial(
+            attempt, spec=self._spec, max_rank=self._max_rank, root=settings.adapter_root, pin_memory=pinned
+        )
+        return ImageStore(
+            int(settings.adapter_host_memory_gb * 2**30),
+            self.slot_bytes,
+            lambda adapter: self._attempt(adapter.name, adapter.path, hash_contents=False),
+            self._exchange,
+            self.decisions,
+            pinned=pinned,
+        )
+
+    def _install_step(self, settings: Settings) -> None:
+        """Put the batch's deltas behind every linear; the arena exists."""
+        if settings.uses_triton(self.device.type == "cuda"):
+            step: Step = TritonStep(self._spec, self.pool, self._max_rank, self.device, settings.adapter_overlap)
+        else:
+            step = TorchStep(self._spec, self.pool, TPCollectives())
+        self._step = step
+        for layer, modules in enumerate(self._linears):
+            for index, (_, module) in enumerate(modules):
+                module.quant_method = AdaptedLinearMethod(module.quant_method, step, layer, index)
+
+    def bind_kv_pool(self, k_buffers: list[torch.Tensor], v_buffers: list[torch.Tensor], total_slots: int) -> None:
+        """Unified memory: adapters live in these buffers, each [slots, KV heads, head dimension], one per layer."""
+        settings = Settings.active()
+        assert settings is not None
+        assert isinstance(self.pool, UnifiedPool)
+        arena = KVArena(k_buffers, v_buffers)
+        widths = {plane.shape[1] for layer in arena.planes for plane in layer}
+        if widths != {self._spec.row_width}:
+            raise ValueError(
+                f"--adapter-memory unified does not support K and V rows of {sorted(widths)} elements (they must all "
+                f"have {self._spec.row_width}). Use --adapter-memory static."
+            )
+        self.pool.bind_arena(arena, total_slots)
+        self._install_step(settings)
+        logger.info("block-diagonal LoRA: adapters share the KV pool's %d slots", total_slots)
+
+    def _load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
+        """Load on every TP rank or on none: the ranks exchange what they found before any of them keeps anything."""
+        name, path = lora_ref.lora_name, lora_ref.lora_path
+        if any(adapter.name == name for adapter in self.pool.loaded.values()):
+            return self._refuse(f"adapter {name!r}: a name that is already loaded; unload it first or pick another.")
+        outcome = self._attempt(name, path)
+        agreed = merge(self._exchange(outcome))
+        if agreed.error is None:
+            agreed = merge(self._exchange(outcome.rechecked(name, path)))
+        if agreed.error is None:
+            agreed = agreed.checked(name, self.pool.reason_not_to_add(agreed.slots, bool(lora_ref.pinned)))
+        if agreed.error is not None:
+            return self._refuse(agreed.error)
+        assert outcome.shard is not None
+        assert outcome.image is not None
+        adapter = LoadedAdapter(
+            name,
+            path,
+            outcome.shard,
+            agreed.slots,
+            bool(lora_ref.pinned),
+            agreed.content_hash,
+            outcome.image_digest,
+        )
+        self.pool.add(lora_ref.lora_id, adapter, outcome.image)
+        self.lora_refs[lora_ref.lora_id] = lora_ref
+        return self.create_lora_update_result(success=True)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot on this TP rank, over all layers and both planes."""
+        return len(self._spec.layers) * 2 * self._spec.row_width * self._spec.dtype.itemsize
+
+    def _exchange(self, outcome: Outcome) -> list[Outcome]:
+        if self._spec.tp_size == 1:
+            return [outcome]
+        return get_parallel().tp_group.all_gather_object(outcome.to_tell())
+
+    def _refuse(self, message: str) -> LoRAUpdateOutput:
+        logger.warning("%s", message)
+        return self.create_lora_update_result(success=False, error_message=message)
+
+    def load_lora_adapter_from_tensors(
+        self, lora_ref: LoRARef, tensors: Any, config_dict: Any, added_tokens_config: Any = None
+    ) -> LoRAUpdateOutput:
+        """Refused: every TP rank would receive all bytes of the adapter."""
+        return self._refuse(
+            f"adapter {lora_ref.lora_name!r}: loading from tensors is not served. Save it as a PEFT folder and use "
+            "/load_lora_adapter."
+        )
+
+    def _unload_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
+        if lora_ref.lora_id in self.pool.loaded:
+            self.pool.remove(lora_ref.lora_id)
+            del self.lora_refs[lora_ref.lora_id]
+        return self.create_lora_update_result(success=True)
+
+    def validate_lora_batch(self, lora_ids: set[str | None]) -> bool:
+        """Whether these adapters can run in one batch; base-model requests (None) always fit."""
+        return self.pool.fits(key for key in lora_ids if key is not None)
+
+    def fetch_new_loras(self, new_loras: set[str | None], running_loras: set[str | None] = frozenset()) -> None:  # type: ignore[assignment]
+        self.pool.make_resident(key for key in new_loras | running_loras if key is not None)
+
+    def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
+        """Group the batch's tokens by adapter. Requests without one take no part."""
+        if get_is_capture_mode():
+            self._step.prepare_capture(len(forward_batch.lora_ids))
+        elif forward_batch.forward_mode.is_decode():
+            self._step.prepare(forward_batch.lora_ids, None)
+        else:
+            self._step.prepare(forward_batch.lora_ids, forward_batch.extend_seq_lens_cpu)
+
+    def reset_lora_batch(self) -> None:
+        self._step.reset()
+
+    def init_cuda_graph_batch_info(self, max_bs_in_cuda_graph: int, num_tokens_per_req: int) -> None:
+        """Called before decode graphs are captured; ``num_tokens_per_req`` is 1 without speculative decoding."""
+        self._step.init_graphs(max_bs_in_cuda_graph * num_tokens_per_req)
+
+    def can_use_prefill_cuda_graph(self, forward_batch: ForwardBatch) -> bool:
+        """Prefill runs without graphs; upstream's answer would ask its own backend, which is not there."""
+        return False
+
+    def init_cuda_graph_moe_buffers(self, max_bs: int, max_loras: int, compute_dtype: Any, moe_layer: Any) -> None:
+        """MoE layers are not adapted."""
+
+
+HOOKS = (
+    Hook(
+        "sglang.srt.lora.lora_manager.LoRAManager",
+        BlockLoRAManager,
+        HookType.REPLACE,
+        "Adapters live in rows of an arena and their deltas need no collective. Goes when SGLang can choose a manager.",
+    ),
+)

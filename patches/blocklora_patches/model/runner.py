@@ -1,0 +1,50 @@
+"""``model_executor/model_runner.py``: refusals before a weight is read; adapters live in the KV pool once it exists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.runtime_context import get_lora
+from sglang_blocklora.settings import Settings
+
+from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.model.unsupported import refuse_unsupported
+
+
+def _load_model(self: Any) -> None:
+    settings = Settings.active()
+    if settings is not None and get_lora().enable_lora:
+        refuse_unsupported(self.model_config, settings.adapter_memory == "unified")
+
+
+def _alloc_memory_pool(result: Any, self: Any, memory_pool_config: Any = None) -> None:
+    manager = self.lora_manager
+    if manager is None or not manager.unified:
+        return
+    pool = self.token_to_kv_pool
+    # What refuse_unsupported could not foresee, such as a checkpoint that asks for a quantised KV cache.
+    if type(pool) is not MHATokenToKVPool or pool.store_dtype != self.dtype:
+        raise ValueError(
+            f"--adapter-memory unified does not support this model's KV cache ({type(pool).__name__} in "
+            f"{pool.store_dtype}; it needs a plain one in {self.dtype}). Use --adapter-memory static."
+        )
+    manager.bind_kv_pool(pool.k_buffer, pool.v_buffer, self.max_total_num_tokens)
+
+
+_MODEL_RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
+HOOKS = (
+    Hook(
+        f"{_MODEL_RUNNER}.load_model",
+        _load_model,
+        HookType.BEFORE,
+        "Everything about flags and model is known, and no weight has been read yet.",
+    ),
+    Hook(
+        f"{_MODEL_RUNNER}.alloc_memory_pool",
+        _alloc_memory_pool,
+        HookType.AFTER,
+        "The LoRA manager is made before the KV pool. Goes when upstream tells it that the pool exists.",
+    ),
+)

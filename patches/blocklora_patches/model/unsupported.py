@@ -1,0 +1,109 @@
+"""Modes of SGLang and properties of a model that adapters cannot be served with yet: one message at start-up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.configs.model_config import AttentionArch
+from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
+from sglang.srt.runtime_context import (
+    get_disagg,
+    get_exec,
+    get_lora,
+    get_memory,
+    get_model,
+    get_parallel,
+    get_schedule,
+    get_serving,
+    get_spec,
+)
+from sglang_blocklora.sharding.layout import ALIGNMENT_ELEMENTS
+
+from blocklora_patches.model.linears import ARCHITECTURES
+
+BACKEND_NAME = "blocklora"  # of --radix-cache-backend: the cache in which adapters are prefixes
+
+Table = tuple[tuple[str, bool, str], ...]  # what, whether it is on, why it is not supported
+
+
+def refuse_unsupported(model_config: Any, unified: bool) -> None:
+    """``ValueError`` naming everything that is on and not supported, and the ways out.
+
+    model_config  SGLang's, of the base model; nothing needs to be loaded yet
+    unified       whether adapters are to live in the KV cache's slots
+    """
+    wrong = _sentence(
+        "sglang-blocklora", _everywhere(model_config), "Drop it, or start stock SGLang (python -m sglang.launch_server)"
+    )
+    if unified:
+        wrong += _sentence("--adapter-memory unified", _unified(model_config), "Use --adapter-memory static")
+    else:
+        own = get_memory().radix_cache_backend == BACKEND_NAME
+        table = (("--radix-cache-backend blocklora", own, "it is the cache of --adapter-memory unified"),)
+        wrong += _sentence("--adapter-memory static", table, "Drop it")
+    if wrong:
+        raise ValueError(" ".join(wrong))
+
+
+def _everywhere(model_config: Any) -> Table:
+    parallel, execution = get_parallel(), get_exec()
+    names = model_config.hf_config.architectures
+    part_of_batch = "a forward would see only some of the tokens that were grouped by adapter"
+    return (
+        ("/".join(names), not set(names) & set(ARCHITECTURES), f"it serves {', '.join(ARCHITECTURES)}"),
+        ("--pp-size", parallel.pp_size > 1, "a TP rank would hold only some layers of an adapter"),
+        ("--enable-dp-attention", parallel.enable_dp_attention, "tokens of one batch differ between ranks"),
+        ("--attn-cp-size", parallel.attn_cp_size > 1, part_of_batch),
+        ("--dcp-size", parallel.attn_dcp_size > 1, part_of_batch),
+        ("--enable-layernorm-sp", parallel.enable_layernorm_sp, part_of_batch),
+        ("--enable-two-batch-overlap", execution.overlap.enable_two_batch_overlap, part_of_batch),
+        ("--enable-pdmux", get_disagg().enable_pdmux, "two batches would run at once"),
+        ("--enable-torch-compile", execution.graph.enable_torch_compile, "the compiled code would keep one batch"),
+        ("--enable-lora-overlap-loading", bool(get_lora().enable_lora_overlap_loading), "it drives SGLang's slot pool"),
+        (
+            "--speculative-algorithm",
+            get_spec().speculative_algorithm is not None,
+            "verification batches are not grouped by adapter yet",
+        ),
+    )
+
+
+def _unified(model_config: Any) -> Table:
+    memory, kv_dtype = get_memory(), get_model().kv_cache_dtype
+    own = ("auto", "bf16", "bfloat16") if model_config.dtype == torch.bfloat16 else ("auto",)
+    row = model_config.get_num_kv_heads(get_parallel().tp_size) * model_config.head_dim
+    other_cache, elsewhere = "adapters live in a radix cache of their own", "KV would be moved without its adapter"
+    split = "its KV pool is split"
+    return (
+        ("multi-head latent attention (MLA)", model_config.attention_arch == AttentionArch.MLA, "it has no K and V"),
+        ("sliding-window layers with a KV pool of their own", model_config.is_hybrid_swa, split),
+        ("state-space (Mamba) or linear-attention layers", uses_ssm_state(model_config), split),
+        (
+            f"a K row of {row} elements",
+            row % ALIGNMENT_ELEMENTS != 0,
+            f"KV heads of a TP rank times head dimension must be a multiple of {ALIGNMENT_ELEMENTS}",
+        ),
+        ("V rows of another width than K's", model_config.v_head_dim != model_config.head_dim, "rows must be alike"),
+        (f"--kv-cache-dtype {kv_dtype}", kv_dtype not in own, "adapters are kept in the model's own data type"),
+        ("--prefill-only-disable-kv-cache", get_schedule().prefill_only_disable_kv_cache, "there are no slots"),
+        ("--enable-page-major-kv-layout", memory.enable_page_major_kv_layout, "a layer's rows are not adjacent"),
+        ("--disable-radix-cache", memory.disable_radix_cache, "adapters live in the radix tree"),
+        (
+            f"--radix-cache-backend {memory.radix_cache_backend}",
+            memory.radix_cache_backend != BACKEND_NAME,
+            other_cache,
+        ),
+        ("--enable-lmcache", memory.enable_lmcache, other_cache),
+        ("--enable-flexkv", memory.enable_flexkv, other_cache),
+        ("--enable-hierarchical-cache", memory.enable_hierarchical_cache, elsewhere),
+        ("--enable-unified-cache-external-linker", memory.enable_unified_cache_external_linker, elsewhere),
+        ("--disaggregation-mode", get_disagg().disaggregation_mode != "null", elsewhere),
+        ("--enable-session-radix-cache", memory.enable_session_radix_cache, "sessions do not know adapters' prefixes"),
+        ("--enable-streaming-session", get_serving().enable_streaming_session, "sessions keep KV outside the tree"),
+    )
+
+
+def _sentence(who: str, table: Table, advice: str) -> list[str]:
+    wrong = [f"{what} ({why})" for what, on, why in table if on]
+    return [f"{who} does not support {', '.join(wrong)}. {advice}."] if wrong else []

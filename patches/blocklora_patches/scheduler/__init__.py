@@ -1,0 +1,1 @@
+"""Runs in every TP rank's scheduler process: admission, the order of the queue, control messages."""

@@ -1,0 +1,113 @@
+"""``managers/scheduler.py``: a request fits the KV pool beside its adapter and pinned ones, or is refused at once.
+
+Upstream bounds a request by the whole pool. Less is left beside adapters: a request that was let in all the same would
+wait for ever, and everything behind it too. Requests whose adapter could not be read are refused when that is known.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.scheduler.queue_order import adapter_fits
+
+
+def _taken_by_adapters(scheduler: Any, req: Any) -> int:
+    """Slots that no eviction can free while ``req`` runs: its own adapter's and those of pinned ones."""
+    manager = scheduler.tp_worker.model_runner.lora_manager
+    if manager is None or not manager.unified:
+        return 0
+    return int(manager.pool.cache.slots_held_for(req.lora_id))
+
+
+def _room(scheduler: Any, req: Any) -> int:
+    """Tokens that ``req`` could generate if it ran alone; none where it cannot run at all."""
+    page = scheduler.page_size
+    prompt = -(-len(req.origin_input_ids) // page) * page
+    # PrefillAdder adds a page for rounding, and wants more slots than it needs.
+    return int(scheduler.max_total_num_tokens - _taken_by_adapters(scheduler, req) - prompt - page - 1)
+
+
+def _init_req_max_new_tokens(self: Any, req: Any) -> None:
+    if _taken_by_adapters(self, req):
+        wanted, room = req.sampling_params.max_new_tokens, max(_room(self, req), 0)
+        req.sampling_params.max_new_tokens = room if wanted is None else min(wanted, room)
+
+
+def _add_request_to_queue(self: Any, req: Any, is_retracted: bool = False) -> None:
+    taken = _taken_by_adapters(self, req)
+    if taken == 0 or req.output_ids or _room(self, req) > 0:
+        return
+    message = (
+        f"The prompt of {len(req.origin_input_ids)} tokens can never run: of the KV pool's {self.max_total_num_tokens} "
+        f"slots, its adapter and pinned ones take {taken}. Shorten it, unpin adapters or enlarge the pool."
+    )
+    req.lora_id = req.extra_key = None  # what is left of a refused request is one token, and no adapter may delay it
+    req.set_finish_with_abort(message)
+
+
+def _can_schedule_lora_req(original: Any, self: Any, req: Any, running_loras: Any) -> bool:
+    if _taken_by_adapters(self, req):
+        # Pins that came after the request was queued shorten it, or shut it out: others overtake it until they go.
+        room = _room(self, req)
+        if room <= len(req.output_ids):
+            return False
+        req.sampling_params.max_new_tokens = min(req.sampling_params.max_new_tokens, room)
+    return adapter_fits(self, req, running_loras, lambda: bool(original(self, req, running_loras)))
+
+
+def _get_new_batch_prefill_raw(self: Any, prefill_delayer_single_pass: Any, running_batch: Any) -> None:
+    if running_batch.is_empty():
+        running_batch.batch_is_full = False
+
+
+def _get_new_batch_prefill(result: Any, self: Any, running_batch: Any) -> None:
+    """Answer the requests that wait for an adapter that could not be read: after the pass over the waiting queue."""
+    manager = self.tp_worker.model_runner.lora_manager
+    failures = manager.pool.images.take_failures() if manager is not None else {}
+    if not failures:
+        return
+    refused = [req for req in self.waiting_queue if req.lora_id in failures]
+    self.waiting_queue = [req for req in self.waiting_queue if req.lora_id not in failures]
+    for req in refused:
+        req.set_finish_with_abort(failures[req.lora_id])
+        self.retire_unadmitted_request(req)
+
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+HOOKS = (
+    Hook(
+        f"{_SCHEDULER}.init_req_max_new_tokens",
+        _init_req_max_new_tokens,
+        HookType.BEFORE,
+        "Upstream shortens answers to what the whole pool holds; with its adapter in it, less is left.",
+    ),
+    Hook(
+        f"{_SCHEDULER}._add_request_to_queue",
+        _add_request_to_queue,
+        HookType.BEFORE,
+        "Upstream checks a prompt against the whole pool; with its adapter in the pool too it might wait for ever.",
+    ),
+    Hook(
+        f"{_SCHEDULER}.can_schedule_lora_req",
+        _can_schedule_lora_req,
+        HookType.AROUND,
+        "Upstream stops at the first request without room, and pins can leave one without room for long; and it knows "
+        "no bound to passing over a request whose adapter does not fit.",
+    ),
+    Hook(
+        f"{_SCHEDULER}._get_new_batch_prefill_raw",
+        _get_new_batch_prefill_raw,
+        HookType.BEFORE,
+        "Upstream calls a batch full when there is no room, and clears that when a running request ends; there may be "
+        "none where pinned adapters took the room.",
+    ),
+    Hook(
+        f"{_SCHEDULER}.get_new_batch_prefill",
+        _get_new_batch_prefill,
+        HookType.AFTER,
+        "Upstream keeps adapters in host memory and cannot fail to load one it admitted.",
+    ),
+)

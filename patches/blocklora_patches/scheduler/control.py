@@ -1,0 +1,82 @@
+"""``managers/scheduler.py``: facts about adapters on the scheduler's own control channel, pinning, and a check.
+
+``get_internal_state`` is answered by rank 0; ``set_internal_state`` reaches every TP rank in the same order, so all of
+them pin alike.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from sglang.srt.environ import envs
+from sglang.srt.managers.io_struct import SetInternalStateReqOutput
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.plugins.hook_registry import HookType
+from sglang_blocklora.reporting.facts import pool_facts, tier
+
+from blocklora_patches.hooks.hook import Hook
+
+FACTS = "blocklora"
+# Key of a request to pin (1) or unpin (0): this, then the lora_id. Upstream takes names with numbers only.
+PIN = "blocklora_pin:"
+
+
+def _manager(scheduler: Any) -> Any:
+    return scheduler.tp_worker.model_runner.lora_manager
+
+
+def _get_internal_state(result: Any, self: Any, recv_req: Any) -> None:
+    manager = _manager(self)
+    if manager is None:
+        return
+    batches = (self.running_batch, self.last_batch)  # a prefill joins the running batch a step later
+    running = {
+        req.rid: req.lora_id for batch in batches if batch is not None for req in batch.reqs if not req.finished()
+    }
+    result.internal_state[FACTS] = pool_facts(
+        manager.pool,
+        manager.slot_bytes,
+        Counter(running.values()),
+        Counter(req.lora_id for req in self.waiting_queue),
+    )
+
+
+def _set_internal_state(original: Any, self: Any, recv_req: Any) -> Any:
+    pins = {key.removeprefix(PIN): value for key, value in recv_req.server_args.items() if key.startswith(PIN)}
+    if not pins:
+        return original(self, recv_req)
+    pool = _manager(self).pool
+    reasons = [pool.set_pinned(key, bool(value)) for key, value in pins.items() if key in pool.loaded]
+    return SetInternalStateReqOutput(updated=len(reasons) == len(pins) and not any(reasons))
+
+
+def _add_request_to_queue(self: Any, req: Any, is_retracted: bool = False) -> None:
+    manager = _manager(self)
+    if manager is None or is_retracted:
+        return
+    if req.lora_id in manager.pool.loaded:
+        manager.pool.load_counts.arrived(req.lora_id, tier(manager.pool, req.lora_id))
+    if manager.unified:
+        key = RadixKey(req.origin_input_ids, req.extra_key, cache_salt=req.cache_salt)
+        self.tree_cache.arrived(req.lora_id, key)
+
+
+def _on_idle(self: Any) -> None:
+    manager = _manager(self)
+    if manager is not None and envs.SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK.get() and self.is_fully_idle():
+        manager.pool.check_integrity(self.pool_stats_observer.session_held_tokens())
+
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+HOOKS = (
+    Hook(f"{_SCHEDULER}.get_internal_state", _get_internal_state, HookType.AFTER, "Upstream reports no adapters."),
+    Hook(f"{_SCHEDULER}.set_internal_state", _set_internal_state, HookType.AROUND, "Upstream pins at load time only."),
+    Hook(
+        f"{_SCHEDULER}._add_request_to_queue",
+        _add_request_to_queue,
+        HookType.BEFORE,
+        "Hits, misses and reuse per adapter.",
+    ),
+    Hook(f"{_SCHEDULER}.on_idle", _on_idle, HookType.BEFORE, "Every slot has one owner (upstream's debug switch)."),
+)

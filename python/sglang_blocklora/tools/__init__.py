@@ -1,0 +1,1 @@
+"""Command line tools for adapters, without a server: ``python -m sglang_blocklora.tools``."""

@@ -1,0 +1,149 @@
+"""``inspect``: what an adapter is, and what it costs on each TP rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_blocklora.adapters.config import ADDED_TOKENS_NAME
+from sglang_blocklora.adapters.content_hash import content_hash
+from sglang_blocklora.sharding.layout import place
+from sglang_blocklora.sharding.plan import plan_linear
+from sglang_blocklora.tools.base_model import BaseSizes, kind_of, suffix_of
+from sglang_blocklora.tools.opened import OpenedAdapter, open_adapter
+
+
+@dataclass(frozen=True)
+class ModuleGroup:
+    """Modules of one name that are alike, over all layers."""
+
+    module: str
+    count: int
+    kind: str
+    structure: str
+    orientation: str
+    rank: int
+    nblocks: int
+    in_features: int
+    out_features: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class TpCost:
+    """Bytes of the weights that each TP rank stores.
+
+    slots, arena_bytes  rows of the arena and the bytes they take, padding included; None without the base model
+    """
+
+    tp_size: int
+    bytes_per_rank: list[int]
+    slots: int | None
+    arena_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    path: str
+    content_hash: str
+    rank: int
+    nblocks: int
+    use_rslora: bool
+    layers: int
+    parameters: int
+    dtype: str
+    modules: list[ModuleGroup]
+    tp: list[TpCost]
+    warnings: list[str] = field(default_factory=list)
+
+
+def inspect_adapter(
+    folder: Path, base: BaseSizes | None, tp_sizes: Sequence[int], dtype: torch.dtype = torch.bfloat16
+) -> Inspection:
+    """Describe the adapter in ``folder``, served in ``dtype``. Raises ``AdapterError``."""
+    with open_adapter(folder, base) as adapter:
+        groups = _groups(adapter)
+        costs = [_cost(adapter, size, dtype) for size in tp_sizes]
+        return Inspection(
+            path=str(folder),
+            content_hash=content_hash(folder),
+            rank=max(group.rank for group in groups),
+            nblocks=max(group.nblocks for group in groups),
+            use_rslora=adapter.config.use_rslora,
+            layers=len(adapter.spec(0, 1, dtype).layers),
+            parameters=adapter.parameters,
+            dtype=str(dtype).removeprefix("torch."),
+            modules=groups,
+            tp=costs,
+            warnings=list(_warnings(adapter, groups, tp_sizes)),
+        )
+
+
+def _groups(adapter: OpenedAdapter) -> list[ModuleGroup]:
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for module, shape in adapter.shapes.items():
+        alike.setdefault((suffix_of(module), shape, adapter.features[module]), []).append(module)
+    groups = []
+    for (suffix, shape, (in_features, out_features)), modules in alike.items():
+        kind = kind_of(suffix)
+        if shape.structure == "plain" or shape.nblocks == 1:
+            orientation = "plain"
+        else:
+            orientation = "wrong" if shape.made_dense(kind) else "right"
+        parameters = sum(map(adapter.parameters_of, modules))
+        groups.append(
+            ModuleGroup(
+                suffix,
+                len(modules),
+                kind,
+                shape.structure,
+                orientation,
+                shape.rank,
+                shape.nblocks,
+                in_features,
+                out_features,
+                parameters,
+            )
+        )
+    return groups
+
+
+def _cost(adapter: OpenedAdapter, tp_size: int, dtype: torch.dtype) -> TpCost:
+    weights, slots = [], 0
+    for rank in range(tp_size):
+        spec = adapter.spec(rank, tp_size, dtype)
+        elements = 0
+        for layer in spec.layers:
+            sizes = [size for linear in layer for size in plan_linear(linear, adapter.shapes, spec).sizes()]
+            elements += sum(sizes)
+            slots = max(slots, place(sizes, spec.row_width).rows)
+        weights.append(elements * dtype.itemsize)
+    if adapter.base is None:
+        return TpCost(tp_size, weights, None, None)
+    arena_bytes = adapter.base.layers * 2 * slots * spec.row_width * dtype.itemsize
+    return TpCost(tp_size, weights, slots, arena_bytes)
+
+
+def _warnings(adapter: OpenedAdapter, groups: Iterable[ModuleGroup], tp_sizes: Sequence[int]) -> Iterable[str]:
+    wrong = sorted({group.module for group in groups if group.orientation == "wrong"})
+    if wrong:
+        yield (
+            f"{', '.join(wrong)}: block-diagonal in the orientation that tensor parallelism cannot split (A-blocks "
+            "belong on o_proj and down_proj, B-blocks on the others). Served right, at the cost of a plain adapter."
+        )
+    plain = sorted({group.module for group in groups if group.orientation == "plain"})
+    if plain and adapter.config.nblocks > 1:
+        yield f"{', '.join(plain)}: plain in a block-diagonal adapter; every TP rank holds one of its factors whole."
+    n = adapter.config.nblocks
+    cut = [size for size in tp_sizes if n > 1 and n % size and size % n]
+    if cut:
+        yield f"nblocks {n} and TP {', '.join(map(str, cut))}: neither divides the other, so ranks share blocks."
+    if adapter.base is None:
+        if any(group.module in ("k_proj", "v_proj", "qkv_proj") for group in groups):
+            yield "KV heads unknown: with more TP ranks than KV heads the bytes of K and V are higher (--base-model)."
+        if (adapter.folder / ADDED_TOKENS_NAME).exists():
+            yield f"{ADDED_TOKENS_NAME} is not checked without --base-model; tokens beyond its vocabulary are refused."

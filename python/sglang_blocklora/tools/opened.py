@@ -1,0 +1,71 @@
+"""An adapter folder opened by a tool: config, checked shapes, and its factors as dense matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sglang_blocklora.adapters.checkpoint import Checkpoint
+from sglang_blocklora.adapters.config import AdapterConfig, read_config
+from sglang_blocklora.adapters.validate import check_modules
+from sglang_blocklora.sharding.cut import ModuleShape, block_diagonal
+from sglang_blocklora.sharding.linears import ModelSpec
+from sglang_blocklora.tools.base_model import BaseSizes, features_of, standalone_spec
+
+NO_RANK_LIMIT = 2**31
+
+
+@dataclass(frozen=True)
+class OpenedAdapter:
+    """An adapter's folder while it is open.
+
+    features  module path -> (in, out) of its base layer
+    shapes    module path -> rank, blocks and structure, checked against the stored tensors
+    """
+
+    name: str
+    folder: Path
+    config: AdapterConfig
+    checkpoint: Checkpoint
+    base: BaseSizes | None
+    features: Mapping[str, tuple[int, int]]
+    shapes: Mapping[str, ModuleShape]
+
+    def spec(self, tp_rank: int, tp_size: int, dtype: torch.dtype) -> ModelSpec:
+        """The adapted linears as one TP rank holds them."""
+        return standalone_spec(self.name, self.features, dtype, tp_rank, tp_size, self.base)
+
+    def dense_factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, in] and B [out, r] in float64 with packed factors made dense: PEFT's delta is scaling * B @ A."""
+        a, b = (self.checkpoint.read(module, factor, None, None).double() for factor in ("A", "B"))
+        shape = self.shapes[module]
+        if shape.structure == "block_a":
+            a = block_diagonal(a, shape.nblocks)
+        elif shape.structure == "block_b":
+            b = block_diagonal(b, shape.nblocks)
+        return a, b
+
+    def parameters_of(self, module: str) -> int:
+        """Trained numbers of a module: elements of both stored factors."""
+        return sum(rows * columns for rows, columns in self.shapes[module].stored_shapes(*self.features[module]))
+
+    @property
+    def parameters(self) -> int:
+        return sum(map(self.parameters_of, self.shapes))
+
+
+@contextmanager
+def open_adapter(folder: Path, base: BaseSizes | None = None) -> Iterator[OpenedAdapter]:
+    """Open and check the adapter in ``folder``. Raises ``AdapterError`` for what a server would refuse too."""
+    name = folder.resolve().name
+    probe = base.vocab if base else NO_RANK_LIMIT
+    config = read_config(name, folder, probe)
+    with Checkpoint(name, folder) as checkpoint:
+        features = features_of(name, config, checkpoint.shapes, base)
+        spec = standalone_spec(name, features, torch.bfloat16, 0, 1, base)
+        shapes = check_modules(name, config, checkpoint.shapes, spec, NO_RANK_LIMIT)
+        yield OpenedAdapter(name, folder, config, checkpoint, base, features, shapes)
