@@ -33,14 +33,14 @@ bench-report: $(VENV)/.bench  ## tables and plots of docs/benchmarks.md and READ
 bench-gpu:  ## kernels on a GPU: correctness first, then figures; uses the Python that has torch and SGLang there
 	PYTHON=$(PYTHON) sh benchmark/kernels/run_gpu.sh
 
-$(VENV)/.installed: requirements/torch.txt requirements/cpu.txt requirements/dev.txt pyproject.toml
+$(VENV)/.installed: requirements/torch.txt requirements/cpu.txt requirements/dev.txt pyproject.toml testing/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; use make PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (some minutes the first time) ..."
 	@echo "  torch" && $(PIP) -r requirements/torch.txt
 	@echo "  SGLang and what it imports" && $(PIP) --no-deps -r requirements/cpu.txt
 	@echo "  tests and lint" && $(PIP) --no-deps -r requirements/dev.txt
-	@echo "  sglang-blocklora" && $(PIP) --no-deps --no-build-isolation -e .
+	@echo "  sglang-blocklora" && $(PIP) --no-deps --no-build-isolation -e . -e testing
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.installed requirements/demo.txt

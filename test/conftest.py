@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from blocklora_testing.server import Server, running
 from sglang_blocklora import cpu_only
-from support.server import Server, running
 
 cpu_only.install_shims()  # before anything imports transformers or SGLang
 
@@ -55,7 +55,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Case]
 
 
 def _make(folder: Path, family: str, kv_heads: int) -> Case:
-    from support.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens
+    from blocklora_testing.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens
 
     model = build_model(folder / "model", family, kv_heads=kv_heads)
     choices = {

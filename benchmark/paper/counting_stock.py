@@ -1,13 +1,13 @@
-"""Stock SGLang on a CPU with its collectives counted: ``stock_server.py`` with ``support.collectives`` put in first."""
+"""Stock SGLang on a CPU with its collectives counted: ``stock_server.py`` behind ``blocklora_testing.collectives``."""
 
 from __future__ import annotations
 
 import os
 import sys
 
+from blocklora_testing.collectives import count_collectives
 from sglang_blocklora import cpu_only, settings
 from sglang_blocklora.launch_server import rank_count, with_defaults
-from support.collectives import count_collectives
 
 if __name__ in ("__main__", "__mp_main__"):
     os.environ[settings.SWITCH_VARIABLE] = "0"

@@ -19,19 +19,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from blocklora_testing import collectives
+from blocklora_testing.models import AdapterChoice, build_adapters, build_model
+from blocklora_testing.server import running
+from sglang_blocklora.tools.base_model import BaseSizes
 
 from benchmark.paper.shardings import LLAMA, SHARDINGS, Cost, Sharding, lora_cost, matched_rank, parameters
 from benchmark.record import REPOSITORY, Recorder
 from benchmark.serving import fleet  # first: its import makes the tests' helpers importable
 
-from sglang_blocklora.tools.base_model import BaseSizes  # isort: skip
-from support import collectives  # isort: skip
-from support.models import AdapterChoice, build_adapters, build_model  # isort: skip
-from support.server import running  # isort: skip
-
 SMALL = BaseSizes(hidden=256, intermediate=512, heads=16, kv_heads=8, head_dim=16, layers=2, vocab=256)
 RANK = 16
-OURS = str(REPOSITORY / "test/support/counting_launcher.py")
+OURS = str(REPOSITORY / "testing/blocklora_testing/counting_launcher.py")
 STOCK = str(Path(__file__).with_name("counting_stock.py"))
 ADAPTER: Mapping[Sharding, str] = {"stock": "plain", "s-lora": "plain", "block-diagonal": "bd"}
 NEW_TOKENS = 4

@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from blocklora_testing.models import save_tokenizer
 from safetensors.torch import save_file
 from sglang_blocklora.tools.base_model import BaseSizes
 
@@ -30,8 +31,6 @@ from benchmark.serving.fleet import Launch, fleet
 from benchmark.serving.runner import Variant, interleave
 from benchmark.serving.tiny import lora_paths
 from benchmark.serving.workload import Workload
-
-from support.models import save_tokenizer  # isort: skip
 
 TP = 8
 WHOLE = LLAMA | {"tiny": BaseSizes(256, 768, 8, 8, 32, 2, 2048)}

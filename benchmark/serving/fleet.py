@@ -6,18 +6,13 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark.record import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "test"))
-
-from support.server import Server, running
+from blocklora_testing.server import Server, running
 
 OURS = ("-m", "sglang_blocklora.launch_server")
 STOCK_FILE = Path(__file__).with_name("stock_server.py")

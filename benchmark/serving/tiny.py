@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from blocklora_testing.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens
 from sglang_blocklora.tools.match_rank import match_rank, plain_parameters
-
-from benchmark.serving import fleet  # noqa: F401  (its import makes the tests' helpers importable)
-
-from support.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens  # isort: skip
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 4, 256, 768, 8, 4, 32
 Q, KV = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM

@@ -9,8 +9,8 @@ from collections import Counter
 
 import pytest
 import torch
-from support.real_cache import AdapterPrefixCache, UnifiedRadixCache, digest, new_cache
-from support.subscriber import Subscriber
+from blocklora_testing.real_cache import AdapterPrefixCache, UnifiedRadixCache, digest, new_cache
+from blocklora_testing.subscriber import Subscriber
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs

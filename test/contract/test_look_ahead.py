@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from blocklora_testing.real_cache import digest, new_cache
+from blocklora_testing.toy import host_only_images
 from sglang_blocklora.adapters.shard import AdapterShard
 from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.loaded import LoadedAdapter
 from sglang_blocklora.memory.unified_pool import UnifiedPool
-from support.real_cache import digest, new_cache
-from support.toy import host_only_images
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs

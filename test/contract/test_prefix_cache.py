@@ -5,9 +5,7 @@ from __future__ import annotations
 from array import array
 
 import pytest
-from hypothesis import settings
-from sglang_blocklora.memory.eviction import CostAware, KVFirst
-from support.cache_machine import (
+from blocklora_testing.cache_machine import (
     POOL_TOKENS,
     RADIX_EVICTION_POLICY_CHOICES,
     CacheMachine,
@@ -16,7 +14,9 @@ from support.cache_machine import (
     MatchPrefixParams,
     RadixKey,
 )
-from support.real_cache import AdapterPrefixCache, digest
+from blocklora_testing.real_cache import AdapterPrefixCache, digest
+from hypothesis import settings
+from sglang_blocklora.memory.eviction import CostAware, KVFirst
 
 
 def test_only_these_methods_of_upstream_are_overridden() -> None:

@@ -6,15 +6,15 @@ import warnings
 from types import SimpleNamespace
 
 import torch
+from blocklora_testing.ranks import Ranks
+from blocklora_testing.real_cache import new_cache
+from blocklora_testing.tiers import LAYERS, WIDTH, Disk, numbered
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.images import ImageStore
 from sglang_blocklora.memory.unified_pool import KVArena, UnifiedPool
-from support.ranks import Ranks
-from support.real_cache import new_cache
-from support.tiers import LAYERS, WIDTH, Disk, numbered
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from support import counting_launcher
-from support.collectives import environment
-from support.server import running
+from blocklora_testing import counting_launcher
+from blocklora_testing.collectives import environment
+from blocklora_testing.server import running
 
 
 def test_a_forward_makes_the_same_collectives_with_and_without_adapters(case, tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from blocklora_testing import counting_launcher
+from blocklora_testing.collectives import environment
+from blocklora_testing.server import running
 from conftest import NEW_TOKENS
-from support import counting_launcher
-from support.collectives import environment
-from support.server import running
 
 LAYERS = 2
 # One all-gather for q, k and v, one for gate and up; one all-reduce each for o and down: section 6 of the S-LoRA paper.

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from blocklora_testing import skewed_launcher
+from blocklora_testing.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens
+from blocklora_testing.server import Server, running
 from sglang_blocklora.scheduling.policy import QUANTUM_CHUNKS
-from support import skewed_launcher
-from support.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens
-from support.server import Server, running
 
 NEW_TOKENS = 8
 MAX_WAIT_STEPS = 6

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import openai
 import pytest
+from blocklora_testing.server import Server, running
 from conftest import NEW_TOKENS, Case
 from safetensors.torch import load_file, save_file
-from support.server import Server, running
 
 
 @pytest.fixture(scope="module")

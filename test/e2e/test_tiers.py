@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens
-from support.server import Server, running
+from blocklora_testing.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens
+from blocklora_testing.server import Server, running
 
 ADAPTERS = 8
 NEW_TOKENS = 6

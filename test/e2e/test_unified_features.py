@@ -16,10 +16,10 @@ import msgspec
 import pytest
 import torch
 import zmq
+from blocklora_testing.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens
+from blocklora_testing.server import Server, running
+from blocklora_testing.subscriber import AllBlocksCleared, BlockStored, KVEventBatch, Subscriber
 from sglang_blocklora.adapters.content_hash import content_hash
-from support.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens
-from support.server import Server, running
-from support.subscriber import AllBlocksCleared, BlockStored, KVEventBatch, Subscriber
 
 PAGE = 16
 POOL_TOKENS = 80 * PAGE

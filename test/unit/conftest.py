@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support.endpoint import Endpoint
+from blocklora_testing.endpoint import Endpoint
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from blocklora_testing.toy import ToyModel, write_adapter
 from safetensors.torch import load_file, save_file
 from sglang_blocklora.adapters.content_hash import content_hash
 from sglang_blocklora.adapters.shard import load_shard
 from sglang_blocklora.tools.__main__ import main
 from sglang_blocklora.tools.match_rank import match_rank
-from support.toy import ToyModel, write_adapter
 
 MODEL = ToyModel()
 
@@ -192,8 +192,8 @@ def test_lossy_conversion_is_refused_until_the_loss_is_allowed(tmp_path: Path, c
 
 
 def test_peft_itself_reads_a_converted_adapter_alike(tmp_path: Path, capsys) -> None:
+    from blocklora_testing.models import AdapterChoice, build_adapters, build_model
     from peft import PeftModel
-    from support.models import AdapterChoice, build_adapters, build_model
     from transformers import AutoModelForCausalLM
 
     model = build_model(tmp_path / "model", "llama")

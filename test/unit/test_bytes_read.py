@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from blocklora_testing.toy import ToyModel, write_adapter
 from safetensors import safe_open
 from sglang_blocklora.adapters import weights_file
 from sglang_blocklora.adapters.shard import load_shard
 from sglang_blocklora.adapters.weights_file import WeightsFile
-from support.toy import ToyModel, write_adapter
 
 MODEL = ToyModel()
 

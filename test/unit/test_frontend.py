@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.endpoint import ADAPTERS, Endpoint
+from blocklora_testing.endpoint import ADAPTERS, Endpoint
 
 
 def test_each_call_names_its_adapter(sgl: Any, backend: Any) -> None:

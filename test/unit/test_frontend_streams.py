@@ -7,7 +7,7 @@ import threading
 from typing import Any
 
 import pytest
-from support.endpoint import Endpoint
+from blocklora_testing.endpoint import Endpoint
 
 
 def test_streaming(sgl: Any, backend: Any) -> None:

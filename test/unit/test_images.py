@@ -6,6 +6,9 @@ import threading
 
 import pytest
 import torch
+from blocklora_testing.ranks import Ranks
+from blocklora_testing.tiers import Disk, numbered
+from blocklora_testing.toy import ToyModel, write_adapter
 from hypothesis import given
 from hypothesis import strategies as st
 from sglang_blocklora.adapters.content_hash import content_hash
@@ -14,9 +17,6 @@ from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.host_tier import HostTier
 from sglang_blocklora.memory.images import ImageStore
 from sglang_blocklora.memory.loaded import LoadedAdapter
-from support.ranks import Ranks
-from support.tiers import Disk, numbered
-from support.toy import ToyModel, write_adapter
 
 KEYS = "abcde"
 OPERATIONS = st.lists(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from blocklora_testing.ranks import Ranks
+from blocklora_testing.tiers import LAYERS, WIDTH, Disk, numbered
+from blocklora_testing.toy import host_only_images
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -12,9 +15,6 @@ from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.images import ImageStore
 from sglang_blocklora.memory.static_arena import StaticArena
 from sglang_blocklora.memory.static_pool import AdapterPool
-from support.ranks import Ranks
-from support.tiers import LAYERS, WIDTH, Disk, numbered
-from support.toy import host_only_images
 
 SLOTS = 24
 HOST_SLOTS = 20

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from blocklora_testing.toy import ToyModel, write_adapter
 from safetensors.torch import load_file, save_file
 from sglang_blocklora.adapters.errors import AdapterError
 from sglang_blocklora.adapters.loading import attempt, merge
 from sglang_blocklora.adapters.shard import load_shard
-from support.toy import ToyModel, write_adapter
 
 MODEL = ToyModel()
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blocklora_testing.toy import ToyModel, host_only_images, write_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang_blocklora.adapters.shard import load_shard
@@ -18,7 +19,6 @@ from sglang_blocklora.memory.loaded import LoadedAdapter
 from sglang_blocklora.memory.static_arena import StaticArena
 from sglang_blocklora.memory.static_pool import AdapterPool
 from sglang_blocklora.sharding.linears import ModelSpec
-from support.toy import ToyModel, host_only_images, write_adapter
 
 TIMEOUT_S = 60
 

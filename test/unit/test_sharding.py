@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from blocklora_kernels import reference
+from blocklora_testing.toy import ToyModel, write_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang_blocklora.adapters.shard import AdapterShard, load_shard
-from support.toy import ToyModel, write_adapter
 
 
 def rank_delta(shard: AdapterShard, image: torch.Tensor, spec, layer: int, index: int) -> torch.Tensor:

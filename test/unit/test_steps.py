@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from blocklora_testing.toy import ToyModel, host_only_images, write_adapter
 from sglang_blocklora.adapters.shard import load_shard
 from sglang_blocklora.batch.step import Step
 from sglang_blocklora.batch.torch_step import TorchStep
 from sglang_blocklora.memory.loaded import LoadedAdapter
 from sglang_blocklora.memory.static_arena import StaticArena
 from sglang_blocklora.memory.static_pool import AdapterPool
-from support.toy import ToyModel, host_only_images, write_adapter
 
 MODEL = ToyModel(layers=2)
 CHOICES = {

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blocklora_testing.toy import ToyModel, write_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -16,7 +17,6 @@ from sglang_blocklora.adapters.errors import AdapterError
 from sglang_blocklora.adapters.loading import attempt
 from sglang_blocklora.adapters.shard import load_shard
 from sglang_blocklora.adapters.weights_file import DTYPES, WeightsFile
-from support.toy import ToyModel, write_adapter
 
 MODEL = ToyModel()
 

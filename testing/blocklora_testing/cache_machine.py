@@ -11,7 +11,8 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from sglang_blocklora.memory.eviction import STRATEGIES
-from support.real_cache import digest, new_cache
+
+from blocklora_testing.real_cache import digest, new_cache
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs

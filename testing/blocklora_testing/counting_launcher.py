@@ -1,4 +1,4 @@
-"""The launcher, with collectives counted (``support.collectives``). Run as a script, COLLECTIVES_LOG naming the log.
+"""The launcher, its collectives counted (``blocklora_testing.collectives``). Run as a script, COLLECTIVES_LOG naming the log.
 
 Each spawned process imports it again before it imports SGLang, which is when the counters go in.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 
 from sglang_blocklora import cpu_only, launch_server
-from support.collectives import count_collectives
+
+from blocklora_testing.collectives import count_collectives
 
 if __name__ in ("__main__", "__mp_main__"):
     cpu_only.prepare(launch_server.rank_count(sys.argv[1:]))
