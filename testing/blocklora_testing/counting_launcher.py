@@ -1,4 +1,4 @@
-"""The launcher, its collectives counted (``blocklora_testing.collectives``). Run as a script, COLLECTIVES_LOG naming the log.
+"""The launcher, its collectives counted (``blocklora_testing.collectives``). A script; COLLECTIVES_LOG names its log.
 
 Each spawned process imports it again before it imports SGLang, which is when the counters go in.
 """
