@@ -7,7 +7,7 @@ from typing import Any
 from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqOutput
 from sglang.srt.plugins.hook_registry import HookType
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.http.load_on_use import adapter_folders
 from blocklora_patches.http.replicas import load, unload
 
@@ -48,13 +48,17 @@ HOOKS = (
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.load_lora_adapter",
         _load_lora_adapter,
         HookType.AROUND,
-        "GET /adapters tells what last went wrong with an adapter, and replicas load too.",
+        process=Process.HTTP,
+        why="GET /adapters tells what last went wrong with an adapter, and replicas load too.",
+        retire_when="upstream keeps the error and loads with data parallel replicas",
     ),
     Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.unload_lora_adapter",
         _unload_lora_adapter,
         HookType.AROUND,
-        "Upstream loads an unloaded adapter again when a request names it, so /unload_lora_adapter had no lasting "
-        "effect. Goes when upstream forgets adapters that a user unloads.",
+        process=Process.HTTP,
+        why="Upstream loads an unloaded adapter again when a request names it, so /unload_lora_adapter had "
+        "no lasting effect.",
+        retire_when="upstream forgets adapters that a user unloads",
     ),
 )

@@ -12,7 +12,7 @@ from sglang_blocklora.naming.model_names import known_adapters
 from sglang_blocklora.naming.single_flight import SingleFlight
 from sglang_blocklora.settings import Settings
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 
 
 def adapter_folders() -> AdapterFolders:
@@ -59,6 +59,8 @@ HOOKS = (
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._resolve_lora_path",
         _resolve_lora_path,
         HookType.AROUND,
-        "Upstream loads what it knew once, as often as requests ask at the same time, and nothing else.",
+        process=Process.HTTP,
+        why="Upstream loads what it knew once, as often as requests ask at the same time, and nothing else.",
+        retire_when="upstream finds adapters by name, one load for all who ask",
     ),
 )

@@ -8,7 +8,7 @@ from typing import Any
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.plugins.hook_registry import HookType
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 
 
 @functools.cache
@@ -40,6 +40,8 @@ HOOKS = (
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.collect_metrics",
         _collect_metrics,
         HookType.BEFORE,
-        "Upstream's series do not tell adapters apart.",
+        process=Process.HTTP,
+        why="Upstream's series do not tell adapters apart.",
+        retire_when="upstream labels its series with the adapter",
     ),
 )

@@ -9,7 +9,7 @@ from sglang.srt.entrypoints.openai.protocol import DEFAULT_MODEL_NAME
 from sglang.srt.plugins.hook_registry import HookType
 from sglang_blocklora.naming.model_names import UnknownModel, resolve_model
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.http.load_on_use import adapter_folders, loaded_adapters
 
 AdapterNames = str | list[str | None] | None
@@ -34,6 +34,8 @@ HOOKS = (
         "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._resolve_lora_path",
         _resolve_lora_path,
         HookType.AROUND,
-        "Stock SGLang answers an unknown model with the base model in silence. Goes when upstream refuses it.",
+        process=Process.HTTP,
+        why="Stock SGLang answers an unknown model with the base model in silence.",
+        retire_when="upstream refuses it",
     ),
 )

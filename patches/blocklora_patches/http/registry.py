@@ -12,7 +12,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 
 POLL_SECONDS = 0.01
 FORGET_SECONDS = 60  # long after upstream took the last request off an unloaded adapter's counter
@@ -48,8 +48,36 @@ async def _wait_for_unload(original: Any, self: Any, lora_id: str) -> None:
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _REGISTRY = "sglang.srt.lora.lora_registry.LoRARegistry"
 HOOKS = (
-    Hook(f"{_MANAGER}.init_lora", _init_lora, HookType.AFTER, "The registry learns where requests are kept."),
-    Hook(f"{_MANAGER}._handle_batch_request", _handle_batch_request, HookType.BEFORE, "Goes when upstream drops them."),
-    Hook(f"{_REGISTRY}.acquire", _acquire, HookType.AROUND, "A request in there has its adapter's id a moment later."),
-    Hook(f"{_REGISTRY}.wait_for_unload", _wait_for_unload, HookType.AROUND, "Goes when upstream's count is right."),
+    Hook(
+        f"{_MANAGER}.init_lora",
+        _init_lora,
+        HookType.AFTER,
+        process=Process.HTTP,
+        why="The registry learns where requests are kept.",
+        retire_when="upstream's count of an adapter's requests is right",
+    ),
+    Hook(
+        f"{_MANAGER}._handle_batch_request",
+        _handle_batch_request,
+        HookType.BEFORE,
+        process=Process.HTTP,
+        why="Upstream makes a state for each of n answers that nothing ever removes.",
+        retire_when="upstream drops them",
+    ),
+    Hook(
+        f"{_REGISTRY}.acquire",
+        _acquire,
+        HookType.AROUND,
+        process=Process.HTTP,
+        why="A request in there has its adapter's id a moment later.",
+        retire_when="upstream's count of an adapter's requests is right",
+    ),
+    Hook(
+        f"{_REGISTRY}.wait_for_unload",
+        _wait_for_unload,
+        HookType.AROUND,
+        process=Process.HTTP,
+        why="Upstream loses count of an adapter's requests, and would wait for ever.",
+        retire_when="upstream's count of an adapter's requests is right",
+    ),
 )

@@ -16,7 +16,7 @@ from sglang.srt.runtime_context import get_disagg, get_lora, get_parallel
 from sglang_blocklora.scheduling.replicas import choose_replica
 from sglang_blocklora.settings import Settings
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 
 
 def _is_replicated() -> bool:
@@ -98,6 +98,20 @@ def _route(manager: Any, requests: Sequence[Any]) -> None:
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 HOOKS = (
-    Hook(f"{_MANAGER}._send_one_request", _send_one_request, HookType.BEFORE, "Upstream's methods ignore adapters."),
-    Hook(f"{_MANAGER}._send_batch_request", _send_batch_request, HookType.BEFORE, "As for _send_one_request."),
+    Hook(
+        f"{_MANAGER}._send_one_request",
+        _send_one_request,
+        HookType.BEFORE,
+        process=Process.HTTP,
+        why="Upstream's methods ignore adapters.",
+        retire_when="upstream routes by adapter",
+    ),
+    Hook(
+        f"{_MANAGER}._send_batch_request",
+        _send_batch_request,
+        HookType.BEFORE,
+        process=Process.HTTP,
+        why="As for _send_one_request.",
+        retire_when="upstream routes by adapter",
+    ),
 )

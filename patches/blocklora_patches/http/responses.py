@@ -9,7 +9,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 from sglang_blocklora.naming.model_names import UnknownModel
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.http.model_names import adapter_of_model
 
 # The adapter of the request that this asyncio task serves: upstream drops it between the two functions below.
@@ -42,18 +42,24 @@ HOOKS = (
         f"{_CLASS}.create_responses",
         _create_responses,
         HookType.AROUND,
-        "An unknown model is a 404 that lists the known names, and a known adapter is kept for the hook below.",
+        process=Process.HTTP,
+        why="An unknown model is a 404 that lists the known names, and a known adapter is kept for the hook below.",
+        retire_when="upstream refuses unknown models with the known names",
     ),
     Hook(
         f"{_CLASS}._validate_model",
         _validate_model,
         HookType.AROUND,
-        "Upstream refuses adapters that a request may load, and names of a model that has a colon.",
+        process=Process.HTTP,
+        why="Upstream refuses adapters that a request may load, and names of a model that has a colon.",
+        retire_when="upstream asks one resolver for every route",
     ),
     Hook(
         f"{_CLASS}._generate_with_builtin_tools",
         _generate_with_builtin_tools,
         HookType.BEFORE,
-        "Upstream validates an adapter's name and then answers with the base model. Goes when it sets lora_path.",
+        process=Process.HTTP,
+        why="Upstream validates an adapter's name and then answers with the base model.",
+        retire_when="upstream sets lora_path",
     ),
 )

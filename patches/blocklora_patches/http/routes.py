@@ -19,7 +19,7 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 from sglang_blocklora.reporting.facts import MAX_PAGE, AdapterFacts, merge_facts, openai_error, page
 from sglang_blocklora.reporting.replicas import merge_replicas
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.http.adapters import adapter_errors
 from blocklora_patches.http.load_on_use import adapter_folders, loaded_adapters
 from blocklora_patches.scheduler.control import FACTS, PIN
@@ -189,12 +189,16 @@ HOOKS = (
         "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
         _setup_and_run_http_server,
         HookType.BEFORE,
-        "Routes that upstream lacks. Goes when plugins can add routes.",
+        process=Process.HTTP,
+        why="Routes that upstream lacks.",
+        retire_when="plugins can add routes",
     ),
     Hook(
         "sglang.srt.utils.common.add_prometheus_middleware",
         _add_prometheus_middleware,
         HookType.AFTER,
-        "Facts are fetched when they are scraped. Goes when upstream lets a plugin register a collector.",
+        process=Process.HTTP,
+        why="Facts are fetched when they are scraped.",
+        retire_when="upstream lets a plugin register a collector",
     ),
 )

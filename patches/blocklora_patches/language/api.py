@@ -7,7 +7,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 from sglang_blocklora.naming.choice import NOT_GIVEN, Choice, chosen
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 
 
 def _with_adapter(original: Any, *args: Any, adapter: Choice = NOT_GIVEN, **kwargs: Any) -> Any:
@@ -22,7 +22,9 @@ HOOKS = tuple(
         f"sglang.lang.api.{name}",
         _with_adapter,
         HookType.AROUND,
-        "Upstream's expressions name no adapter. Goes when they do.",
+        process=Process.SCRIPT,
+        why="Upstream's expressions name no adapter.",
+        retire_when="they do",
     )
     for name in ("gen", "gen_int", "gen_string", "select")
 )

@@ -16,7 +16,7 @@ from sglang_blocklora.naming.choice import (
     SeveralAnswersInStream,
 )
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.language.backends import bind, bound_adapter
 
 REFUSED = (AdapterUnavailable, SeveralAnswersInStream)
@@ -107,19 +107,61 @@ async def _text_async_iter(original: Any, self: Any, *args: Any, **kwargs: Any) 
 _EXECUTOR = "sglang.lang.interpreter.StreamExecutor"
 _STATE = "sglang.lang.interpreter.ProgramState"
 HOOKS = (
-    Hook(f"{_EXECUTOR}.submit", _submit, HookType.BEFORE, "An unknown adapter is an error, never the base model."),
-    Hook(f"{_EXECUTOR}._execute_gen", _execute, HookType.AROUND, "Goes when upstream passes an adapter to backends."),
-    Hook(f"{_EXECUTOR}._execute_select", _execute, HookType.AROUND, "As for _execute_gen."),
+    Hook(
+        f"{_EXECUTOR}.submit",
+        _submit,
+        HookType.BEFORE,
+        process=Process.SCRIPT,
+        why="An unknown adapter is an error, never the base model.",
+        retire_when="upstream's language knows adapters",
+    ),
+    Hook(
+        f"{_EXECUTOR}._execute_gen",
+        _execute,
+        HookType.AROUND,
+        process=Process.SCRIPT,
+        why="The adapter of a call reaches the backend.",
+        retire_when="upstream passes an adapter to backends",
+    ),
+    Hook(
+        f"{_EXECUTOR}._execute_select",
+        _execute,
+        HookType.AROUND,
+        process=Process.SCRIPT,
+        why="As for _execute_gen.",
+        retire_when="upstream passes an adapter to backends",
+    ),
     Hook(
         f"{_EXECUTOR}._thread_worker_func",
         _thread_worker_func,
         HookType.AFTER,
-        "Upstream wakes a stream's reader and then says that it has finished: a reader quick enough to look in between "
-        "waits for ever. Goes when upstream says it first.",
+        process=Process.SCRIPT,
+        why="Upstream wakes a stream's reader and then says that it has finished: a reader quick enough to "
+        "look in between waits for ever.",
+        retire_when="upstream says it first",
     ),
-    Hook(f"{_EXECUTOR}.get_var", _get_var, HookType.AROUND, "Who asks for an answer learns why there is none."),
     Hook(
-        f"{_STATE}.text_iter", _text_iter, HookType.AROUND, "A stream that was refused raises, and does not just end."
+        f"{_EXECUTOR}.get_var",
+        _get_var,
+        HookType.AROUND,
+        process=Process.SCRIPT,
+        why="Who asks for an answer learns why there is none.",
+        retire_when="upstream raises a program's error in get_var",
     ),
-    Hook(f"{_STATE}.text_async_iter", _text_async_iter, HookType.AROUND, "As for text_iter."),
+    Hook(
+        f"{_STATE}.text_iter",
+        _text_iter,
+        HookType.AROUND,
+        process=Process.SCRIPT,
+        why="A stream that was refused raises, and does not just end.",
+        retire_when="upstream raises a program's error in its streams",
+    ),
+    Hook(
+        f"{_STATE}.text_async_iter",
+        _text_async_iter,
+        HookType.AROUND,
+        process=Process.SCRIPT,
+        why="As for text_iter.",
+        retire_when="upstream raises a program's error in its streams",
+    ),
 )

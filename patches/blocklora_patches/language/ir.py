@@ -10,7 +10,7 @@ from sglang.lang.global_config import global_config
 from sglang.srt.plugins.hook_registry import HookType
 from sglang_blocklora.naming.choice import NOT_GIVEN, NotGiven, choice_of_block, chosen
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.language.backends import bind
 
 
@@ -40,7 +40,9 @@ HOOKS = tuple(
         f"sglang.lang.ir.SglFunction.{name}",
         _run,
         HookType.AROUND,
-        "Upstream's programs have no default adapter. Goes when they do.",
+        process=Process.SCRIPT,
+        why="Upstream's programs have no default adapter.",
+        retire_when="they do",
     )
     for name in ("run", "run_batch")
 )

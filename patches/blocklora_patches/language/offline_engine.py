@@ -7,7 +7,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 from sglang_blocklora.naming.choice import NOT_GIVEN, NotGiven
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 
 # A name, None for the base model, or one of these per prompt.
 AdapterNames = str | list[str | None] | NotGiven | None
@@ -26,7 +26,9 @@ HOOKS = tuple(
         f"sglang.srt.entrypoints.engine.Engine.{name}",
         _generate,
         HookType.AROUND,
-        "The word of the frontend language, for lora_path. Goes when upstream takes it.",
+        process=Process.HTTP,
+        why="The word of the frontend language, for lora_path.",
+        retire_when="upstream takes it",
     )
     for name in ("generate", "async_generate")
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.language.engine import Answer, engine_answer
 
 
@@ -28,6 +28,8 @@ HOOKS = (
         "sglang.utils.http_request",
         _http_request,
         HookType.AROUND,
-        "Upstream's language reaches no engine of its own process, and fails for n > 1. Goes when it does both.",
+        process=Process.SCRIPT,
+        why="Upstream's language reaches no engine of its own process, and fails for n > 1.",
+        retire_when="upstream does both",
     ),
 )

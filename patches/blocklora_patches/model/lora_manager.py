@@ -28,7 +28,7 @@ from sglang_blocklora.memory.transfer import Transfer
 from sglang_blocklora.memory.unified_pool import KVArena, UnifiedPool
 from sglang_blocklora.settings import Settings
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.model.linear import AdaptedLinearMethod
 from blocklora_patches.model.linears import adaptable_linears, build_spec
 from blocklora_patches.model.parallel_state import TPCollectives
@@ -224,6 +224,8 @@ HOOKS = (
         "sglang.srt.lora.lora_manager.LoRAManager",
         BlockLoRAManager,
         HookType.REPLACE,
-        "Adapters live in rows of an arena and their deltas need no collective. Goes when SGLang can choose a manager.",
+        process=Process.SCHEDULER,
+        why="Adapters live in rows of an arena and their deltas need no collective.",
+        retire_when="SGLang can choose a LoRA manager",
     ),
 )

@@ -9,7 +9,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_lora
 from sglang_blocklora.settings import Settings
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.model.unsupported import refuse_unsupported
 
 
@@ -39,12 +39,17 @@ HOOKS = (
         f"{_MODEL_RUNNER}.load_model",
         _load_model,
         HookType.BEFORE,
-        "Everything about flags and model is known, and no weight has been read yet.",
+        process=Process.SCHEDULER,
+        why="Everything about flags and model is known, and no weight has been read yet: unsupported modes "
+        "are refused here.",
+        retire_when="upstream has a check that plugins can extend",
     ),
     Hook(
         f"{_MODEL_RUNNER}.alloc_memory_pool",
         _alloc_memory_pool,
         HookType.AFTER,
-        "The LoRA manager is made before the KV pool. Goes when upstream tells it that the pool exists.",
+        process=Process.SCHEDULER,
+        why="The LoRA manager is made before the KV pool.",
+        retire_when="upstream tells it that the pool exists",
     ),
 )

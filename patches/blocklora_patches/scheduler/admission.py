@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.scheduler.queue_order import adapter_fits
 
 
@@ -82,32 +82,42 @@ HOOKS = (
         f"{_SCHEDULER}.init_req_max_new_tokens",
         _init_req_max_new_tokens,
         HookType.BEFORE,
-        "Upstream shortens answers to what the whole pool holds; with its adapter in it, less is left.",
+        process=Process.SCHEDULER,
+        why="Upstream shortens answers to what the whole pool holds; with its adapter in it, less is left.",
+        retire_when="upstream asks the cache what a request can have",
     ),
     Hook(
         f"{_SCHEDULER}._add_request_to_queue",
         _add_request_to_queue,
         HookType.BEFORE,
-        "Upstream checks a prompt against the whole pool; with its adapter in the pool too it might wait for ever.",
+        process=Process.SCHEDULER,
+        why="Upstream checks a prompt against the whole pool; with its adapter in the pool too it might wait for ever.",
+        retire_when="upstream asks the cache what a request can have",
     ),
     Hook(
         f"{_SCHEDULER}.can_schedule_lora_req",
         _can_schedule_lora_req,
         HookType.AROUND,
-        "Upstream stops at the first request without room, and pins can leave one without room for long; and it knows "
-        "no bound to passing over a request whose adapter does not fit.",
+        process=Process.SCHEDULER,
+        why="Upstream stops at the first request without room, and pins can leave one without room for long; "
+        "and it knows no bound to passing over a request whose adapter does not fit.",
+        retire_when="upstream passes over a request, at most so many times",
     ),
     Hook(
         f"{_SCHEDULER}._get_new_batch_prefill_raw",
         _get_new_batch_prefill_raw,
         HookType.BEFORE,
-        "Upstream calls a batch full when there is no room, and clears that when a running request ends; there may be "
-        "none where pinned adapters took the room.",
+        process=Process.SCHEDULER,
+        why="Upstream calls a batch full when there is no room, and clears that when a running request ends; "
+        "there may be none where pinned adapters took the room.",
+        retire_when="upstream clears it when slots come free",
     ),
     Hook(
         f"{_SCHEDULER}.get_new_batch_prefill",
         _get_new_batch_prefill,
         HookType.AFTER,
-        "Upstream keeps adapters in host memory and cannot fail to load one it admitted.",
+        process=Process.SCHEDULER,
+        why="Upstream keeps adapters in host memory and cannot fail to load one it admitted.",
+        retire_when="upstream lets an admitted adapter fail",
     ),
 )

@@ -15,7 +15,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.plugins.hook_registry import HookType
 from sglang_blocklora.reporting.facts import pool_facts, tier
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 
 FACTS = "blocklora"
 # Key of a request to pin (1) or unpin (0): this, then the lora_id. Upstream takes names with numbers only.
@@ -70,13 +70,36 @@ def _on_idle(self: Any) -> None:
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 HOOKS = (
-    Hook(f"{_SCHEDULER}.get_internal_state", _get_internal_state, HookType.AFTER, "Upstream reports no adapters."),
-    Hook(f"{_SCHEDULER}.set_internal_state", _set_internal_state, HookType.AROUND, "Upstream pins at load time only."),
+    Hook(
+        f"{_SCHEDULER}.get_internal_state",
+        _get_internal_state,
+        HookType.AFTER,
+        process=Process.SCHEDULER,
+        why="Upstream reports no adapters.",
+        retire_when="upstream lets a plugin add to the internal state",
+    ),
+    Hook(
+        f"{_SCHEDULER}.set_internal_state",
+        _set_internal_state,
+        HookType.AROUND,
+        process=Process.SCHEDULER,
+        why="Upstream pins at load time only.",
+        retire_when="upstream pins a loaded adapter",
+    ),
     Hook(
         f"{_SCHEDULER}._add_request_to_queue",
         _add_request_to_queue,
         HookType.BEFORE,
-        "Hits, misses and reuse per adapter.",
+        process=Process.SCHEDULER,
+        why="Hits, misses and reuse per adapter.",
+        retire_when="upstream counts them per adapter",
     ),
-    Hook(f"{_SCHEDULER}.on_idle", _on_idle, HookType.BEFORE, "Every slot has one owner (upstream's debug switch)."),
+    Hook(
+        f"{_SCHEDULER}.on_idle",
+        _on_idle,
+        HookType.BEFORE,
+        process=Process.SCHEDULER,
+        why="Every slot has one owner (upstream's debug switch).",
+        retire_when="upstream's own check asks the cache",
+    ),
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.scheduler.queue_order import AdapterAffinityPolicy
 
 # Waiting requests whose adapters are read from disk ahead, and for which nothing they need is evicted here.
@@ -57,6 +57,8 @@ HOOKS = (
         "sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill",
         _get_new_batch_prefill,
         HookType.AFTER,
-        "Upstream loads an adapter when a batch needs it, and the batch waits.",
+        process=Process.SCHEDULER,
+        why="Upstream loads an adapter when a batch needs it, and the batch waits.",
+        retire_when="upstream reads adapters ahead of the queue",
     ),
 )

@@ -8,7 +8,7 @@ from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.plugins.hook_registry import HookType
 
 from blocklora_patches.cache.unified_radix_cache import AdapterPrefixCache
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 
 
 def _add_one_req(original: Any, self: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
@@ -31,14 +31,18 @@ HOOKS = (
         "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
         _add_one_req,
         HookType.AROUND,
-        "A running request that is preempted unlocks its adapter and evicts, after the adapters of a pass were checked "
-        "and before the next request locks its own.",
+        process=Process.SCHEDULER,
+        why="A running request that is preempted unlocks its adapter and evicts, after the adapters of a "
+        "pass were checked and before the next request locks its own.",
+        retire_when="upstream checks adapters after it preempts",
     ),
     Hook(
         "sglang.srt.managers.schedule_policy.PrefillAdder.preempt_to_schedule",
         _preempt_to_schedule,
         HookType.AROUND,
-        "Slots of the adapter that a request is about to lock look free to it. Where it then does not fit, upstream "
-        "forgets the requests that were preempted for it.",
+        process=Process.SCHEDULER,
+        why="Slots of the adapter that a request is about to lock look free to it. Where it then does not "
+        "fit, upstream forgets the requests that were preempted for it.",
+        retire_when="upstream queues them again",
     ),
 )

@@ -20,7 +20,7 @@ from sglang_blocklora.scheduling.order import (
 from sglang_blocklora.scheduling.policy import QUANTUM_CHUNKS, AffinityPolicy
 from sglang_blocklora.settings import Settings
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 
 # Requests whose cached prefix is looked up in a step: those not looked up yet, then the head of the last order.
 MATCHES_PER_STEP = 64
@@ -138,6 +138,8 @@ HOOKS = (
         "sglang.srt.managers.scheduler.Scheduler.init_schedule_policy",
         _init_schedule_policy,
         HookType.AFTER,
-        "Upstream's policies know no adapters. Goes when it has a registry of policies.",
+        process=Process.SCHEDULER,
+        why="Upstream's policies know no adapters.",
+        retire_when="upstream has a registry of policies",
     ),
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 
 # Ends the extra key of base-model requests; an adapter's id, hex digits that upstream appends, cannot end so.
 BASE_MARK = "|"
@@ -22,6 +22,8 @@ HOOKS = (
         "sglang.srt.managers.schedule_batch.Req.__init__",
         _init,
         HookType.AFTER,
-        "A client's extra_key that is an adapter's id would share its KV. Goes when upstream tells them apart.",
+        process=Process.SCHEDULER,
+        why="A client's extra_key that is an adapter's id would share its KV.",
+        retire_when="upstream tells them apart",
     ),
 )
