@@ -88,7 +88,7 @@ PAPER = {
 }
 # Outside the paper's four: ms per token measured by one of its authors, vLLM of December 2024, one request of 3000
 # tokens in 15 s without LoRA and 23 s with S-LoRA sharding on. https://github.com/vllm-project/vllm/issues/10898
-LLAMA_2_7B = BaseSizes(4096, 11008, 32, 32, 128, 32, 32000)
+LLAMA_2_7B = BaseSizes(hidden=4096, intermediate=11008, heads=32, kv_heads=32, head_dim=128, layers=32, vocab=32000)
 MEASURED_MS = {"base": 5.0, "S-LoRA, r": 7.7}
 
 

@@ -33,7 +33,9 @@ from benchmark.serving.tiny import lora_paths
 from benchmark.serving.workload import Workload
 
 TP = 8
-WHOLE = LLAMA | {"tiny": BaseSizes(256, 768, 8, 8, 32, 2, 2048)}
+WHOLE = LLAMA | {
+    "tiny": BaseSizes(hidden=256, intermediate=768, heads=8, kv_heads=8, head_dim=32, layers=2, vocab=2048)
+}
 VOCAB = 256  # of the tokenizer; prompts stay below it
 VARIANTS = {
     "base": Variant("stock", [None]),
@@ -47,13 +49,13 @@ VARIANTS = {
 def one_eighth(base: BaseSizes) -> BaseSizes:
     """What one of eight TP ranks holds of a model whose heads divide by 8."""
     return BaseSizes(
-        base.hidden,
-        base.intermediate // TP,
-        base.heads // TP,
-        base.kv_heads // TP,
-        base.head_dim,
-        base.layers,
-        base.vocab // TP,
+        hidden=base.hidden,
+        intermediate=base.intermediate // TP,
+        heads=base.heads // TP,
+        kv_heads=base.kv_heads // TP,
+        head_dim=base.head_dim,
+        layers=base.layers,
+        vocab=base.vocab // TP,
     )
 
 

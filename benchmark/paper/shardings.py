@@ -19,8 +19,12 @@ from sglang_blocklora.tools.match_rank import match_rank, plain_parameters
 Sharding = Literal["stock", "s-lora", "block-diagonal"]
 SHARDINGS: tuple[Sharding, ...] = ("stock", "s-lora", "block-diagonal")
 LLAMA = {
-    "Llama-3.1-8B": BaseSizes(4096, 14336, 32, 8, 128, 32, 128256),
-    "Llama-3.1-70B": BaseSizes(8192, 28672, 64, 8, 128, 80, 128256),
+    "Llama-3.1-8B": BaseSizes(
+        hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128, layers=32, vocab=128256
+    ),
+    "Llama-3.1-70B": BaseSizes(
+        hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, layers=80, vocab=128256
+    ),
 }
 MODULES = {
     "q_proj": "self_attn",

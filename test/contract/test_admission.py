@@ -56,7 +56,13 @@ class Admission:
         self.pool.bind_cache(self.cache)
         for name, slots in SLOTS.items():
             adapter = LoadedAdapter(
-                name, "", AdapterShard(name, 1, 1, slots, (), (), ()), slots, False, digest(name), ""
+                name,
+                "",
+                AdapterShard(name=name, rank=1, nblocks=1, slots=slots, descriptors=(), scalings=(), shares=()),
+                slots,
+                False,
+                digest(name),
+                "",
             )
             self.pool.add(self.id(name), adapter, torch.zeros(1, 2, slots, 8))
         manager = SimpleNamespace(unified=True, pool=self.pool, decisions=DecisionLog(None, 0))

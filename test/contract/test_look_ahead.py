@@ -37,7 +37,7 @@ class Look:
         self.pool.arena = SimpleNamespace(write=lambda slots, image: None)
         self.pool.bind_cache(self.cache)
         for name, slots in SLOTS.items():
-            shard = AdapterShard(name, 1, 1, slots, (), (), ())
+            shard = AdapterShard(name=name, rank=1, nblocks=1, slots=slots, descriptors=(), scalings=(), shares=())
             adapter = LoadedAdapter(name, "", shard, slots, False, digest(name), "")
             self.pool.add(self.id(name), adapter, torch.zeros(1, 2, slots, 8))
         assert self.pool.fits([self.id("a"), self.id("b")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -174,12 +175,12 @@ def test_two_modules_for_one_slice_are_refused(tmp_path: Path) -> None:
     fused_spec, split_spec = ToyModel(fused=True).spec(0, 1), split.spec(0, 1)
     both = [
         [
-            type(s)(s.name, s.kind, s.inputs, s.outputs, {**s.sources, **f.sources})
+            dataclasses.replace(s, sources={**s.sources, **f.sources})
             for s, f in zip(split_layer, fused_layer, strict=True)
         ]
         for split_layer, fused_layer in zip(split_spec.layers, fused_spec.layers, strict=True)
     ]
-    spec = type(split_spec)(tuple(map(tuple, both)), 40, torch.float64, 1000, 0, 1)
+    spec = dataclasses.replace(split_spec, layers=tuple(map(tuple, both)))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     tensors[Q_A], tensors[Q_B] = torch.zeros(6, 24), torch.zeros(48, 6)
     save_file(tensors, tmp_path / "adapter_model.safetensors")

@@ -17,7 +17,15 @@ def numbered(number: int, slots: int, pinned: bool = False) -> tuple[LoadedAdapt
     name = f"a{number}"
     image = torch.full((LAYERS, 2, slots, WIDTH), float(number))
     digest = hashlib.sha256(name.encode()).hexdigest()
-    return LoadedAdapter(name, "/p", AdapterShard(name, 1, 1, slots, (), (), ()), slots, pinned, digest, digest), image
+    return LoadedAdapter(
+        name,
+        "/p",
+        AdapterShard(name=name, rank=1, nblocks=1, slots=slots, descriptors=(), scalings=(), shares=()),
+        slots,
+        pinned,
+        digest,
+        digest,
+    ), image
 
 
 class Disk:

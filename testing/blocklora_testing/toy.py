@@ -48,7 +48,12 @@ class ToyModel:
 
     def spec(self, rank: int, size: int, dtype: torch.dtype = torch.float64, row_width: int = 40) -> ModelSpec:
         return ModelSpec(
-            tuple(self._layer(i, rank, size) for i in range(self.layers)), row_width, dtype, 1000, rank, size
+            layers=tuple(self._layer(i, rank, size) for i in range(self.layers)),
+            row_width=row_width,
+            dtype=dtype,
+            vocab_size=1000,
+            tp_rank=rank,
+            tp_size=size,
         )
 
     def _layer(self, layer: int, rank: int, size: int) -> tuple[LinearSpec, ...]:
@@ -70,27 +75,33 @@ class ToyModel:
             }
             gate_up = {f"{mlp}.{x}_proj": Source((i,), (0,), self.intermediate) for i, x in enumerate(["gate", "up"])}
         return (
-            LinearSpec(f"{attn}.qkv_proj", "column", whole(self.hidden), (share(q), kv_share, kv_share), qkv),
             LinearSpec(
-                f"{attn}.o_proj",
-                "row",
-                share(q),
-                (whole(self.hidden),),
-                {f"{attn}.o_proj": Source((0,), (0,), self.hidden)},
+                name=f"{attn}.qkv_proj",
+                kind="column",
+                inputs=whole(self.hidden),
+                outputs=(share(q), kv_share, kv_share),
+                sources=qkv,
             ),
             LinearSpec(
-                f"{mlp}.gate_up_proj",
-                "column",
-                whole(self.hidden),
-                (share(self.intermediate), share(self.intermediate)),
-                gate_up,
+                name=f"{attn}.o_proj",
+                kind="row",
+                inputs=share(q),
+                outputs=(whole(self.hidden),),
+                sources={f"{attn}.o_proj": Source((0,), (0,), self.hidden)},
             ),
             LinearSpec(
-                f"{mlp}.down_proj",
-                "row",
-                share(self.intermediate),
-                (whole(self.hidden),),
-                {f"{mlp}.down_proj": Source((0,), (0,), self.hidden)},
+                name=f"{mlp}.gate_up_proj",
+                kind="column",
+                inputs=whole(self.hidden),
+                outputs=(share(self.intermediate), share(self.intermediate)),
+                sources=gate_up,
+            ),
+            LinearSpec(
+                name=f"{mlp}.down_proj",
+                kind="row",
+                inputs=share(self.intermediate),
+                outputs=(whole(self.hidden),),
+                sources={f"{mlp}.down_proj": Source((0,), (0,), self.hidden)},
             ),
         )
 

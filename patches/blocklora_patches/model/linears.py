@@ -78,7 +78,15 @@ def build_spec(
     sizes = CheckpointSizes.of(config, qkv.head_size)
     specs = tuple(tuple(_linear(path, module, sizes, targets) for path, module in layer) for layer in linears)
     row_width = -(-qkv.kv_proj_shard_size // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS
-    return ModelSpec(specs, row_width, dtype, config.vocab_size, rank, size, s_lora and size > 1)
+    return ModelSpec(
+        layers=specs,
+        row_width=row_width,
+        dtype=dtype,
+        vocab_size=config.vocab_size,
+        tp_rank=rank,
+        tp_size=size,
+        s_lora=s_lora and size > 1,
+    )
 
 
 def _linear(path: str, module: torch.nn.Module, sizes: CheckpointSizes, targets: set[str]) -> LinearSpec:
@@ -86,11 +94,11 @@ def _linear(path: str, module: torch.nn.Module, sizes: CheckpointSizes, targets:
     if isinstance(module, RowParallelLinear):
         inputs = sizes.q if name == "o_proj" else sizes.intermediate
         return LinearSpec(
-            path,
-            "row",
-            _share(module.input_size_per_partition, module.tp_rank, inputs),
-            (Interval(0, module.output_size, module.output_size),),
-            {path: Source((0,), (0,), module.output_size)} if targets & {"all", name} else {},
+            name=path,
+            kind="row",
+            inputs=_share(module.input_size_per_partition, module.tp_rank, inputs),
+            outputs=(Interval(0, module.output_size, module.output_size),),
+            sources={path: Source((0,), (0,), module.output_size)} if targets & {"all", name} else {},
         )
     if isinstance(module, QKVParallelLinear):
         outputs = _qkv_outputs(module, sizes)
@@ -104,7 +112,8 @@ def _linear(path: str, module: torch.nn.Module, sizes: CheckpointSizes, targets:
     }
     if targets & {"all", name}:
         sources[path] = Source(tuple(range(len(outputs))), tuple(offsets), sum(o.size for o in outputs))
-    return LinearSpec(path, "column", Interval(0, module.input_size, module.input_size), outputs, sources)
+    inputs = Interval(0, module.input_size, module.input_size)
+    return LinearSpec(name=path, kind="column", inputs=inputs, outputs=outputs, sources=sources)
 
 
 def _parts(name: str) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ UNSUPPORTED_OPTIONS = (
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """The part of ``adapter_config.json`` that decides an adapter's mathematics (names and meaning as in PEFT)."""
 

@@ -22,7 +22,7 @@ from sglang_blocklora.sharding.plan import LinearPlan, plan_linear
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdapterShard:
     """An adapter on one TP rank: all that must be known of it to use its rows.
 
@@ -69,13 +69,13 @@ def load_shard(
             descriptors.append(tuple(plan.describe(own) for plan, own in zip(layer, addresses, strict=True)))
     _warn_made_dense(name, plans, shapes)
     shard = AdapterShard(
-        name,
-        max(shape.rank for shape in shapes.values()),
-        max(shape.nblocks for shape in shapes.values()),
-        slots,
-        tuple(descriptors),
-        tuple(tuple(_scalings(plan, config) for plan in layer) for layer in plans),
-        tuple(tuple(plan.shares for plan in layer) for layer in plans),
+        name=name,
+        rank=max(shape.rank for shape in shapes.values()),
+        nblocks=max(shape.nblocks for shape in shapes.values()),
+        slots=slots,
+        descriptors=tuple(descriptors),
+        scalings=tuple(tuple(_scalings(plan, config) for plan in layer) for layer in plans),
+        shares=tuple(tuple(plan.shares for plan in layer) for layer in plans),
     )
     return shard, image
 

@@ -47,7 +47,7 @@ class ModuleShape:
         return self.structure != "plain" and self.nblocks > 1 and self.split_blocks(kind) == 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SliceCut:
     """A TP rank's part of one module for one slice.
 
@@ -86,12 +86,19 @@ def cut_slice(linear: LinearSpec, slice_index: int, offset: int, size: int, shap
     touched = touched_blocks(split, n)
     block_rank = shape.rank // n
     rank = touched.blocks.count * block_rank
-    dense_a, dense_b = Blocks(1, linear.inputs.length, 0), Blocks(1, output.length, 0)
-    first_rank = touched.first * block_rank
-    where = (rank, first_rank, touched.first, inputs, outputs)
-    if linear.kind == "column":
-        return SliceCut(*where, dense_a, rank, touched.blocks, output.length, block_rank)
-    return SliceCut(*where, touched.blocks, block_rank, dense_b, output.length, rank)
+    column = linear.kind == "column"
+    return SliceCut(
+        rank=rank,
+        first_rank=touched.first * block_rank,
+        first_block=touched.first,
+        inputs=inputs,
+        outputs=outputs,
+        a=Blocks(1, linear.inputs.length, 0) if column else touched.blocks,
+        a_rows=rank if column else block_rank,
+        b=touched.blocks if column else Blocks(1, output.length, 0),
+        b_rows=output.length,
+        block_rank=block_rank if column else rank,
+    )
 
 
 def real_inputs(linear: LinearSpec) -> Interval:

@@ -46,7 +46,7 @@ class Source:
     size: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LinearSpec:
     """One (possibly fused) linear of a decoder layer on this TP rank.
 
@@ -71,7 +71,7 @@ class LinearSpec:
         return tuple(offsets)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """Linears of every layer on one TP rank, and the arena's geometry.
 

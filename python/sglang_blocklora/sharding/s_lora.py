@@ -41,14 +41,21 @@ def cut_s_lora(
     """
     r, output = shape.rank, linear.outputs[slice_index]
     inputs = real_inputs(linear)
-    dense_a = Blocks(1, linear.inputs.length, 0)
-    if linear.kind == "column":
-        first = own_share(r, tp_rank, tp_size).start
-        rows = output.shifted(offset, size)
-        dense_b = Blocks(1, output.length, 0)
-        return SliceCut(r, first, 0, inputs, rows, dense_a, -(-r // tp_size), dense_b, output.length, r)
-    rows = own_share(output.size, tp_rank, tp_size)
-    return SliceCut(r, 0, 0, inputs, rows, dense_a, r, Blocks(1, rows.length, 0), rows.length, r)
+    column = linear.kind == "column"
+    rows = output.shifted(offset, size) if column else own_share(output.size, tp_rank, tp_size)
+    b_rows = output.length if column else rows.length
+    return SliceCut(
+        rank=r,
+        first_rank=own_share(r, tp_rank, tp_size).start if column else 0,
+        first_block=0,
+        inputs=inputs,
+        outputs=rows,
+        a=Blocks(1, linear.inputs.length, 0),
+        a_rows=-(-r // tp_size) if column else r,
+        b=Blocks(1, b_rows, 0),
+        b_rows=b_rows,
+        block_rank=r,
+    )
 
 
 def out_offsets(linear: LinearSpec, tp_rank: int, tp_size: int) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ ANY_ROW_WIDTH = 1024
 Features = Mapping[str, tuple[int, int]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BaseSizes:
     """Sizes of a base model, as its Hugging Face ``config.json`` names them."""
 
@@ -139,12 +139,12 @@ def standalone_spec(
     kv_width = share.kv_heads_local * base.head_dim if base else ANY_ROW_WIDTH
     row_width = -(-kv_width // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS  # as a server rounds it
     return ModelSpec(
-        tuple(tuple(layers[layer]) for layer in sorted(layers)),
-        row_width,
-        dtype,
-        base.vocab if base else sys.maxsize,
-        tp_rank,
-        tp_size,
+        layers=tuple(tuple(layers[layer]) for layer in sorted(layers)),
+        row_width=row_width,
+        dtype=dtype,
+        vocab_size=base.vocab if base else sys.maxsize,
+        tp_rank=tp_rank,
+        tp_size=tp_size,
     )
 
 
@@ -196,7 +196,8 @@ def _linear(name: str, path: str, members: Mapping[str, str], features: Features
         module = members[fused]
         out = features[module][1]
         output = Interval(0, out, out)
-        return LinearSpec(path, "row", share.even(inputs), (output,), {module: Source((0,), (0,), out)})
+        sources = {module: Source((0,), (0,), out)}
+        return LinearSpec(name=path, kind="row", inputs=share.even(inputs), outputs=(output,), sources=sources)
     sizes = _slice_sizes(name, path, members, features, share.base)
     cut = (share.query, share.key_value, share.key_value) if fused == "qkv_proj" else (share.even, share.even)
     outputs = tuple(one(size) for one, size in zip(cut, sizes, strict=True))
@@ -208,7 +209,7 @@ def _linear(name: str, path: str, members: Mapping[str, str], features: Features
         else:
             index = FUSED[fused].index(suffix)
             sources[module] = Source((index,), (0,), sizes[index])
-    return LinearSpec(path, "column", whole, outputs, sources)
+    return LinearSpec(name=path, kind="column", inputs=whole, outputs=outputs, sources=sources)
 
 
 def _slice_sizes(

@@ -36,7 +36,7 @@ class ModuleLoss:
     relative_error: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Conversion:
     path: str
     rank: int
@@ -82,7 +82,15 @@ def convert(source: Path, target: Path, nblocks: int, rank: int | None, max_erro
     config = _config(source, nblocks, rank, losses)
     (target / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     after = sum(tensor.numel() for tensor in tensors.values())
-    return Conversion(str(target), rank, nblocks, before, after, worst.relative_error, losses)
+    return Conversion(
+        path=str(target),
+        rank=rank,
+        nblocks=nblocks,
+        parameters_before=before,
+        parameters=after,
+        max_relative_error=worst.relative_error,
+        modules=losses,
+    )
 
 
 def _check_sizes(adapter: OpenedAdapter, nblocks: int, rank: int) -> None:

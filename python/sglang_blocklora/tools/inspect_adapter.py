@@ -17,7 +17,7 @@ from sglang_blocklora.tools.base_model import BaseSizes, kind_of, suffix_of
 from sglang_blocklora.tools.opened import OpenedAdapter, open_adapter
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModuleGroup:
     """Modules of one name that are alike, over all layers."""
 
@@ -33,7 +33,7 @@ class ModuleGroup:
     parameters: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TpCost:
     """Bytes of the weights that each TP rank stores.
 
@@ -46,7 +46,7 @@ class TpCost:
     arena_bytes: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inspection:
     path: str
     content_hash: str
@@ -97,16 +97,16 @@ def _groups(adapter: OpenedAdapter) -> list[ModuleGroup]:
         parameters = sum(map(adapter.parameters_of, modules))
         groups.append(
             ModuleGroup(
-                suffix,
-                len(modules),
-                kind,
-                shape.structure,
-                orientation,
-                shape.rank,
-                shape.nblocks,
-                in_features,
-                out_features,
-                parameters,
+                module=suffix,
+                count=len(modules),
+                kind=kind,
+                structure=shape.structure,
+                orientation=orientation,
+                rank=shape.rank,
+                nblocks=shape.nblocks,
+                in_features=in_features,
+                out_features=out_features,
+                parameters=parameters,
             )
         )
     return groups
@@ -122,10 +122,13 @@ def _cost(adapter: OpenedAdapter, tp_size: int, dtype: torch.dtype) -> TpCost:
             elements += sum(sizes)
             slots = max(slots, place(sizes, spec.row_width).rows)
         weights.append(elements * dtype.itemsize)
-    if adapter.base is None:
-        return TpCost(tp_size, weights, None, None)
-    arena_bytes = adapter.base.layers * 2 * slots * spec.row_width * dtype.itemsize
-    return TpCost(tp_size, weights, slots, arena_bytes)
+    base = adapter.base
+    return TpCost(
+        tp_size=tp_size,
+        bytes_per_rank=weights,
+        slots=slots if base else None,
+        arena_bytes=base.layers * 2 * slots * spec.row_width * dtype.itemsize if base else None,
+    )
 
 
 def _warnings(adapter: OpenedAdapter, groups: Iterable[ModuleGroup], tp_sizes: Sequence[int]) -> Iterable[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sglang_blocklora.tools.base_model import kind_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MatchedRank:
     """``block_rank`` is the rank of one block, ``rank / nblocks``."""
 
@@ -45,4 +45,6 @@ def match_rank(modules: Sequence[tuple[str, int, int]], nblocks: int, budget: in
         raise ValueError(
             f"{budget} parameters are too few: rank {nblocks} needs {nblocks * per_rank}. Choose a smaller n."
         )
-    return MatchedRank(rank, nblocks, rank // nblocks, rank * per_rank, budget)
+    return MatchedRank(
+        rank=rank, nblocks=nblocks, block_rank=rank // nblocks, parameters=rank * per_rank, budget=budget
+    )

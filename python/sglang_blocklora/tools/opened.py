@@ -19,7 +19,7 @@ from sglang_blocklora.tools.base_model import BaseSizes, features_of, standalone
 NO_RANK_LIMIT = 2**31
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OpenedAdapter:
     """An adapter's folder while it is open.
 
@@ -68,4 +68,12 @@ def open_adapter(folder: Path, base: BaseSizes | None = None) -> Iterator[Opened
         features = features_of(name, config, checkpoint.shapes, base)
         spec = standalone_spec(name, features, torch.bfloat16, 0, 1, base)
         shapes = check_modules(name, config, checkpoint.shapes, spec, NO_RANK_LIMIT)
-        yield OpenedAdapter(name, folder, config, checkpoint, base, features, shapes)
+        yield OpenedAdapter(
+            name=name,
+            folder=folder,
+            config=config,
+            checkpoint=checkpoint,
+            base=base,
+            features=features,
+            shapes=shapes,
+        )

@@ -19,7 +19,7 @@ PROBES = 8
 TOLERANCE = 1e-10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verification:
     """``max_relative_error`` over all modules, in float64."""
 
@@ -54,7 +54,7 @@ def _verify_at(adapter: OpenedAdapter, tp_size: int) -> Verification:
         scale = float(expected.norm())
         errors[module] = float((found - expected).norm()) / scale if scale else float(found.norm())
     worst = max(errors, key=lambda module: errors[module])
-    return Verification(tp_size, len(errors), errors[worst], worst)
+    return Verification(tp_size=tp_size, modules=len(errors), max_relative_error=errors[worst], worst_module=worst)
 
 
 def _probe(in_features: int) -> torch.Tensor:
