@@ -8,7 +8,15 @@ from blocklora_patches.http import adapters, load_on_use, metrics, model_names, 
 from blocklora_patches.language import offline_engine
 from blocklora_patches.model import lora_manager, runner
 from blocklora_patches.releases.contract import SYMBOLS
-from blocklora_patches.scheduler import admission, control, look_ahead, prefill_adder, queue_order, request
+from blocklora_patches.scheduler import (
+    adapter_updates,
+    admission,
+    control,
+    look_ahead,
+    prefill_adder,
+    queue_order,
+    request,
+)
 
 HOOKS = (
     *queue_order.HOOKS,
@@ -22,6 +30,7 @@ HOOKS = (
     *admission.HOOKS,
     *look_ahead.HOOKS,  # behind admission's, which refuse requests whose adapter could not be read
     *control.HOOKS,
+    *adapter_updates.HOOKS,
     *model_names.HOOKS,
     *responses.HOOKS,
     *adapters.HOOKS,

@@ -177,6 +177,8 @@ SYMBOLS: dict[str, tuple[str, ...] | None] = {
     "sglang.srt.managers.schedule_policy.SchedulePolicy._compute_prefix_matches": ("self", "waiting_queue", "policy"),
     "sglang.srt.runtime_context.get_disagg": (),
     "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue": ("self", "req", "is_retracted"),
+    "sglang.srt.managers.scheduler.Scheduler.load_lora_adapter": ("self", "recv_req"),
+    "sglang.srt.managers.scheduler.Scheduler.unload_lora_adapter": ("self", "recv_req"),
     "sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens": ("self", "req"),
     "sglang.srt.managers.scheduler.Scheduler.can_schedule_lora_req": ("self", "req", "running_loras"),
     "sglang.srt.managers.scheduler.Scheduler._get_new_batch_prefill_raw": (

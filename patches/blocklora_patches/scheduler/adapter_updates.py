@@ -1,0 +1,25 @@
+"""``managers/scheduler.py``: adapters are loaded and unloaded by request id, so that answers cannot be mistaken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from blocklora_patches.hooks.hook import Hook
+
+
+def _answer(result: Any, self: Any, recv_req: Any) -> None:
+    result.rid = recv_req.rid
+
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+HOOKS = tuple(
+    Hook(
+        f"{_SCHEDULER}.{name}",
+        _answer,
+        HookType.AFTER,
+        "Upstream's answers carry no id, so one that comes late is taken for the next one's. Goes when they do.",
+    )
+    for name in ("load_lora_adapter", "unload_lora_adapter")
+)
