@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from blocklora_testing.case import NEW_TOKENS, Case
 from blocklora_testing.server import Server, running
-from conftest import NEW_TOKENS, Case
 
 LOADED = ("plain", "n1", "n2", "n3", "n4", "mixed")
 

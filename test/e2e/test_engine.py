@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import NEW_TOKENS, Case
+from blocklora_testing.case import NEW_TOKENS, Case
 
 SCRIPT = """
 import json, sys

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blocklora_testing.case import NAMES
 from blocklora_testing.server import Server
-from conftest import NAMES
 
 REPOSITORY = Path(__file__).parents[2]
 GREEDY = {"temperature": 0, "max_new_tokens": 8}

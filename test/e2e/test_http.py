@@ -14,8 +14,8 @@ from typing import Any
 import openai
 import pytest
 import torch
+from blocklora_testing.case import ADMIN_KEY, NAMES, NEW_TOKENS, Case
 from blocklora_testing.server import Server
-from conftest import ADMIN_KEY, NAMES, NEW_TOKENS, Case
 from prometheus_client.parser import text_string_to_metric_families
 from sglang_blocklora.adapters.content_hash import content_hash
 from sglang_blocklora.tools.base_model import BaseSizes

@@ -12,8 +12,8 @@ from typing import Any
 
 import openai
 import pytest
+from blocklora_testing.case import ADMIN_KEY, NAMES, NEW_TOKENS, Case
 from blocklora_testing.server import Server
-from conftest import ADMIN_KEY, NAMES, NEW_TOKENS, Case
 
 
 @pytest.fixture

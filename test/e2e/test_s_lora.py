@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from blocklora_testing import counting_launcher
+from blocklora_testing.case import NEW_TOKENS
 from blocklora_testing.collectives import environment
 from blocklora_testing.server import running
-from conftest import NEW_TOKENS
 
 LAYERS = 2
 # One all-gather for q, k and v, one for gate and up; one all-reduce each for o and down: section 6 of the S-LoRA paper.

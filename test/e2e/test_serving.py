@@ -11,8 +11,8 @@ from pathlib import Path
 
 import openai
 import pytest
+from blocklora_testing.case import NEW_TOKENS, Case
 from blocklora_testing.server import Server, running
-from conftest import NEW_TOKENS, Case
 from safetensors.torch import load_file, save_file
 
 

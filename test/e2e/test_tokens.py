@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from blocklora_testing.case import NEW_TOKENS
 from blocklora_testing.server import running
-from conftest import NEW_TOKENS
 
 # (family, KV heads, TP size); 2 KV heads on 4 and 8 ranks make SGLang's CPU engine pad heads. ``make test`` runs the
 # unmarked ones.

@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.hooks.hook import Hook, Process
 
 
 def _answer(result: Any, self: Any, recv_req: Any) -> None:
@@ -19,7 +19,9 @@ HOOKS = tuple(
         f"{_SCHEDULER}.{name}",
         _answer,
         HookType.AFTER,
-        "Upstream's answers carry no id, so one that comes late is taken for the next one's. Goes when they do.",
+        process=Process.SCHEDULER,
+        why="Upstream's answers carry no id, so one that comes late is taken for the next one's.",
+        retire_when="upstream's answers carry the id of their request",
     )
     for name in ("load_lora_adapter", "unload_lora_adapter")
 )
