@@ -1,7 +1,7 @@
 from collections.abc import Iterator
 
 import pytest
-from kernels.worker import Worker
+from blocklora_testing.kernels.worker import Worker
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from blocklora_kernels.segments import Segments
 from blocklora_kernels.side_stream import SideStream
-from kernels.cases import DOWN, GATE_UP, MIXED, QKV, Part, Shape, build, zipf
-from kernels.worker import as_request, set_up
+from blocklora_testing.kernels.cases import DOWN, GATE_UP, MIXED, QKV, Part, Shape, build, zipf
+from blocklora_testing.kernels.worker import as_request, set_up
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),

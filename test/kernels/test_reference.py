@@ -5,7 +5,7 @@ import pytest
 import torch
 from blocklora_kernels.reference import add_delta_, read_linear
 from blocklora_kernels.segments import Segments
-from kernels.cases import MIXED, Part, Shape, build, zipf
+from blocklora_testing.kernels.cases import MIXED, Part, Shape, build, zipf
 
 
 def run(case) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from blocklora_testing.kernels.cases import DOWN, GATE_UP, MIXED, QKV, Part, Shape, build, zipf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.cases import DOWN, GATE_UP, MIXED, QKV, Part, Shape, build, zipf
 
 SHAPES = [pytest.param(shape, id=name) for name, shape in (("qkv", QKV), ("gate_up", GATE_UP), ("down", DOWN))]
 

@@ -1,0 +1,1 @@
+"""Cases of the kernels and the process that runs them in Triton's interpreter or on a GPU."""
