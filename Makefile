@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo serve test test-all lint bench bench-report bench-gpu clean
+.PHONY: demo serve test test-all research-test lint bench bench-report bench-gpu clean
 
 demo: $(VENV)/.demo  ## start a server at TP 2, ask base and every adapter the same question, stop it
 	$(BIN)/python examples/demo/demo.py
@@ -19,6 +19,9 @@ test: $(VENV)/.installed  ## everything but the whole model x TP matrix
 test-all: $(VENV)/.installed  ## the whole matrix too (about an hour on 2 cores)
 	$(BIN)/pytest
 
+research-test: $(VENV)/.installed  ## the simulators: cases by hand, their documents, each experiment for a moment
+	$(BIN)/pytest research
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -27,7 +30,7 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.bench  ## CPU benchmarks, under 20 minutes, then docs/benchmarks.md; others: PARTS="memory quality", PARTS=all
 	$(BIN)/python -m benchmark.run $(PARTS)
 
-bench-report: $(VENV)/.bench  ## tables and plots of docs/benchmarks.md and README.md from benchmark/results, nothing measured
+bench-report: $(VENV)/.bench  ## tables and plots of README.md and docs/benchmarks.md from benchmark/results, nothing measured
 	$(BIN)/python -m benchmark.report
 
 bench-gpu:  ## kernels on a GPU: correctness first, then figures; uses the Python that has torch and SGLang there

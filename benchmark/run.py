@@ -35,16 +35,12 @@ PARTS = {
     "end_to_end_tp2": Part("benchmark.paper.end_to_end --tp 2", 420),
     "memory": Part("benchmark.memory.serve", 480),
     "scheduler": Part("benchmark.scheduler.serve", 600),
-    "scheduler_predicted": Part("benchmark.scheduler.predict", 120),
     "quality": Part("benchmark.quality.train", 600),
-    "cost_model": Part("benchmark.paper.cost_model", 60),
     "counts": Part("benchmark.paper.counts --tp", 60, quick=False),
     "counts_tp2": Part("benchmark.paper.counts --tp 2", 240, quick=False),
     "counts_tp4": Part("benchmark.paper.counts --tp 4", 420, quick=False),
     "counts_tp8": Part("benchmark.paper.counts --tp 8", 900, quick=False),
     "end_to_end_tp4": Part("benchmark.paper.end_to_end --tp 4 --rounds 5", 600, quick=False),
-    "memory_simulated": Part("benchmark.memory.simulate", 300, quick=False),
-    "scheduler_simulated": Part("benchmark.scheduler.simulate", 420, quick=False),
 }
 
 

@@ -5,7 +5,7 @@ Otherwise one adapter is in the batch, as in most of the paper's runs. The plain
 S-LoRA's sharding; block-diagonal ones (n = TP size) have r, 2r, 4r, and the largest rank with no more parameters
 ("matched"). Rounds are interleaved (A B B A), servers that are not measured are stopped, and tokens are checked against
 PEFT first. A step's time is the median gap between tokens. Two cores exchange over gloo, where a collective is dear:
-the order of the variants says something about GPUs, the size of the gaps does not (``cost_model.py``).
+the order of the variants says something about GPUs, the size of the gaps does not (docs/benchmarks.md).
 
     python -m benchmark.paper.end_to_end [--tp 2] [--batch 1 8 32] [--rounds 10] [--tokens 12]
 """
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 from benchmark.record import Recorder, newest
-from benchmark.report import ratio
+from benchmark.sections import ratio
 from benchmark.serving import tiny
 from benchmark.serving.fleet import Launch, check_tokens, fleet
 from benchmark.serving.runner import Variant, interleave

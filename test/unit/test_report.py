@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmark.record import REPOSITORY, Recorder, newest
-from benchmark.report import DOCUMENTS, IMAGES, SECTIONS, Column, Section, render, table
+from benchmark.record import REPOSITORY, Recorder, Run, newest
+from benchmark.report import DOCUMENTS, IMAGES, renamed, render, short_table, table
 from benchmark.run import PARTS
+from benchmark.sections import SECTIONS, Brief, Column, Section
 
 PART = "end_to_end_tp2"
+TPOT = Column(header="TPOT, ms", figure="tpot")
+HITS = Column(header="hits, %", figure="hits", digits=0, scale=100.0)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -21,12 +24,22 @@ def test_documents_are_what_the_raw_results_give(document):
     assert render(document, text) == text
 
 
-def test_every_section_is_in_the_documentation_with_its_plot():
-    text = (REPOSITORY / "docs/benchmarks.md").read_text()
+def test_every_section_is_beside_its_raw_results():
+    text = (REPOSITORY / "benchmark/results/README.md").read_text()
+    assert [section.part for section in SECTIONS if f"<!-- begin {section.part} -->" not in text] == []
+
+
+def test_every_picture_is_shown_and_none_is_left_over():
+    shown = "".join((REPOSITORY / document).read_text() for document in DOCUMENTS)
+    assert {path.name for path in (REPOSITORY / IMAGES).iterdir()} == set(re.findall(r"images/([\w.]+)", shown))
+
+
+def test_a_brief_names_what_was_measured():
     for section in SECTIONS:
-        assert f"<!-- begin {section.part} -->" in text
-        if section.plotted and newest(section.part):
-            assert (REPOSITORY / IMAGES / f"{section.part}.svg").is_file()
+        run = newest(section.part)
+        if section.brief and run:
+            assert set(renamed(section.brief, run)) == set(section.brief.rows.values())
+            assert {*section.brief.ours, *filter(None, [section.brief.baseline])} <= set(section.brief.rows.values())
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -63,9 +76,8 @@ def test_the_newest_finished_run_is_taken_and_a_broken_one_is_kept(tmp_path):
 
 
 def test_table_shows_median_range_and_the_baseline():
-    section = Section(PART, "base", (Column("TPOT, ms", "tpot"), Column("hits, %", "hits", 0, 100.0)))
     figures = {"base": {"tpot": [10.0, 20.0, 12.0]}, "ours": {"tpot": [15.0, 15.0, 15.0], "hits": [0.5, 0.25, 0.75]}}
-    assert table(section, figures).splitlines() == [
+    assert table((TPOT, HITS), figures, "base").splitlines() == [
         "|  | TPOT, ms | against base | hits, % |",
         "|---|---|---|---|",
         "| base | 12.0 (10.0 to 20.0) | +0 % |  |",
@@ -74,15 +86,33 @@ def test_table_shows_median_range_and_the_baseline():
 
 
 def test_a_run_without_the_baseline_compares_nothing():
-    section = Section(PART, "base", (Column("TPOT, ms", "tpot"),))
-    assert table(section, {"ours": {"tpot": [15.0]}}).splitlines()[2] == "| ours | 15.0 |  |"
+    assert table((TPOT,), {"ours": {"tpot": [15.0]}}, "base").splitlines()[2] == "| ours | 15.0 |  |"
+
+
+def test_a_brief_shows_its_rows_under_its_names_and_compares_nothing_without_a_baseline():
+    brief = Brief(scenario="busy", rows={"b": "ours", "a": "theirs"}, columns=(HITS,))
+    figures = {"idle": {}, "busy": {name: {"tpot": [1.0], "hits": [0.5]} for name in ("a", "b", "c")}}
+    section = Section(part=PART, baseline="a", columns=(TPOT,), brief=brief)
+    assert short_table(section, Run({}, figures), "").splitlines() == [
+        "|  | hits, % |",
+        "|---|---|",
+        "| ours | 50 |",
+        "| theirs | 50 |",
+    ]
 
 
 def test_render_replaces_what_stands_between_the_marks_and_nothing_else(tmp_path):
-    record(tmp_path, {"base": [1.0, 3.0], "ours": [2.0, 2.0]}, finish=True)
+    record(tmp_path / "raw", {"base": [1.0, 3.0], "ours": [2.0, 2.0]}, finish=True)
+    step = Column(header="ms", figure="itl_ms_p50")
+    sections = [Section(part=PART, baseline="base", columns=(step,), folder="raw")]
     text = f"before\n<!-- begin {PART}-summary -->\nold\n<!-- end {PART}-summary -->\nafter\n"
-    made = render("README.md", text, tmp_path)
+    made = render("README.md", text, sections, tmp_path)
     assert made.startswith(f"before\n<!-- begin {PART}-summary -->\n1 request:")
-    assert made.endswith(f"([raw](benchmark/results/{PART}.jsonl)).\n<!-- end {PART}-summary -->\nafter\n")
+    assert made.endswith(f"([raw](raw/{PART}.jsonl)).</sub>\n<!-- end {PART}-summary -->\nafter\n")
     assert "old" not in made
-    assert render("README.md", made, tmp_path) == made
+    assert render("README.md", made, sections, tmp_path) == made
+
+
+def test_what_was_not_measured_is_told(tmp_path):
+    text = f"<!-- begin {PART} -->\n<!-- end {PART} -->"
+    assert "Not measured yet." in render("README.md", text, SECTIONS, tmp_path)

@@ -1,16 +1,17 @@
-"""Simulated: the workloads of the real servers of ``serve.py``, at what a step takes there.
+"""Simulated: the workloads of the real servers of ``benchmark/scheduler/serve.py``, at what a step takes there.
 
 Does the simulator foretell how the policies rank?
 
-    python -m benchmark.scheduler.predict [--quick]
+    python -m research.predict [--quick]
 """
 
 from __future__ import annotations
 
-from benchmark.scheduler import serve, simulate
+from benchmark.scheduler import serve
 from benchmark.serving import tiny
-from benchmark.simulation.costs import GIB, CpuCosts
-from benchmark.simulation.scenario import Contender, Scenario, main
+from research import scheduler
+from research.simulation.costs import GIB, CpuCosts
+from research.simulation.scenario import Contender, Scenario, main
 
 MEMORY_GIB = serve.POOL_TOKENS * tiny.kv_bytes(serve.TP) / GIB
 SCENARIOS = tuple(
@@ -25,7 +26,7 @@ SETTINGS = {
 
 def contenders(scenario: Scenario) -> dict[str, Contender]:
     """Those of the real servers."""
-    known = simulate.contenders(scenario)
+    known = scheduler.contenders(scenario)
     return {policy: known[policy] for policy in serve.POLICIES}
 
 

@@ -112,9 +112,9 @@ class Costs:
 
 @dataclass(frozen=True)
 class CpuCosts(Costs):
-    """A TP rank of the real servers that ``scheduler/serve.py`` starts: a tiny model in float32, two ranks, two cores.
+    """A TP rank of the servers that ``benchmark/scheduler/serve.py`` starts: a tiny model in float32, 2 ranks, 2 cores.
 
-    Measured by ``benchmark/scheduler/calibrate.py`` on an AMD EPYC: a step is a sum of fixed parts, the client's and
+    Measured by ``research/calibrate.py`` on an AMD EPYC: a step is a sum of fixed parts, the client's and
     the HTTP server's time on the same cores among them. Copies are left at what they cost on an H100: next to nothing.
 
     step_s     of any step

@@ -14,16 +14,15 @@ from sglang_blocklora.scheduling import order
 from sglang_blocklora.scheduling.policy import QUANTUM_CHUNKS
 from sglang_blocklora.settings import Settings
 
-from benchmark.simulation import upstream
-from benchmark.simulation.costs import CHUNK_TOKENS, PAGE_TOKENS
+from research.simulation import upstream
+from research.simulation.costs import CHUNK_TOKENS, PAGE_TOKENS
 
 LPM_LONGEST_QUEUE = 128  # upstream's SchedulePolicy._determine_active_policy
 
 
 class Policy(Protocol):
-    """``order`` sorts the queue in place; ``admits`` says whether a request may join; ``look_ahead`` is told of each
-    step, before it runs, and may load adapters of requests that wait; ``look_ups(n)`` says how many of ``n`` waiting
-    requests' prefixes are looked up in a step.
+    """``order`` sorts the queue in place; ``admits`` says whether a request may join; ``look_ups(n)`` says how many of
+    ``n`` waiting requests' prefixes are looked up in a step.
 
     lora_ids  adapters of the batch so far
     fits      whether the request's adapter can be added, asked only where it matters
@@ -32,15 +31,11 @@ class Policy(Protocol):
 
     def order(self, waiting: list[upstream.Req], running: list[upstream.Req], now_s: float) -> None: ...
     def admits(self, request: upstream.Req, lora_ids: set[str], fits: Callable[[], bool]) -> bool: ...
-    def look_ahead(self, waiting: list[upstream.Req], running: list[upstream.Req]) -> None: ...
     def look_ups(self, waiting: int) -> int: ...
 
 
 class Blind:
-    """Loads nothing before a batch needs it, and looks nothing up to order the queue."""
-
-    def look_ahead(self, waiting: list[upstream.Req], running: list[upstream.Req]) -> None:
-        pass
+    """Looks nothing up to order the queue."""
 
     def look_ups(self, waiting: int) -> int:
         return 0
@@ -116,7 +111,7 @@ class Affinity:
     can be admitted. Constants in tokens become pages, as all lengths in the tree are.
 
     max_wait_steps  ``--adapter-max-wait-steps``
-    quantum_chunks, batch_tokens, arena_head  the constants of those names, for ablations
+    quantum_chunks, batch_tokens  the constants of those names, for ablations
     """
 
     def __init__(
@@ -126,10 +121,9 @@ class Affinity:
         max_wait_steps: int = Settings.adapter_max_wait_steps,
         quantum_chunks: int = QUANTUM_CHUNKS,
         batch_tokens: float = order.BATCH_TOKENS_PER_SLOT,
-        arena_head: int = upstream.look_ahead.ARENA_HEAD_REQUESTS,
     ) -> None:
         manager = SimpleNamespace(pool=pool, unified=isinstance(pool, UnifiedPool), decisions=DecisionLog(None, 0))
-        self.scheduler = scheduler = SimpleNamespace(
+        scheduler = SimpleNamespace(
             tree_cache=cache,
             enable_hierarchical_cache=False,
             enable_priority_scheduling=False,
@@ -138,7 +132,7 @@ class Affinity:
             chunked_prefill_size=CHUNK_TOKENS // PAGE_TOKENS * quantum_chunks // QUANTUM_CHUNKS,
         )
         self.policy = upstream.AdapterAffinityPolicy(scheduler, Settings(adapter_max_wait_steps=max_wait_steps))
-        self.batch_tokens, self.arena_head = batch_tokens, arena_head
+        self.batch_tokens = batch_tokens
 
     def order(self, waiting: list[upstream.Req], running: list[upstream.Req], now_s: float) -> None:
         with (
@@ -149,14 +143,6 @@ class Affinity:
 
     def admits(self, request: upstream.Req, lora_ids: set[str], fits: Callable[[], bool]) -> bool:
         return self.policy.admits(request, lora_ids, fits)
-
-    def look_ahead(self, waiting: list[upstream.Req], running: list[upstream.Req]) -> None:
-        scheduler = SimpleNamespace(
-            **vars(self.scheduler), policy=self.policy, waiting_queue=waiting, chunked_req=None, page_size=1
-        )
-        result = SimpleNamespace(running_batch=SimpleNamespace(reqs=running), batch_to_run=None)
-        with patch.object(upstream.look_ahead, "ARENA_HEAD_REQUESTS", self.arena_head):
-            upstream.look_ahead._get_new_batch_prefill(result, scheduler, None)
 
     def look_ups(self, waiting: int) -> int:
         return min(waiting, upstream.affinity_policy.MATCHES_PER_STEP)

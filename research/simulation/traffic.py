@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from benchmark.serving.workload import Session, Turn
-from benchmark.simulation.costs import PAGE_TOKENS
+from research.simulation.costs import PAGE_TOKENS
 
 _MIX = np.random.default_rng(0).integers(1, 2**62, PAGE_TOKENS, dtype=np.uint64) | np.uint64(1)
 ANSWER_BIT = 1 << 60  # tells pages of answers from pages of prompts, whose keys stay below

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from benchmark.simulation.outcome import Outcome
+from research.simulation.outcome import Outcome
 
 SLO_TTFT_S = 6.0
 SLO_RATIO = 5.0

@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
-from benchmark.record import Recorder
-from benchmark.report import SECTIONS, table
+from benchmark.record import REPOSITORY, Recorder
+from benchmark.report import table
 from benchmark.serving.workload import Workload
-from benchmark.simulation.costs import GIB, Costs
-from benchmark.simulation.figures import figures
-from benchmark.simulation.policies import Policy
-from benchmark.simulation.simulator import Simulator
-from benchmark.simulation.systems import MAX_RUNNING, Adapter, System, make_adapters
+from research.sections import RESULTS, SECTIONS
+from research.simulation.costs import GIB, Costs
+from research.simulation.figures import figures
+from research.simulation.policies import Policy
+from research.simulation.simulator import Simulator
+from research.simulation.systems import MAX_RUNNING, Adapter, System, make_adapters
 
 SEEDS = (0, 1, 2)
 PROCESSES = 2
@@ -33,7 +34,7 @@ MULTI_TURN = Workload(
 )
 SETTINGS = {
     "SIMULATED": "nothing was measured on a GPU; SGLang's and our own tree, allocator, admission and pools",
-    "model": "Llama-3.1-8B, bfloat16, one H100 80GB; costs and their sources in benchmark/simulation/costs.py",
+    "model": "Llama-3.1-8B, bfloat16, one H100 80GB; costs and their sources in research/simulation/costs.py",
     "adapters": "plain, all linears, ranks 16, 32 and 64 in turn where the scenario does not say otherwise",
     "memory": "GiB for adapters and KV together, the same for every row",
 }
@@ -114,7 +115,8 @@ def main(
     quick = parser.parse_args().quick
     seeds = SEEDS[:1] if quick else SEEDS
     scenarios = [scenario.shortened() for scenario in scenarios] if quick else scenarios
-    recorder = None if quick else Recorder(part, seeds[0], dict(settings) | {"seeds": ", ".join(map(str, seeds))})
+    facts = dict(settings) | {"seeds": ", ".join(map(str, seeds))}
+    recorder = None if quick else Recorder(part, seeds[0], facts, REPOSITORY / RESULTS)
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     jobs = [(scenario, name, seed) for scenario in scenarios for name in contenders(scenario) for seed in seeds]
     with ProcessPoolExecutor(PROCESSES) as pool:
@@ -128,4 +130,4 @@ def main(
         recorder.finish()
     section = next(section for section in SECTIONS if section.part == part)
     for scenario, variants in found.items():
-        print(f"\nSIMULATED: {scenario}\n\n{table(section, variants)}")
+        print(f"\nSIMULATED: {scenario}\n\n{table(section.columns, variants, section.baseline)}")

@@ -2,7 +2,7 @@
 
 All get the same bytes of one GPU for adapters and KV; the queue is first come, first served.
 
-    python -m benchmark.memory.simulate [--quick]
+    python -m research.memory [--quick]
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from functools import partial
 
 from sglang_blocklora.memory.eviction import STRATEGIES
 
-from benchmark.simulation.costs import GIB, Costs
-from benchmark.simulation.policies import Policy, Upstream
-from benchmark.simulation.scenario import Contender, Scenario, main, multi_turn, single_turn
-from benchmark.simulation.systems import STOCK_SLOTS, Static, StockSlots, System, Unified
+from research.simulation.costs import GIB, Costs
+from research.simulation.policies import Policy, Upstream
+from research.simulation.scenario import Contender, Scenario, main, multi_turn, single_turn
+from research.simulation.systems import STOCK_SLOTS, Static, StockSlots, System, Unified
 
 BASELINE = f"stock, {STOCK_SLOTS} slots"
 

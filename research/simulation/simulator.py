@@ -16,12 +16,12 @@ from types import SimpleNamespace
 import numpy as np
 
 from benchmark.serving.workload import Session
-from benchmark.simulation import upstream
-from benchmark.simulation.costs import CHUNK_TOKENS, PAGE_TOKENS, Costs, Work
-from benchmark.simulation.outcome import Outcome, Record
-from benchmark.simulation.policies import Policy
-from benchmark.simulation.systems import MAX_RUNNING, Adapter, System
-from benchmark.simulation.traffic import Conversation, pages
+from research.simulation import upstream
+from research.simulation.costs import CHUNK_TOKENS, PAGE_TOKENS, Costs, Work
+from research.simulation.outcome import Outcome, Record
+from research.simulation.policies import Policy
+from research.simulation.systems import MAX_RUNNING, Adapter, System
+from research.simulation.traffic import Conversation, pages
 
 MAX_PREFILL_TOKENS = 16384  # --max-prefill-tokens
 SAMPLE_STEPS = 500  # between two looks at what the tree holds
@@ -159,7 +159,6 @@ class Simulator:
         self.rows.alloc(batch)
         needed = sum(req.extend_range.length for req in batch)
         slots = self._allocate(needed)
-        self.policy.look_ahead(self.waiting, [*self.running, *batch])
         work, seen = Work(), set()
         for req in batch:
             start, end = req.extend_range
@@ -191,7 +190,6 @@ class Simulator:
 
     def _decode(self) -> None:
         """Some decode steps at once: up to a page, the first end of a request or the next arrival."""
-        self.policy.look_ahead(self.waiting, self.running)
         steps = min(PAGE_TOKENS, min(req.record.new_tokens - req.generated for req in self.running))
         work = self._decode_work(steps)
         lora_ids = {req.lora_id for req in self.running}

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from benchmark.serving.workload import Session, Turn, Workload
-from benchmark.simulation.costs import Costs, Model
-from benchmark.simulation.outcome import Outcome
-from benchmark.simulation.policies import Affinity, LoRAXRotation, SLoRACluster, Upstream
-from benchmark.simulation.simulator import Simulator
-from benchmark.simulation.systems import Static, StockSlots, Unified, make_adapters
+from research.simulation.costs import Costs, Model
+from research.simulation.outcome import Outcome
+from research.simulation.policies import Affinity, LoRAXRotation, SLoRACluster, Upstream
+from research.simulation.simulator import Simulator
+from research.simulation.systems import Static, StockSlots, Unified, make_adapters
 
 # Llama-3.1-8B and an H100, from their data sheets; shares and overheads are those of costs.py.
 PARAMETERS, KV_BYTES, FLOPS, BANDWIDTH, PCIE = 8.03e9, 131_072, 989e12 * 0.5, 3.35e12 * 0.7, 55e9

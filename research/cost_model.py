@@ -1,4 +1,4 @@
-"""(c) Decode on 8 x A100 and 8 x H100 by a small cost model, beside the figures that the paper reports.
+"""Decode on 8 x A100 and 8 x H100 by a small cost model, beside the figures that the paper reports.
 
 No GPU is used and nothing is fitted: every constant below is a published measurement or specification with its source,
 and the paper's four speed-ups are only compared with. A step of one token and TP rank costs
@@ -7,11 +7,12 @@ and the paper's four speed-ups are only compared with. A step of one token and T
     LoRA  = adapter bytes / bandwidth + 8 layers * start of a kernel (shrink and expand of four linears)
             + all-gathers * their time + all-reduces * theirs + bytes sent / NVLink
 
-with the collectives, bytes sent and adapter bytes of ``shardings.py``, which ``counts.py`` checks against real ranks.
+with the collectives, bytes sent and adapter bytes of ``benchmark/paper/shardings.py``, which ``counts.py`` beside it
+checks against real ranks.
 Left out: attention's reads of the KV cache, the scheduler, prefill. These slow every variant alike, so they would pull
 the predicted ratios towards 1.
 
-    python -m benchmark.paper.cost_model
+    python -m research.cost_model
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import torch
 from sglang_blocklora.tools.base_model import BaseSizes
 
 from benchmark.paper.shardings import LLAMA, Sharding, lora_cost, modules_of, parameters
-from benchmark.record import Recorder
+from benchmark.record import REPOSITORY, Recorder
+from research.sections import RESULTS
 
 TP = 8
 # Assumed: two norms, rotary embedding, attention in two kernels, KV write, activation and four GEMMs a Llama layer.
@@ -161,7 +163,7 @@ def main() -> None:
         "rounds": f"plain rank r in {PLAIN_RANKS} and batch in {BATCHES}",
         "constants": "; ".join(constants),
     }
-    recorder = Recorder("cost_model", 0, settings)
+    recorder = Recorder("cost_model", 0, settings, REPOSITORY / RESULTS)
     for machine_name, model in itertools.product(MACHINES, LLAMA):
         predict(recorder, machine_name, model)
     validate(recorder)

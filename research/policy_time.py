@@ -1,6 +1,6 @@
 """Host time of ordering the waiting queue: the pure function, and the whole policy with its memory of last steps.
 
-python benchmark/scheduler/policy_time.py
+python research/policy_time.py
 """
 
 from __future__ import annotations

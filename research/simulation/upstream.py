@@ -7,7 +7,7 @@ import warnings
 
 from sglang_blocklora import cpu_only
 
-from benchmark.simulation.costs import PAGE_TOKENS
+from research.simulation.costs import PAGE_TOKENS
 
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 # Upstream's thresholds in tokens, as pages: defaults are 32, 32 and 4096 tokens.
@@ -20,7 +20,6 @@ with warnings.catch_warnings():
     import sglang.srt.managers.schedule_batch as schedule_batch
     import torch
     from blocklora_patches.cache.unified_radix_cache import AdapterPrefixCache
-    from blocklora_patches.scheduler import look_ahead
     from blocklora_patches.scheduler import queue_order as affinity_policy
     from blocklora_patches.scheduler.queue_order import AdapterAffinityPolicy
     from sglang.srt.lora.eviction_policy import LRUEvictionPolicy
@@ -57,7 +56,6 @@ __all__ = [
     "UnifiedRadixCache",
     "affinity_policy",
     "evict_from_tree_cache",
-    "look_ahead",
     "maybe_cache_unfinished_req",
     "new_cache",
     "release_kv_cache",

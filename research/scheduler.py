@@ -2,7 +2,7 @@
 
 SGLang's fcfs and lpm, S-LoRA's clustering by adapter, LoRAX's rotation of adapters, and ours.
 
-    python -m benchmark.scheduler.simulate [--quick]
+    python -m research.scheduler [--quick]
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from benchmark.simulation.policies import Affinity, LoRAXRotation, Policy, SLoRACluster, Upstream
-from benchmark.simulation.scenario import Contender, Scenario, main, multi_turn, single_turn
-from benchmark.simulation.systems import System, Unified
+from research.simulation.policies import Affinity, LoRAXRotation, Policy, SLoRACluster, Upstream
+from research.simulation.scenario import Contender, Scenario, main, multi_turn, single_turn
+from research.simulation.systems import System, Unified
 
 SECONDS = 40  # of arrivals
 one_turn = partial(single_turn, seconds=SECONDS)
@@ -57,8 +57,6 @@ def contenders(scenario: Scenario) -> dict[str, Contender]:
             "ours, overtaken 256 steps": _ours(max_wait_steps=256),
             "ours, rounds of one chunk": _ours(quantum_chunks=1),
             "ours, any adapter joins a batch alike": _ours(batch_tokens=0.0),
-            "ours, no look-ahead": _ours(arena_head=0),
-            "ours, look-ahead of 32 requests": _ours(arena_head=32),
         }
     return {name: Contender(Unified, policy) for name, policy in policies.items()}
 

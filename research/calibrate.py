@@ -1,8 +1,9 @@
-"""What a step takes on this machine: the constants of ``CpuCosts``, measured on the server of ``serve.py``.
+"""What a step takes on this machine: the constants of ``CpuCosts``.
 
-    python -m benchmark.scheduler.calibrate [--rounds 5]
+    python -m research.calibrate [--rounds 5]
 
-Everything is seen from the client: a step is the median gap between tokens, a prompt the time to its first token.
+The server is that of ``benchmark/scheduler/serve.py``. Everything is seen from the client: a step is the median gap
+between tokens, a prompt the time to its first token.
 """
 
 from __future__ import annotations

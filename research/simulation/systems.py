@@ -23,9 +23,9 @@ from sglang_blocklora.memory.static_arena import StaticArena
 from sglang_blocklora.memory.static_pool import AdapterPool
 from sglang_blocklora.memory.unified_pool import UnifiedPool
 
-from benchmark.simulation import upstream
-from benchmark.simulation.costs import PAGE_TOKENS, Costs
-from benchmark.simulation.traffic import pages
+from research.simulation import upstream
+from research.simulation.costs import PAGE_TOKENS, Costs
+from research.simulation.traffic import pages
 
 MAX_RUNNING = 256  # batch sizes that decode graphs are captured for on an H100 by default
 LONGEST_PAGES = 2048  # 32k tokens

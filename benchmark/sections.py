@@ -1,0 +1,180 @@
+"""Which figures of the raw results are shown, under which names, beside which baseline."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+PERCENT = 100.0
+MIB = 2.0**-20
+
+Variants = Mapping[str, Mapping[str, Sequence[float]]]  # name -> figure -> a value for each round
+
+
+def ratio(values: Sequence[float], baseline: Sequence[float]) -> float:
+    """Median over the rounds of one figure over another's; ``ValueError`` where the rounds are not the same."""
+    return statistics.median(value / base for value, base in zip(values, baseline, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A figure of the raw results and how it is shown: ``scale`` times the value, ``digits`` behind the point."""
+
+    header: str
+    figure: str
+    digits: int = 1
+    scale: float = 1.0
+
+    def text(self, values: Sequence[float]) -> str:
+        """Median, and the range of the rounds where there is one."""
+        points = (statistics.median(values), min(values), max(values))
+        median, low, high = (f"{value * self.scale:.{self.digits}f}" for value in points)
+        return median if low == high else f"{median} ({low} to {high})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Brief:
+    """What a reader in a hurry is shown of a section: one scenario, some rows under plain names, some columns.
+
+    rows      variant -> the name it is shown under
+    baseline  the shown name that the first column is compared with; None: nothing is compared
+    ours      shown names that are this project, what others are compared with in a plot first
+    plotted   columns that make the plot's panels, the lower the better; none: no plot
+    """
+
+    scenario: str
+    rows: Mapping[str, str]
+    columns: tuple[Column, ...]
+    baseline: str | None = None
+    ours: tuple[str, ...] = ()
+    plotted: tuple[Column, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """The tables of one part: one for each scenario, in it a row for each variant.
+
+    baseline  the variant that the first column is compared with
+    brief     None: a short version has the first scenario as it is
+    folder    of the raw results, in the repository
+    """
+
+    part: str
+    baseline: str
+    columns: tuple[Column, ...]
+    brief: Brief | None = None
+    folder: str = "benchmark/results"
+
+
+COUNTS = (
+    Column(header="adapter on a TP rank, MiB", figure="adapter_bytes", digits=2, scale=MIB),
+    Column(header="all-gathers", figure="all_gathers", digits=0),
+    Column(header="all-reduces", figure="all_reduces", digits=0),
+    Column(header="bytes sent", figure="sent_bytes", digits=0),
+    Column(header="MFLOP", figure="flops", digits=2, scale=1e-6),
+    Column(header="parameters over plain", figure="parameters_over_plain", digits=2),
+)
+STEP = Column(header="ms per token", figure="itl_ms_p50")
+FIRST_TOKEN = Column(header="TTFT P50, ms", figure="ttft_ms_p50", digits=0)
+FIRST_TOKEN_TAIL = Column(header="TTFT P99, ms", figure="ttft_ms_p99", digits=0)
+LATENCIES = (
+    FIRST_TOKEN,
+    FIRST_TOKEN_TAIL,
+    Column(header="TPOT P50, ms", figure="tpot_ms_p50"),
+    Column(header="tokens/s", figure="output_tokens_per_s", digits=0),
+)
+SLO = Column(header="SLO, %", figure="slo_attainment", digits=0, scale=PERCENT)
+HITS = Column(header="KV hits, %", figure="kv_hit_rate", digits=0, scale=PERCENT)
+CACHES = (
+    HITS,
+    Column(header="loads per 100 requests", figure="adapter_loads_per_request", digits=0, scale=PERCENT),
+    Column(header="MiB copied", figure="copied_mib", digits=0),
+    Column(header="failed", figure="failed_requests", digits=0),
+)
+
+COUNTS_BRIEF = Brief(
+    scenario="Llama-3.1-8B, TP 8",
+    rows={
+        "stock, r": "SGLang's LoRA",
+        "s-lora, r": "S-LoRA's sharding",
+        "block-diagonal, matched": "**block-diagonal (ours)**",
+    },
+    columns=(
+        Column(header="LoRA rank", figure="lora_rank", digits=0),
+        Column(header="parameters over plain", figure="parameters_over_plain", digits=2),
+        Column(header="MiB on each GPU", figure="adapter_bytes", scale=MIB),
+        *COUNTS[1:4],
+    ),
+)
+END_TO_END_BRIEF = Brief(
+    scenario="Batch 1",
+    rows={
+        "base": "base model, no LoRA",
+        "block-diagonal, matched": "block-diagonal (ours)",
+        "stock LoRA": "SGLang's LoRA",
+        "S-LoRA": "S-LoRA's sharding",
+    },
+    columns=(STEP, Column(header="TTFT, ms", figure="ttft_ms_p50")),
+    baseline="block-diagonal (ours)",
+    ours=("block-diagonal (ours)",),
+    plotted=(STEP,),
+)
+MEMORY_BRIEF = Brief(
+    scenario="64 adapters",
+    rows={
+        "stock slots": "SGLang: 8 padded slots",
+        "static": "ours, static",
+        "unified, cost-aware": "ours, unified (default)",
+    },
+    columns=(*LATENCIES, *CACHES[:2]),
+    baseline="SGLang: 8 padded slots",
+    ours=("ours, unified (default)", "ours, static"),
+    plotted=(FIRST_TOKEN, FIRST_TOKEN_TAIL),
+)
+SCHEDULER_BRIEF = Brief(
+    scenario="Zipf 1.0",
+    rows={
+        "fcfs": "fcfs (SGLang's default)",
+        "lpm": "lpm (SGLang's)",
+        "adapter-affinity": "adapter-affinity (ours, default)",
+    },
+    columns=(FIRST_TOKEN, FIRST_TOKEN_TAIL, SLO, LATENCIES[-1], HITS),
+    ours=("adapter-affinity (ours, default)",),
+    plotted=(FIRST_TOKEN, FIRST_TOKEN_TAIL),
+)
+
+SECTIONS = (
+    Section(part="memory", baseline="stock slots", columns=(*LATENCIES, *CACHES), brief=MEMORY_BRIEF),
+    Section(
+        part="scheduler",
+        baseline="lpm",
+        columns=(
+            *LATENCIES,
+            Column(header="worst adapter's TTFT P99, ms", figure="worst_adapter_ttft_ms_p99", digits=0),
+            SLO,
+            *CACHES,
+        ),
+        brief=SCHEDULER_BRIEF,
+    ),
+    Section(
+        part="quality",
+        baseline="plain, r = 16",
+        columns=(
+            Column(header="held-out loss", figure="eval_loss", digits=3),
+            Column(header="training loss", figure="train_loss", digits=3),
+            Column(header="parameters", figure="parameters", digits=0),
+        ),
+    ),
+    *(
+        Section(
+            part=f"end_to_end_tp{tp}",
+            baseline="block-diagonal, matched",
+            columns=END_TO_END_BRIEF.columns,
+            brief=END_TO_END_BRIEF if tp == 2 else None,
+        )
+        for tp in (2, 4)
+    ),
+    *(Section(part=f"counts_tp{tp}", baseline="stock, r", columns=COUNTS) for tp in (2, 4, 8)),
+    Section(part="counts", baseline="stock, r", columns=COUNTS, brief=COUNTS_BRIEF),
+)

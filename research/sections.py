@@ -1,0 +1,48 @@
+"""Which figures of the simulators and of the cost model are shown, and beside which baseline."""
+
+from __future__ import annotations
+
+from benchmark.sections import PERCENT, Column, Section
+
+RESULTS = "research/results"
+ORDER = (
+    Column(header="TTFT P99, ms", figure="ttft_p99_ms", digits=0),
+    Column(header="P50, ms", figure="ttft_p50_ms", digits=0),
+    Column(header="worst adapter's P99, ms", figure="worst_adapter_ttft_p99_ms", digits=0),
+    Column(header="median adapter's P99, ms", figure="median_adapter_ttft_p99_ms", digits=0),
+    Column(header="tokens/s", figure="output_tokens_per_s", digits=0),
+    Column(header="TTFT < 6 s, %", figure="slo_share", digits=0, scale=PERCENT),
+    Column(header="TTFT < 5 x idle, %", figure="slo_ratio_share", digits=0, scale=PERCENT),
+    Column(header="GB copied", figure="copied_gb", digits=0),
+)
+SECTIONS = (
+    Section(
+        part="cost_model",
+        baseline="base",
+        columns=(
+            Column(header="step, ms", figure="step_ms", digits=2),
+            Column(header="S-LoRA over it", figure="s_lora_over_it", digits=2),
+            Column(header="stock over it", figure="stock_over_it", digits=2),
+            Column(header="measured or reported", figure="reported", digits=2),
+            Column(header="error, %", figure="error", digits=0, scale=PERCENT),
+            Column(header="parameters over plain", figure="parameters_over_plain", digits=2),
+        ),
+        folder=RESULTS,
+    ),
+    Section(part="scheduler_predicted", baseline="lpm", columns=ORDER, folder=RESULTS),
+    Section(part="scheduler_simulated", baseline="lpm", columns=ORDER, folder=RESULTS),
+    Section(
+        part="memory_simulated",
+        baseline="stock, 8 slots",
+        columns=(
+            Column(header="TTFT P50, ms", figure="ttft_p50_ms", digits=0),
+            Column(header="P99, ms", figure="ttft_p99_ms", digits=0),
+            Column(header="tokens/s", figure="output_tokens_per_s", digits=0),
+            Column(header="adapter hits, %", figure="adapter_hit_share", digits=0, scale=PERCENT),
+            Column(header="prefix hits, %", figure="prefix_hit_share", digits=0, scale=PERCENT),
+            Column(header="invalid KV, %", figure="invalid_kv_share", digits=0, scale=PERCENT),
+            Column(header="GB copied", figure="copied_gb", digits=0),
+        ),
+        folder=RESULTS,
+    ),
+)
