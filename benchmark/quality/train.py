@@ -11,20 +11,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from blocklora_testing import smollm2
 from sglang_blocklora.tools.match_rank import match_rank, plain_parameters
 from tqdm import tqdm
 
 from benchmark.quality import names
-from benchmark.record import REPOSITORY, Recorder
-
-sys.path.insert(0, str(REPOSITORY / "examples/demo"))
-
-import base_model
+from benchmark.record import Recorder
 
 COLUMN = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
 ROW = ["o_proj", "down_proj"]
@@ -145,7 +141,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="how many of the last layers are adapted")
     options = parser.parse_args()
     print("reading SmolLM2-135M-Instruct", flush=True)
-    model, tokenizer = base_model.load_gguf_model(), base_model.load_gguf_tokenizer()
+    model, tokenizer = smollm2.load_gguf_model(), smollm2.load_gguf_tokenizer()
     model.requires_grad_(False)
     pairs = names.pairs()
     total = len(model.model.layers)

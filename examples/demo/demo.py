@@ -7,21 +7,24 @@ With ``--serve`` (``make serve``) it stays up until Ctrl-C. Adapters are made by
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import base_model
 import httpx
 import openai
 import torch
+from blocklora_testing import smollm2
+from blocklora_testing.server import Server, ServerFailed, running
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from server import Server, ServerFailed, free_port
 from sglang_blocklora import cpu_only
 from sglang_blocklora.tools.inspect_adapter import inspect_adapter
 
@@ -30,6 +33,7 @@ ADAPTERS = HERE / "adapters"
 BASE_NAME = "smollm2"
 QUESTION = "What is the capital of France?"
 MAX_TOKENS = 40
+PLAIN_PROGRESS_S = 10  # where there is no terminal to draw a spinner on, a line this often
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,11 @@ def adapter_folders() -> list[Path]:
     return sorted(found, key=lambda folder: (inspect_adapter(folder, None, [1]).nblocks, folder.name))
 
 
-def server_flags(model: Path, tp: int) -> list[str]:
-    """Return SGLang's flags: the model, TP size, adapters, and limits that keep a small machine small."""
+def server_flags(tp: int) -> list[str]:
+    """Return SGLang's flags: TP size, adapters, and limits that keep a small machine small."""
     dtype = "float32" if cpu_only.is_cpu_only() else "bfloat16"
     return [
-        *("--model-path", str(model), "--served-model-name", BASE_NAME, "--tp", str(tp), "--dtype", dtype),
+        *("--served-model-name", BASE_NAME, "--tp", str(tp), "--dtype", dtype),
         *("--context-length", "2048", "--max-total-tokens", "8192"),
         *("--lora-paths", *(f"{folder.name}={folder}" for folder in adapter_folders())),
     ]
@@ -132,14 +136,51 @@ def print_usage(url: str, console: Console) -> None:
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
-    """Build the base model, start the server, then show the table or serve until Ctrl-C; stop all that was started."""
-    port = free_port(args.port)
-    model = base_model.build()
-    tp = args.tp or default_tp()
-    log = model.parent / f"server-{port}.log"
+@contextlib.contextmanager
+def kept_on_failure(log: Path) -> Iterator[None]:
+    """Delete ``log`` at the end of the block, unless an error leaves it: then the log says why."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        log.unlink(missing_ok=True)
+        raise
+    log.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def served(tp: int, port: int, console: Console) -> Iterator[Server]:
+    """The base model's server for the length of the block, its start and its end shown."""
+    model = smollm2.build()
+    log = model.parent / f"server-{os.getpid()}.log"
     console.print(f"starting the server at TP {tp}, log in {log}", highlight=False, soft_wrap=True)
-    with Server(server_flags(model, tp), port, log, console) as server:
+    began = shown = time.monotonic()
+
+    def show(seconds: float, server: Server) -> None:
+        nonlocal shown
+        line = f"starting the server, {seconds:.0f} s: {' '.join(server.last_lines()[-1:])}"
+        text = escape(line[: console.width - 4])
+        status.update(text)
+        if not console.is_terminal and time.monotonic() - shown > PLAIN_PROGRESS_S:
+            shown = time.monotonic()
+            console.print(text, highlight=False)
+
+    with kept_on_failure(log), contextlib.ExitStack() as stack:
+        with console.status("starting the server") as status:
+            server = stack.enter_context(running(model, *server_flags(tp), log=log, port=port, waiting=show))
+        console.print(f"server ready after {time.monotonic() - began:.0f} s", highlight=False)
+        try:
+            yield server
+        finally:
+            with console.status("stopping the server"):
+                stack.close()
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    """Start the server, then show the table or serve until Ctrl-C; stop all that was started."""
+    tp = args.tp or default_tp()
+    with served(tp, args.port, console) as server:
         if args.serve:
             print_usage(server.url, console)
             while True:

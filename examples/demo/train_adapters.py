@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import base_model
 import torch
+from blocklora_testing import smollm2
 from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
@@ -159,7 +159,7 @@ def train(model: Any, tokenizer: Any, name: str, recipe: Recipe) -> None:
 
 def save(model: Any, folder: Path) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (bfloat16); no path of this machine."""
-    model.peft_config["default"].base_model_name_or_path = base_model.MODEL_NAME
+    model.peft_config["default"].base_model_name_or_path = smollm2.MODEL_NAME
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     config_file = folder / "adapter_config.json"
@@ -196,8 +196,8 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := set(args.names) - set(RECIPES):
         parser.error(f"unknown adapters {sorted(unknown)}; known: {sorted(RECIPES)}")
-    folder = base_model.build()
-    transformers = base_model.import_transformers()
+    folder = smollm2.build()
+    transformers = smollm2.import_transformers()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if args.check_only:

@@ -1,4 +1,4 @@
-"""A real server in a child process, and requests to it."""
+"""Starts a real server in a child process, sends it requests, and stops it with all of its children."""
 
 from __future__ import annotations
 
@@ -12,13 +12,23 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 START_TIMEOUT_S = 420
+STOP_TIMEOUT_S = 10
+POLL_S = 0.5
+TAIL_LINES = 25
+# Lines of the log that say nothing about why a server failed: our own polling, and a binding's farewell.
+NOISE = ('"GET /health', "nanobind", " - leaked ", " - ... skipped remainder", "reference counting issue")
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach this machine
+
+
+class ServerFailed(RuntimeError):
+    """The server ended, or did not become ready; the message holds its command and the end of its log."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class Server:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         request = urllib.request.Request(self.url + path, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
+            with _DIRECTLY.open(request, timeout=timeout) as answer:
                 text = answer.read()
                 return answer.status, json.loads(text) if text.startswith((b"{", b"[")) else text.decode()
         except urllib.error.HTTPError as error:
@@ -69,11 +79,34 @@ class Server:
     def log_text(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def tail(self) -> str:
+        """The command and the last lines of the log, for a message."""
+        return "\n".join([f"Command: {' '.join(self.process.args)}", f"End of {self.log}:", *self.last_lines()])
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    def last_lines(self) -> list[str]:
+        """The last lines of the log that say something, oldest first."""
+        lines = [line for line in self.log_text().splitlines() if line.strip()]
+        return [line for line in lines if not any(noise in line for noise in NOISE)][-TAIL_LINES:]
+
+    def check_running(self) -> None:
+        """Raise ``ServerFailed`` where the server has ended by itself."""
+        code = self.process.poll()
+        if code is not None:
+            raise ServerFailed(f"The server ended with exit code {code}.\n{self.tail()}")
+
+
+def free_port(wanted: int = 0) -> int:
+    """``wanted``, or any TCP port of 127.0.0.1 where it is 0, that nothing listens on now.
+
+    ``ServerFailed`` where ``wanted`` is taken: SGLang would load its model first and then hang.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError as error:
+            raise ServerFailed(f"Port {wanted} cannot be used ({error.strerror}): choose another one.") from error
+        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -83,45 +116,56 @@ def running(
     log: Path,
     environment: Mapping[str, str] | None = None,
     module: tuple[str, ...] = ("-m", "sglang_blocklora.launch_server"),
+    port: int = 0,
+    waiting: Callable[[float, Server], None] = lambda seconds, server: None,
 ) -> Iterator[Server]:
-    """Start a server for ``model``, wait until it answers, and stop all its processes at the end."""
-    port = free_port()
+    """A server for ``model`` that answers, for the length of the block; whatever happens, its processes end with it.
+
+    flags    behind defaults for tiny models, which they may replace
+    port     0: any free one
+    waiting  called about twice a second with the seconds since the start, until the server answers
+    It has a process group of its own, so a Ctrl-C reaches only its parent. ``ServerFailed`` where it does not answer.
+    """
+    port = free_port(port)
     command = [sys.executable, *module, "--model-path", str(model), "--port", str(port), "--dtype", "float32"]
     command += ["--max-total-tokens", "16384", "--random-seed", "0", *flags]
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         process = subprocess.Popen(
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"} | dict(environment or {}),
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | dict(environment or {}),
         )
     server = Server(port, log, process)
     try:
-        _wait(server)
+        _wait(server, waiting)
         yield server
     finally:
         stop(process)
 
 
-def _wait(server: Server) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if server.process.poll() is not None:
-            raise RuntimeError(f"the server ended while starting:\n{server.log_text()[-6000:]}")
+def _wait(server: Server, waiting: Callable[[float, Server], None]) -> None:
+    started = time.monotonic()
+    while time.monotonic() < started + START_TIMEOUT_S:
+        server.check_running()
         with contextlib.suppress(OSError):
             if server.call("/health_generate", timeout=60)[0] == 200:
                 return
-        time.sleep(0.5)
-    raise RuntimeError(f"the server did not answer within {START_TIMEOUT_S} s:\n{server.log_text()[-6000:]}")
+        waiting(time.monotonic() - started, server)
+        time.sleep(POLL_S)
+    raise ServerFailed(f"The server did not answer within {START_TIMEOUT_S} s.\n{server.tail()}")
 
 
 def stop(process: subprocess.Popen) -> None:
-    """End the process group of a server: politely, then not."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(10)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    """End the process group of a server: politely, then not, and at once where a second Ctrl-C comes meanwhile."""
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

