@@ -222,8 +222,8 @@ def test_verify_fails_when_a_rank_lost_its_part(tmp_path: Path, capsys, monkeypa
 
     write_adapter(tmp_path, MODEL, rank=4, nblocks=2)
 
-    def lose_the_second(name, folder, spec, max_rank):
-        shard, image = load_shard(name, folder, spec, max_rank)
+    def lose_the_second(name, folder, spec, max_rank, *, known):
+        shard, image = load_shard(name, folder, spec, max_rank, known=known)
         if spec.tp_rank == 1:
             image.zero_()
         return shard, image

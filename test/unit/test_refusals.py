@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -62,14 +67,40 @@ def to_pickle(folder: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
 
 
+def write(name: str, text: str):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def to_pipe(name: str):
+    """A named pipe, which nothing ever writes to: reading it waits for ever."""
+
+    def edit(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return edit
+
+
+def to_folder(name: str):
+    def edit(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return edit
+
+
 def drop(name: str):
     return weights(lambda tensors: tensors.pop(name))
 
 
 PREFIX = "base_model.model.model.layers.0"
+REST = ["k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # kind: (how to break a right block-diagonal adapter with n = 2 and r = 6, a piece of the message)
 CASES = {
-    "no config": (lambda f: (f / "adapter_config.json").unlink(), "no readable"),
+    "no config": (
+        lambda f: (f / "adapter_config.json").unlink(),
+        "adapter_config.json; expected a PEFT adapter folder",
+    ),
     "not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "not JSON"),
     "JSON, not an object": (lambda f: (f / "adapter_config.json").write_text("[]"), "a JSON object"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
@@ -98,7 +129,7 @@ CASES = {
         "trained on this base model",
     ),
     "rank above the limit": (config(r=128), "--max-lora-rank"),
-    "embeddings": (put("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(2, 2)), "Embeddings"),
+    "embeddings": (put("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(2, 2)), "on embeddings"),
     "lm_head": (
         weights(lambda t: t.update({f"base_model.model.lm_head.lora_{f}.weight": torch.zeros(2, 2) for f in "AB"})),
         "lm_head",
@@ -125,9 +156,67 @@ CASES = {
     "integers": (put(Q_A, torch.zeros(6, 24, dtype=torch.int64)), "type I64"),
     "added tokens": (
         lambda f: (f / "added_tokens.json").write_text(json.dumps({"<new>": 1000})),
-        "added tokens",
+        "1 new tokens in added_tokens.json ('<new>' = 1000)",
     ),
-    "added tokens, not JSON": (lambda f: (f / "added_tokens.json").write_text("?"), "not JSON"),
+    "added tokens, not JSON": (write("added_tokens.json", "?"), "not JSON"),
+    "a key that is not known": (config(some_future_option={"a": 1}), "'some_future_option' = {'a': 1}"),
+    "a key of use_bdlora that is not known": (bd(overlap=2), "no 'overlap'"),
+    "use_bdlora of true": (config(use_bdlora=True), "an object or null"),
+    "a flag that is no flag": (config(use_rslora="false"), "true or false"),
+    "an initialisation that is not known": (config(init_lora_weights="lora_ga"), "init_lora_weights = 'lora_ga'"),
+    "rank of 7.5": (config(r=7.5), "positive integer"),
+    "rank of Infinity": (config(r=float("inf")), "positive integer"),
+    "alpha of 400 digits": (config(lora_alpha=10**400), "finite number"),
+    "rank_pattern, not an object": (config(rank_pattern=["q_proj"]), "rank_pattern = ['q_proj']; expected an object"),
+    "pattern that takes for ever": (config(rank_pattern={"([a-z._]+)+!": 4}), "nested repetition"),
+    "config that is too large": (config(base_model_name_or_path="x" * 2**18), "of more than 262144 bytes"),
+    "config nested too deep": (write("adapter_config.json", "[" * 100_000), "not JSON"),
+    "config that is a named pipe": (to_pipe("adapter_config.json"), "not a regular file"),
+    "weights that are a named pipe": (to_pipe("adapter_model.safetensors"), "not a regular file"),
+    "weights that are a folder": (to_folder("adapter_model.safetensors"), "not a regular file"),
+    "weights in parts": (
+        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model-00001-of-00001.safetensors"),
+        "the weights in one file",
+    ),
+    "a module that the config does not select": (config(target_modules=["q_proj"]), "does not select"),
+    "a module that the config excludes": (config(exclude_modules=["k_proj"]), "does not select"),
+    "a layer that the config does not select": (
+        config(target_modules=["q_proj"], layers_to_transform=[0]),
+        "does not select",
+    ),
+    "target_modules of numbers": (config(target_modules=[1]), "a list of module names"),
+    "one factor twice": (
+        put(Q_A.replace(".weight", ".default.weight"), torch.zeros(6, 24)),
+        "which are the same lora_A",
+    ),
+    "one module under two names": (
+        weights(
+            lambda t: t.update(
+                {
+                    n.replace("model.layers", "model.language_model.layers"): v.clone()
+                    for n, v in t.items()
+                    if "q_proj" in n
+                }
+            )
+        ),
+        "the same layer of the base model",
+    ),
+    "a vision tower": (
+        weights(
+            lambda t: t.update(
+                {n.replace("model.layers", "vision_tower.layers"): v.clone() for n, v in t.items() if "q_proj" in n}
+            )
+        ),
+        "other towers",
+    ),
+    "a factor of one axis": (put(Q_A, torch.zeros(6)), "a matrix"),
+    "tokenizer.json, not JSON": (write("tokenizer.json", "?"), "not JSON"),
+    "tokenizer.json of another form": (write("tokenizer.json", '{"added_tokens": 3}'), "of a form that is not known"),
+    "added tokens without ids": (write("added_tokens.json", '["<new>"]'), "of a form that is not known"),
+    "tokenizer_config.json of another form": (
+        write("tokenizer_config.json", '{"added_tokens_decoder": {"many": 1}}'),
+        "of a form that is not known",
+    ),
 }
 
 
@@ -144,6 +233,122 @@ def test_refused_with_a_message_that_names_the_adapter(tmp_path: Path, kind: str
     assert "found" in text
     assert "expected" in text
     assert message in text
+
+
+def image_of(folder: Path, rank: int = 0, size: int = 2) -> torch.Tensor:
+    _, image = load_shard("mine", folder, MODEL.spec(rank, size), max_rank=64)
+    return image
+
+
+# How tools name what PEFT saves as base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight.
+NAMES = {
+    "adapter's name inside": lambda n: n.replace(".weight", ".default.weight"),
+    "no prefix": lambda n: n.removeprefix("base_model.model."),
+    "FSDP": lambda n: n.replace("layers.0.", "layers.0._fsdp_wrapped_module."),
+    "FSDP around all": lambda n: f"_fsdp_wrapped_module.{n}",
+    "torch.compile": lambda n: n.replace("base_model.model.", "base_model.model._orig_mod."),
+    "activation checkpointing": lambda n: n.replace("self_attn.", "_checkpoint_wrapped_module.self_attn."),
+    "vision-language model": lambda n: n.replace("model.layers", "model.language_model.layers"),
+    "older vision-language model": lambda n: n.replace("model.model.layers", "model.language_model.model.layers"),
+    "model without a head": lambda n: n.replace("base_model.model.model.", "base_model.model."),
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_names_that_have_one_meaning_are_taken(tmp_path: Path, kind: str) -> None:
+    """The same adapter under another tool's names: the same bytes in the arena."""
+    write_adapter(tmp_path, MODEL, rank=6, nblocks=2, rank_pattern={"down_proj": 4}, target_modules=["q_proj", *REST])
+    expected = image_of(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    renamed = {NAMES[kind](name): tensor for name, tensor in load_file(path).items()}
+    assert renamed.keys() != load_file(path).keys()
+    save_file(renamed, path)
+    assert torch.equal(image_of(tmp_path), expected)
+
+
+def test_patterns_and_targets_are_about_the_names_of_the_model_that_was_trained(tmp_path: Path) -> None:
+    """A vision-language model's own path in rank_pattern, and an expression in target_modules."""
+    write_adapter(tmp_path, MODEL, rank=6, rank_pattern={"q_proj": 4})
+    expected = image_of(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({NAMES["vision-language model"](name): tensor for name, tensor in load_file(path).items()}, path)
+    expression = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+    config(rank_pattern={"^model.language_model.layers.*.q_proj": 4}, target_modules=expression)(tmp_path)
+    assert torch.equal(image_of(tmp_path), expected)
+
+
+def test_whole_numbers_may_be_written_as_fractions(tmp_path: Path) -> None:
+    write_adapter(tmp_path, MODEL, rank=6, nblocks=2, rank_pattern={"down_proj": 4})
+    expected, shard = image_of(tmp_path), load_shard("mine", tmp_path, MODEL.spec(0, 2), 64)[0]
+    config(r=6.0, lora_alpha=16.0, rank_pattern={"down_proj": 4.0})(tmp_path)
+    bd(nblocks=2.0)(tmp_path)
+    assert torch.equal(image_of(tmp_path), expected)
+    assert load_shard("mine", tmp_path, MODEL.spec(0, 2), 64)[0] == shard
+
+
+def test_a_module_that_the_server_leaves_out_is_told_so(tmp_path: Path) -> None:
+    write_adapter(tmp_path, MODEL)
+    whole = MODEL.spec(0, 1)
+    layers = tuple(
+        tuple(dataclasses.replace(linear, sources={}) if "down" in linear.name else linear for linear in layer)
+        for layer in whole.layers
+    )
+    left_out = frozenset(f"model.layers.{layer}.mlp.down_proj" for layer in range(MODEL.layers))
+    with pytest.raises(AdapterError, match=r"down_proj.*--lora-target-modules leaves out"):
+        load_shard("mine", tmp_path, dataclasses.replace(whole, layers=layers, left_out=left_out), max_rank=64)
+
+
+@contextmanager
+def without_rights() -> Iterator[None]:
+    """Root may read everything: be somebody else for a moment."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "."])
+def test_what_may_not_be_read_is_told_so(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to others
+        Path(place).chmod(0o755)
+        folder = Path(place) / "adapter"
+        write_adapter(folder, MODEL)
+        (folder / "tokenizer.json").write_text("{}")
+        (folder / name).chmod(0)
+        with without_rights():
+            outcome = attempt("mine", str(folder), MODEL.spec(0, 1), 64, None)
+        assert outcome.error is not None
+        assert "that is not readable (Permission denied)" in outcome.error
+        assert not caplog.records  # a refusal, not a crash of the loader
+        (folder / name).chmod(0o700)
+
+
+def test_what_is_not_used_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """On TP rank 0, at the first load: not again when its bytes are read again."""
+    write_adapter(tmp_path, MODEL, fan_in_fan_out=True, target_modules=["q_proj", "lm_head", *REST])
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    for rank in range(2):
+        load_shard("mine", tmp_path, MODEL.spec(rank, 2), 64)
+    load_shard("mine", tmp_path, MODEL.spec(0, 2), 64, known=True)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
+    unused, missing, template = (record.getMessage() for record in caplog.records)
+    assert "fan_in_fan_out = True" in unused
+    assert "lm_head, without weights" in missing
+    assert "chat_template.jinja in the adapter's folder is not used" in template
+
+
+@pytest.mark.parametrize("template", ["{{ x }}", [{"name": "default", "template": "{{ x }}"}], None])
+def test_a_chat_template_in_the_tokenizers_config_is_told_too(tmp_path: Path, caplog, template: object) -> None:
+    write_adapter(tmp_path, MODEL)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    load_shard("mine", tmp_path, MODEL.spec(0, 2), 64)
+    assert ["chat_template of tokenizer_config.json" in record.getMessage() for record in caplog.records] == [
+        True for _ in [template] if template
+    ]
 
 
 def test_known_added_tokens_are_no_reason(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +77,15 @@ def build_spec(
     """
     qkv = next(m for layer in linears for _, m in layer if isinstance(m, QKVParallelLinear))
     sizes = CheckpointSizes.of(config, qkv.head_size)
-    specs = tuple(tuple(_linear(path, module, sizes, targets) for path, module in layer) for layer in linears)
+    whole = [[_linear(path, module, sizes) for path, module in layer] for layer in linears]
+    specs = tuple(tuple(_only(linear, targets) for linear in layer) for layer in whole)
     row_width = -(-qkv.kv_proj_shard_size // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS
+    left_out = {
+        module
+        for layer, kept in zip(whole, specs, strict=True)
+        for linear, own in zip(layer, kept, strict=True)
+        for module in linear.sources.keys() - own.sources.keys()
+    }
     return ModelSpec(
         layers=specs,
         row_width=row_width,
@@ -86,10 +94,19 @@ def build_spec(
         tp_rank=rank,
         tp_size=size,
         s_lora=s_lora and size > 1,
+        left_out=frozenset(left_out),
     )
 
 
-def _linear(path: str, module: torch.nn.Module, sizes: CheckpointSizes, targets: set[str]) -> LinearSpec:
+def _only(linear: LinearSpec, targets: set[str]) -> LinearSpec:
+    """``linear`` with the sources that are in ``targets``."""
+    if "all" in targets:
+        return linear
+    kept = {module: source for module, source in linear.sources.items() if module.rpartition(".")[2] in targets}
+    return dataclasses.replace(linear, sources=kept)
+
+
+def _linear(path: str, module: torch.nn.Module, sizes: CheckpointSizes) -> LinearSpec:
     parent, _, name = path.rpartition(".")
     if isinstance(module, RowParallelLinear):
         inputs = sizes.q if name == "o_proj" else sizes.intermediate
@@ -98,20 +115,15 @@ def _linear(path: str, module: torch.nn.Module, sizes: CheckpointSizes, targets:
             kind="row",
             inputs=_share(module.input_size_per_partition, module.tp_rank, inputs),
             outputs=(Interval(0, module.output_size, module.output_size),),
-            sources={path: Source((0,), (0,), module.output_size)} if targets & {"all", name} else {},
+            sources={path: Source((0,), (0,), module.output_size)},
         )
     if isinstance(module, QKVParallelLinear):
         outputs = _qkv_outputs(module, sizes)
     else:
         outputs = tuple(_share(own, module.tp_rank, sizes.intermediate) for own in module.output_partition_sizes)
     offsets = [sum(o.size for o in outputs[:i]) for i in range(len(outputs))]
-    sources = {
-        f"{parent}.{part}": Source((i,), (0,), outputs[i].size)
-        for i, part in enumerate(_parts(name))
-        if targets & {"all", part}
-    }
-    if targets & {"all", name}:
-        sources[path] = Source(tuple(range(len(outputs))), tuple(offsets), sum(o.size for o in outputs))
+    sources = {f"{parent}.{part}": Source((i,), (0,), outputs[i].size) for i, part in enumerate(_parts(name))}
+    sources[path] = Source(tuple(range(len(outputs))), tuple(offsets), sum(o.size for o in outputs))
     inputs = Interval(0, module.input_size, module.input_size)
     return LinearSpec(name=path, kind="column", inputs=inputs, outputs=outputs, sources=sources)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,29 +10,33 @@ from types import TracebackType
 
 import torch
 
-from sglang_blocklora.adapters.errors import AdapterError
-from sglang_blocklora.adapters.weights_file import DTYPES, WeightsFile
+from sglang_blocklora.adapters.errors import AdapterError, brief, listed
+from sglang_blocklora.adapters.files import unreadable
+from sglang_blocklora.adapters.tensor_names import FactorName, parse_name, why_not
+from sglang_blocklora.adapters.weights_file import DTYPES, StoredTensor, WeightsFile
 from sglang_blocklora.sharding.cut import Factor
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
-TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+PART_NAME = re.compile(r"adapter_model-\d+-of-\d+\.(safetensors|bin)")
 
 
 class Checkpoint:
     """The weights file of one adapter, open for reading parts. A context manager.
 
-    shapes  module path -> {"A": (rows, columns), "B": ...}; both factors are present
+    shapes  module path in the model that was trained -> {"A": (rows, columns), "B": ...}; both factors are present
     """
 
     def __init__(self, adapter: str, folder: Path) -> None:
         self.adapter = adapter
         self.path = folder / WEIGHTS_NAME
-        if not self.path.is_file():
-            self._refuse_missing(folder)
         try:
             self._file = WeightsFile(self.path)
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise _missing(adapter, folder) from error
+        except OSError as error:
+            raise unreadable(adapter, self.path, error) from error
+        except ValueError as error:
             raise AdapterError(
                 adapter, f"{self.path} that cannot be read ({error})", "a whole safetensors file", "Copy it again."
             ) from error
@@ -42,41 +47,27 @@ class Checkpoint:
             self._file.close()
             raise
 
-    def _refuse_missing(self, folder: Path) -> None:
-        if (folder / PICKLE_NAME).exists():
-            raise AdapterError(
-                self.adapter,
-                f"only {PICKLE_NAME} in {folder}",
-                f"{WEIGHTS_NAME} (unpickling a .bin file can run any code in it)",
-                "Load it where you trust it with PEFT and save_pretrained(..., safe_serialization=True).",
-            )
-        raise AdapterError(
-            self.adapter, f"no {WEIGHTS_NAME} in {folder}", "a PEFT adapter folder", "Give the adapter's own folder."
-        )
-
-    def _index(self) -> Mapping[str, Mapping[Factor, tuple[int, ...]]]:
-        shapes: dict[str, dict[Factor, tuple[int, ...]]] = {}
-        for name in sorted(self._file.tensors):
-            match = TENSOR_NAME.fullmatch(name)
-            if match is None:
+    def _index(self) -> Mapping[str, Mapping[Factor, tuple[int, int]]]:
+        shapes: dict[str, dict[Factor, tuple[int, int]]] = {}
+        for tensor, stored in sorted(self._file.tensors.items()):
+            name = parse_name(tensor)
+            if name is None:
                 raise AdapterError(
                     self.adapter,
-                    f"tensor {name!r}",
+                    f"tensor {brief(tensor)}",
                     "only base_model.model.<module>.lora_A.weight and .lora_B.weight",
-                    _advice(name),
+                    why_not(tensor),
                 )
-            factor: Factor = "A" if match["factor"] == "A" else "B"
-            part = self._file.tensors[name]
-            if part.dtype not in DTYPES:
+            other = self._names.setdefault(name, tensor)
+            if other != tensor:
                 raise AdapterError(
                     self.adapter,
-                    f"lora_{factor} of type {part.dtype}",
-                    f"one of {', '.join(DTYPES)}",
-                    "Save the adapter in a floating-point type.",
-                    match["module"],
+                    f"tensors {brief(other)} and {brief(tensor)}, which are the same lora_{name.factor}",
+                    "one of each",
+                    "Save one adapter into the file.",
+                    name.module,
                 )
-            self._names[match["module"], factor] = name
-            shapes.setdefault(match["module"], {})[factor] = part.shape
+            shapes.setdefault(name.module, {})[name.factor] = self._checked_shape(name, stored)
         if not shapes:
             raise AdapterError(self.adapter, f"no tensor in {self.path}", "LoRA weights", "Save the adapter again.")
         for module, factors in shapes.items():
@@ -84,6 +75,26 @@ class Checkpoint:
                 missing = "B" if "A" in factors else "A"
                 raise AdapterError(self.adapter, f"no lora_{missing}", "both factors", "Save it again.", module)
         return shapes
+
+    def _checked_shape(self, name: FactorName, stored: StoredTensor) -> tuple[int, int]:
+        if stored.dtype not in DTYPES:
+            raise AdapterError(
+                self.adapter,
+                f"lora_{name.factor} of type {stored.dtype}",
+                f"one of {', '.join(DTYPES)}",
+                "Save the adapter in a floating-point type.",
+                name.module,
+            )
+        if len(stored.shape) != 2:
+            raise AdapterError(
+                self.adapter,
+                f"lora_{name.factor} of shape {brief(list(stored.shape))}",
+                "a matrix",
+                "Gather the weights before saving (DeepSpeed ZeRO-3 and FSDP keep parts of them on each rank).",
+                name.module,
+            )
+        rows, columns = stored.shape
+        return rows, columns
 
     def read(self, module: str, factor: Factor, rows: slice | None, columns: slice | None) -> torch.Tensor:
         """Part of a stored factor; only its bytes are touched. Raises ``AdapterError`` on NaN or Inf."""
@@ -112,11 +123,27 @@ class Checkpoint:
         self._file.close()
 
 
-def _advice(tensor: str) -> str:
-    if "lora_magnitude_vector" in tensor:
-        return "DoRA is not served: train without use_dora."
-    if "lora_embedding" in tensor or "embed_tokens" in tensor or "lm_head" in tensor:
-        return "Embeddings and lm_head are not served: train without them in target_modules."
-    if tensor.endswith(".bias"):
-        return "Trained biases are not served: train with bias='none' and lora_bias=False."
-    return "Save it with PEFT's save_pretrained; fully trained modules are not served."
+def _missing(adapter: str, folder: Path) -> AdapterError:
+    """What to say where there is no file of weights."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        return unreadable(adapter, folder, error)
+    if PICKLE_NAME in names:
+        return AdapterError(
+            adapter,
+            f"only {PICKLE_NAME} in {folder}",
+            f"{WEIGHTS_NAME} (unpickling a .bin file can run any code in it)",
+            "Load it where you trust it with PEFT and save_pretrained(..., safe_serialization=True).",
+        )
+    parts = [name for name in names if PART_NAME.fullmatch(name)]
+    if parts:
+        return AdapterError(
+            adapter,
+            f"{listed(parts)} in {folder}",
+            f"the weights in one file, {WEIGHTS_NAME}, as PEFT writes and reads them",
+            "Put the parts' tensors into one file.",
+        )
+    return AdapterError(
+        adapter, f"no {WEIGHTS_NAME} in {folder}", "a PEFT adapter folder", "Give the adapter's own folder."
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 from sglang_blocklora.adapters.checkpoint import WEIGHTS_NAME
@@ -21,7 +22,10 @@ def content_hash(folder: Path) -> str:
 
 
 def file_versions(folder: Path) -> tuple[tuple[int, int, int], ...]:
-    """Inode, size and time of the last write of config and weights, where they exist: others once one is written."""
-    paths = [folder / name for name in (CONFIG_NAME, WEIGHTS_NAME)]
-    found = [path.stat() for path in paths if path.exists()]
-    return tuple((one.st_ino, one.st_size, one.st_mtime_ns) for one in found)
+    """Inode, size and time of the last write of config and weights, where they are seen: others once one is written."""
+    found = []
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        with suppress(OSError):  # missing or not readable: whoever reads the file says so
+            one = (folder / name).stat()
+            found.append((one.st_ino, one.st_size, one.st_mtime_ns))
+    return tuple(found)

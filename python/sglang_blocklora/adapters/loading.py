@@ -86,7 +86,8 @@ def attempt(
     try:
         folder = _checked_folder(name, path, root)
         versions = file_versions(folder)
-        shard, image = load_shard(name, folder, spec, max_rank, pin_memory=pin_memory)
+        known = not hash_contents
+        shard, image = load_shard(name, folder, spec, max_rank, pin_memory=pin_memory, known=known)
         contents = content_hash(folder) if hash_contents and spec.tp_rank == 0 else ""
         return Outcome(None, shard.slots, shard, image, _digest(image), contents, versions)
     except AdapterError as error:

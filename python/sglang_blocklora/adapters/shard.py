@@ -12,9 +12,11 @@ import torch
 from blocklora_kernels.descriptor import Address, LinearDescriptor
 
 from sglang_blocklora.adapters.checkpoint import Checkpoint
-from sglang_blocklora.adapters.config import AdapterConfig, read_config
-from sglang_blocklora.adapters.validate import check_modules
-from sglang_blocklora.sharding.cut import ModuleShape, read_a, read_b
+from sglang_blocklora.adapters.config import read_config
+from sglang_blocklora.adapters.notes import notes
+from sglang_blocklora.adapters.tokenizer_files import check_tokens
+from sglang_blocklora.adapters.validate import AdaptedModule, check_modules
+from sglang_blocklora.sharding.cut import read_a, read_b
 from sglang_blocklora.sharding.layout import place
 from sglang_blocklora.sharding.linears import ModelSpec
 from sglang_blocklora.sharding.plan import LinearPlan, plan_linear
@@ -44,19 +46,23 @@ class AdapterShard:
 
 
 def load_shard(
-    name: str, folder: Path, spec: ModelSpec, max_rank: int, *, pin_memory: bool = False
+    name: str, folder: Path, spec: ModelSpec, max_rank: int, *, pin_memory: bool = False, known: bool = False
 ) -> tuple[AdapterShard, torch.Tensor]:
     """Read the adapter in ``folder`` and cut it for the TP rank of ``spec``.
 
     max_rank    largest full LoRA rank that is accepted
     pin_memory  whether the image lies in page-locked memory, from which a GPU copies beside other work
+    known       it was loaded before: a tokenizer beside it is not looked at again, and nothing is told again
     Returns the shard and its image [layers, 2, slots, W] in the model's dtype: the rows to copy into the arena, K plane
     then V plane, zeros outside the matrices. Reads only the rank's own part of the weights. Raises ``AdapterError``;
     nothing is kept then.
     """
-    config = read_config(name, folder, spec.vocab_size)
+    config = read_config(name, folder)
     with Checkpoint(name, folder) as checkpoint:
-        shapes = check_modules(name, config, checkpoint.shapes, spec, max_rank)
+        modules = check_modules(name, config, checkpoint.shapes, spec, max_rank)
+        if not known:
+            check_tokens(name, folder, spec.vocab_size)
+        shapes = {path: module.shape for path, module in modules.items()}
         plans = [[plan_linear(linear, shapes, spec) for linear in layer] for layer in spec.layers]
         layouts = [place([size for plan in layer for size in plan.sizes()], spec.row_width) for layer in plans]
         slots = max(layout.rows for layout in layouts)
@@ -65,16 +71,18 @@ def load_shard(
         for layer, layout, planes in zip(plans, layouts, image, strict=True):
             addresses = _split(layout.addresses, layer)
             for plan, own in zip(layer, addresses, strict=True):
-                _copy_factors(plan, own, planes, shapes, checkpoint)
+                _copy_factors(plan, own, planes, modules, checkpoint)
             descriptors.append(tuple(plan.describe(own) for plan, own in zip(layer, addresses, strict=True)))
-    _warn_made_dense(name, plans, shapes)
+    if not known and spec.tp_rank == 0:
+        for note in notes(name, folder, config, modules, spec):
+            logger.warning("adapter %r: %s", name, note)
     shard = AdapterShard(
         name=name,
         rank=max(shape.rank for shape in shapes.values()),
         nblocks=max(shape.nblocks for shape in shapes.values()),
         slots=slots,
         descriptors=tuple(descriptors),
-        scalings=tuple(tuple(_scalings(plan, config) for plan in layer) for layer in plans),
+        scalings=tuple(tuple(_scalings(plan, modules) for plan in layer) for layer in plans),
         shares=tuple(tuple(plan.shares for plan in layer) for layer in plans),
     )
     return shard, image
@@ -90,7 +98,7 @@ def _copy_factors(
     plan: LinearPlan,
     addresses: tuple[Address, ...],
     planes: torch.Tensor,
-    shapes: Mapping[str, ModuleShape],
+    modules: Mapping[str, AdaptedModule],
     checkpoint: Checkpoint,
 ) -> None:
     """Read the factors of one linear into ``planes`` [2, slots, W]; values are cast once, from the stored dtype."""
@@ -99,11 +107,11 @@ def _copy_factors(
     for part, address in zip(plan.parts, addresses[1:], strict=True):
         if part is None:
             continue
-        cut, shape = part.cut, shapes[part.module]
-        read = partial(checkpoint.read, part.module)
-        _put(a[a_row : a_row + cut.a_rows], read_a(plan.linear, cut, shape, read))
+        cut, module = part.cut, modules[part.module]
+        read = partial(checkpoint.read, module.name)
+        _put(a[a_row : a_row + cut.a_rows], read_a(plan.linear, cut, module.shape, read))
         a_row += cut.a_rows
-        _put(_matrix(planes, address, cut.b_rows, cut.block_rank), read_b(plan.linear, cut, shape, read))
+        _put(_matrix(planes, address, cut.b_rows, cut.block_rank), read_b(plan.linear, cut, module.shape, read))
 
 
 def _matrix(planes: torch.Tensor, address: Address, rows: int, columns: int) -> torch.Tensor:
@@ -118,28 +126,5 @@ def _put(place: torch.Tensor, values: torch.Tensor) -> None:
     place[: values.shape[0], : values.shape[1]].copy_(values)
 
 
-def _scalings(plan: LinearPlan, config: AdapterConfig) -> tuple[float, ...]:
-    return tuple(config.scaling_of(part.module) if part else 0.0 for part in plan.parts)
-
-
-def _warn_made_dense(name: str, plans: list[list[LinearPlan]], shapes: Mapping[str, ModuleShape]) -> None:
-    """One warning for all modules whose blocks run along the axis that tensor parallelism does not split."""
-    dense = sorted(
-        {
-            part.module
-            for layer in plans
-            for plan in layer
-            for part in plan.parts
-            if part and shapes[part.module].made_dense(plan.linear.kind)
-        }
-    )
-    if dense:
-        shown = ", ".join(dense[:4]) + (f" and {len(dense) - 4} more" if len(dense) > 4 else "")
-        logger.warning(
-            "adapter %r: %d modules (%s) are block-diagonal in the orientation that tensor parallelism cannot split "
-            "(A-blocks belong on o_proj and down_proj, B-blocks on q, k, v, gate and up). They are served as plain "
-            "LoRA: right, but every TP rank holds and computes the whole packed factor as a dense one.",
-            name,
-            len(dense),
-            shown,
-        )
+def _scalings(plan: LinearPlan, modules: Mapping[str, AdaptedModule]) -> tuple[float, ...]:
+    return tuple(modules[part.module].scaling if part else 0.0 for part in plan.parts)

@@ -2,46 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from sglang_blocklora.adapters.config import AdapterConfig
 from sglang_blocklora.adapters.errors import AdapterError
+from sglang_blocklora.adapters.tensor_names import Places
 from sglang_blocklora.sharding.cut import Factor, ModuleShape
 from sglang_blocklora.sharding.linears import LinearSpec, ModelSpec
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """A module of the weights that a linear of the base model gets.
+
+    name     its path in the model that was trained, as the weights and the config have it
+    scaling  what B @ A is multiplied with
+    """
+
+    name: str
+    shape: ModuleShape
+    scaling: float
 
 
 def check_modules(
     adapter: str,
     config: AdapterConfig,
-    stored: Mapping[str, Mapping[Factor, tuple[int, ...]]],
+    stored: Mapping[str, Mapping[Factor, tuple[int, int]]],
     spec: ModelSpec,
     max_rank: int,
-) -> dict[str, ModuleShape]:
-    """Shape of every checkpoint module, or ``AdapterError``.
+) -> dict[str, AdaptedModule]:
+    """What each module of the base model gets (by its path there), or ``AdapterError``: all that is stored is placed.
 
     stored    shapes of lora_A and lora_B as in the file
     max_rank  largest full LoRA rank that is accepted
     """
-    places = spec.find()
-    shapes: dict[str, ModuleShape] = {}
+    positions = spec.find()
+    places = Places(positions)
+    modules: dict[str, AdaptedModule] = {}
     fed: dict[tuple[int, int, int], str] = {}
-    for module, factors in stored.items():
-        if module not in places:
-            raise _unknown_module(adapter, module, places)
-        layer, index = places[module]
+    for name, factors in stored.items():
+        place = places.find(name)
+        if place is None:
+            raise _unknown_module(adapter, name, spec, positions)
+        if not config.targets.selects(name):
+            raise AdapterError(
+                adapter,
+                "weights for a module that adapter_config.json does not select (target_modules, exclude_modules, "
+                "layers_to_transform)",
+                "weights of selected modules only: PEFT leaves out the others",
+                "Check that adapter_config.json belongs to these weights.",
+                name,
+            )
+        layer, index = positions[place]
         linear = spec.layers[layer][index]
-        for slice_index in linear.sources[module].slices:
-            other = fed.setdefault((layer, index, slice_index), module)
-            if other != module:
+        for slice_index in linear.sources[place].slices:
+            other = fed.setdefault((layer, index, slice_index), name)
+            if other != name:
                 raise AdapterError(
                     adapter,
-                    f"weights for it and for {other!r}, which are the same layer",
-                    "either the fused module or its parts",
+                    f"weights for it and for {other!r}, which are the same layer of the base model",
+                    "one of the two (a fused module or its parts, one name of a layer)",
                     "Train with one of the two in target_modules.",
-                    module,
+                    name,
                 )
-        shapes[module] = _check_shape(adapter, module, config, factors, linear, max_rank)
-    return shapes
+        shape = _check_shape(adapter, name, config, factors, linear, linear.sources[place].size, max_rank)
+        modules[place] = AdaptedModule(name, shape, config.scaling_of(name))
+    return modules
 
 
 def _check_shape(
@@ -50,12 +77,13 @@ def _check_shape(
     config: AdapterConfig,
     factors: Mapping[Factor, tuple[int, ...]],
     linear: LinearSpec,
+    out_features: int,
     max_rank: int,
 ) -> ModuleShape:
     rank = config.rank_of(module)
     structure = config.structure_of(adapter, module)
     n = 1 if structure == "plain" else config.nblocks
-    in_features, out_features = linear.inputs.size, linear.sources[module].size
+    in_features = linear.inputs.size
     if rank > max_rank:
         raise AdapterError(
             adapter, f"rank {rank}", f"at most {max_rank}", "Start the server with a larger --max-lora-rank.", module
@@ -71,7 +99,7 @@ def _check_shape(
         )
     shape = ModuleShape(rank, n, structure)
     expected = shape.stored_shapes(in_features, out_features)
-    found = (tuple(factors["A"]), tuple(factors["B"]))
+    found = (factors["A"], factors["B"])
     if found != expected:
         raise AdapterError(
             adapter,
@@ -84,18 +112,31 @@ def _check_shape(
     return shape
 
 
-def _unknown_module(adapter: str, module: str, places: Mapping[str, object]) -> AdapterError:
-    known = sorted({place.rsplit(".", 1)[-1] for place in places})
+def _unknown_module(adapter: str, module: str, spec: ModelSpec, places: Collection[str]) -> AdapterError:
+    served = sorted({place.rsplit(".", 1)[-1] for place in places})
+    if Places(spec.left_out).find(module):
+        return AdapterError(
+            adapter,
+            "weights for a module that --lora-target-modules leaves out",
+            f"modules among {', '.join(served)}, which this server adapts",
+            "Start the server with the module in --lora-target-modules, or with --lora-target-modules all.",
+            module,
+        )
     if "embed" in module or module.endswith("lm_head"):
-        why = "Embeddings and lm_head are not served"
+        why = "Embeddings and lm_head are not served: train without them in target_modules"
     elif "experts" in module:
-        why = "MoE experts are not served"
+        why = "MoE experts are not served: train without them in target_modules"
+    elif any(part in module for part in ("vision", "visual", "audio")):
+        why = "Only the language model's decoder layers are served: train without the other towers in target_modules"
     else:
-        why = "This base model has no such linear, or it is not served"
+        why = (
+            "This base model has no such linear (too few layers, another architecture), or it is not served: train "
+            "without it in target_modules"
+        )
     return AdapterError(
         adapter,
         "weights for a module that cannot be adapted here",
-        f"modules of decoder layers among {', '.join(known)}",
-        f"{why}: train without it in target_modules, and check that the base model is the right one.",
+        f"modules of {len(spec.layers)} decoder layers among {', '.join(served)}",
+        f"{why}, and check that the base model is the right one.",
         module,
     )

@@ -6,17 +6,20 @@ but a SIGBUS, which ends the server.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
+import msgspec
 import torch
+
+from sglang_blocklora.adapters.errors import brief
+from sglang_blocklora.adapters.files import open_regular
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LENGTH_BYTES = 8  # of the header's length, little endian
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+MAX_HEADER_BYTES = 8 * 2**20  # an entry takes about 150 bytes: 50,000 tensors
 # Rows shorter than a page are read whole: the file system reads whole pages whatever is asked of it.
 PAGE_BYTES = 4096
 
@@ -29,13 +32,21 @@ class StoredTensor(NamedTuple):
     start: int
 
 
+class _Entry(msgspec.Struct):
+    """What the header says of one tensor; offsets count from the header's end."""
+
+    dtype: str
+    shape: Annotated[list[int], msgspec.Meta(max_length=8)]
+    data_offsets: tuple[int, int]
+
+
 class WeightsFile:
     """``tensors`` by name, from the header. Raises ``OSError`` for what cannot be read, ``ValueError`` for what is no
-    safetensors file or not a whole one. Holds a file descriptor until ``close``.
+    safetensors file or not a whole one; safetensors itself takes no more. Holds a file descriptor until ``close``.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDONLY)
+        self._file = open_regular(path)
         try:
             self.tensors = self._header(os.fstat(self._file).st_size)
         except BaseException:
@@ -49,12 +60,22 @@ class WeightsFile:
         length = int.from_bytes(self._read_bytes(0, LENGTH_BYTES), "little")
         if length > min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
             raise ValueError(f"a header of {length} bytes in a file of {file_bytes}")
-        header = json.loads(self._read_bytes(LENGTH_BYTES, length))
-        if not isinstance(header, dict):
-            raise ValueError("the header is not a JSON object")
-        header.pop("__metadata__", None)
+        try:
+            entries = msgspec.json.decode(self._read_bytes(LENGTH_BYTES, length), type=dict[str, msgspec.Raw])
+            entries.pop("__metadata__", None)
+            header = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in entries.items()}
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"the header cannot be understood ({error})") from error
         first = LENGTH_BYTES + length
-        return {name: _stored(name, entry, first, file_bytes) for name, entry in header.items()}
+        stored = {name: _stored(name, entry, first) for name, entry in header.items()}
+        end = 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1].data_offsets):
+            if entry.data_offsets[0] != end:
+                raise ValueError(f"the header's entry of {brief(name)} does not start where the one before it ends")
+            end = entry.data_offsets[1]
+        if first + end != file_bytes:
+            raise ValueError(f"the header's tensors end at byte {first + end} of a file of {file_bytes} bytes")
+        return stored
 
     def read(self, name: str, rows: slice | None, columns: slice | None) -> torch.Tensor:
         """Part of a matrix [rows, columns]; half-open ranges within its shape, None for all."""
@@ -92,16 +113,10 @@ def _tensor(data: bytearray, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
-def _stored(name: str, entry: Any, first: int, file_bytes: int) -> StoredTensor:
+def _stored(name: str, entry: _Entry, first: int) -> StoredTensor:
     """A header's entry, checked; ``first`` is the file offset of the first tensor's bytes."""
-    try:
-        dtype, shape, (start, stop) = str(entry["dtype"]), tuple(map(int, entry["shape"])), entry["data_offsets"]
-        size = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else stop - start
-        sound = 0 <= start <= stop and min(shape, default=0) >= 0 and size == stop - start
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the header's entry of {name!r} cannot be understood") from error
-    if not sound:
-        raise ValueError(f"the header's entry of {name!r} contradicts itself")
-    if first + stop > file_bytes:
-        raise ValueError(f"{name!r} ends at byte {first + stop} of a file of {file_bytes} bytes")
-    return StoredTensor(dtype, shape, first + start)
+    start, stop = entry.data_offsets
+    size = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else stop - start
+    if not (0 <= start <= stop and min(entry.shape, default=0) >= 0 and size == stop - start):
+        raise ValueError(f"the header's entry of {brief(name)} contradicts itself")
+    return StoredTensor(entry.dtype, tuple(entry.shape), first + start)

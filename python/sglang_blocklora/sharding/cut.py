@@ -13,11 +13,11 @@ from typing import Literal
 import torch
 from blocklora_kernels.descriptor import Blocks
 
-from sglang_blocklora.adapters.config import Structure
 from sglang_blocklora.sharding.blocks import touched_blocks
 from sglang_blocklora.sharding.linears import Interval, LinearSpec
 
 Factor = Literal["A", "B"]
+Structure = Literal["plain", "block_a", "block_b"]  # which factor is packed block-diagonal
 # read(factor, rows, columns) -> that part of the stored (packed) factor; None means all of an axis.
 Read = Callable[[Factor, slice | None, slice | None], torch.Tensor]
 

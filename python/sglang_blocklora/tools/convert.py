@@ -57,13 +57,13 @@ def convert(source: Path, target: Path, nblocks: int, rank: int | None, max_erro
     if target.exists():
         raise ValueError(f"{target} exists; give a new folder")
     with open_adapter(source) as adapter:
-        largest = nblocks * max(shape.rank for shape in adapter.shapes.values())
+        largest = nblocks * max(module.shape.rank for module in adapter.modules.values())
         rank = largest if rank is None else min(rank, largest)
         _check_sizes(adapter, nblocks, rank)
         tensors: dict[str, torch.Tensor] = {}
         losses = []
-        for module in adapter.shapes:
-            own_rank = min(rank, nblocks * adapter.shapes[module].rank)
+        for module, old in adapter.modules.items():
+            own_rank = min(rank, nblocks * old.shape.rank)
             a, b, error = _convert_module(adapter, module, nblocks, own_rank)
             losses.append(ModuleLoss(module, own_rank, error))
             tensors[f"base_model.model.{module}.lora_A.weight"] = a
@@ -107,7 +107,7 @@ def _convert_module(
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Packed A and B in float32 with the old scaling folded in, and the relative error of what was stored."""
     a, b = adapter.dense_factors(module)
-    b = b * adapter.config.scaling_of(module)
+    b = b * adapter.modules[module].scaling
     row = kind_of(module) == "row"
     parts = [(one, b) for one in a.chunk(nblocks, 1)] if row else [(a, one) for one in b.chunk(nblocks, 0)]
     cut = [_truncate(*part, rank // nblocks) for part in parts]

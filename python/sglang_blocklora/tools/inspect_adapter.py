@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from sglang_blocklora.adapters.config import ADDED_TOKENS_NAME
 from sglang_blocklora.adapters.content_hash import content_hash
+from sglang_blocklora.adapters.notes import notes
+from sglang_blocklora.adapters.tokenizer_files import TOKEN_FILES
 from sglang_blocklora.sharding.layout import place
 from sglang_blocklora.sharding.plan import plan_linear
 from sglang_blocklora.tools.base_model import BaseSizes, kind_of, suffix_of
@@ -85,8 +86,8 @@ def inspect_adapter(
 
 def _groups(adapter: OpenedAdapter) -> list[ModuleGroup]:
     alike: dict[tuple[Any, ...], list[str]] = {}
-    for module, shape in adapter.shapes.items():
-        alike.setdefault((suffix_of(module), shape, adapter.features[module]), []).append(module)
+    for path, module in adapter.modules.items():
+        alike.setdefault((suffix_of(path), module.shape, adapter.features[path]), []).append(path)
     groups = []
     for (suffix, shape, (in_features, out_features)), modules in alike.items():
         kind = kind_of(suffix)
@@ -116,9 +117,10 @@ def _cost(adapter: OpenedAdapter, tp_size: int, dtype: torch.dtype) -> TpCost:
     weights, slots = [], 0
     for rank in range(tp_size):
         spec = adapter.spec(rank, tp_size, dtype)
+        shapes = {path: module.shape for path, module in adapter.modules.items()}
         elements = 0
         for layer in spec.layers:
-            sizes = [size for linear in layer for size in plan_linear(linear, adapter.shapes, spec).sizes()]
+            sizes = [size for linear in layer for size in plan_linear(linear, shapes, spec).sizes()]
             elements += sum(sizes)
             slots = max(slots, place(sizes, spec.row_width).rows)
         weights.append(elements * dtype.itemsize)
@@ -132,12 +134,8 @@ def _cost(adapter: OpenedAdapter, tp_size: int, dtype: torch.dtype) -> TpCost:
 
 
 def _warnings(adapter: OpenedAdapter, groups: Iterable[ModuleGroup], tp_sizes: Sequence[int]) -> Iterable[str]:
-    wrong = sorted({group.module for group in groups if group.orientation == "wrong"})
-    if wrong:
-        yield (
-            f"{', '.join(wrong)}: block-diagonal in the orientation that tensor parallelism cannot split (A-blocks "
-            "belong on o_proj and down_proj, B-blocks on the others). Served right, at the cost of a plain adapter."
-        )
+    """What a load would tell, and what depends on TP sizes or is not known without the base model."""
+    yield from notes(adapter.name, adapter.folder, adapter.config, adapter.modules, adapter.spec(0, 1, torch.float32))
     plain = sorted({group.module for group in groups if group.orientation == "plain"})
     if plain and adapter.config.nblocks > 1:
         yield f"{', '.join(plain)}: plain in a block-diagonal adapter; every TP rank holds one of its factors whole."
@@ -148,5 +146,6 @@ def _warnings(adapter: OpenedAdapter, groups: Iterable[ModuleGroup], tp_sizes: S
     if adapter.base is None:
         if any(group.module in ("k_proj", "v_proj", "qkv_proj") for group in groups):
             yield "KV heads unknown: with more TP ranks than KV heads the bytes of K and V are higher (--base-model)."
-        if (adapter.folder / ADDED_TOKENS_NAME).exists():
-            yield f"{ADDED_TOKENS_NAME} is not checked without --base-model; tokens beyond its vocabulary are refused."
+        files = [name for name in TOKEN_FILES if (adapter.folder / name).exists()]
+        if files:
+            yield f"not checked without --base-model: {', '.join(files)}; tokens beyond its vocabulary are refused."

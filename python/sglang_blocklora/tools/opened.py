@@ -11,8 +11,9 @@ import torch
 
 from sglang_blocklora.adapters.checkpoint import Checkpoint
 from sglang_blocklora.adapters.config import AdapterConfig, read_config
-from sglang_blocklora.adapters.validate import check_modules
-from sglang_blocklora.sharding.cut import ModuleShape, block_diagonal
+from sglang_blocklora.adapters.tokenizer_files import check_tokens
+from sglang_blocklora.adapters.validate import AdaptedModule, check_modules
+from sglang_blocklora.sharding.cut import block_diagonal
 from sglang_blocklora.sharding.linears import ModelSpec
 from sglang_blocklora.tools.base_model import BaseSizes, features_of, standalone_spec
 
@@ -24,7 +25,7 @@ class OpenedAdapter:
     """An adapter's folder while it is open.
 
     features  module path -> (in, out) of its base layer
-    shapes    module path -> rank, blocks and structure, checked against the stored tensors
+    modules   module path -> what the weights hold for it, checked against the stored tensors
     """
 
     name: str
@@ -33,7 +34,7 @@ class OpenedAdapter:
     checkpoint: Checkpoint
     base: BaseSizes | None
     features: Mapping[str, tuple[int, int]]
-    shapes: Mapping[str, ModuleShape]
+    modules: Mapping[str, AdaptedModule]
 
     def spec(self, tp_rank: int, tp_size: int, dtype: torch.dtype) -> ModelSpec:
         """The adapted linears as one TP rank holds them."""
@@ -41,8 +42,8 @@ class OpenedAdapter:
 
     def dense_factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A [r, in] and B [out, r] in float64 with packed factors made dense: PEFT's delta is scaling * B @ A."""
-        a, b = (self.checkpoint.read(module, factor, None, None).double() for factor in ("A", "B"))
-        shape = self.shapes[module]
+        name, shape = self.modules[module].name, self.modules[module].shape
+        a, b = (self.checkpoint.read(name, factor, None, None).double() for factor in ("A", "B"))
         if shape.structure == "block_a":
             a = block_diagonal(a, shape.nblocks)
         elif shape.structure == "block_b":
@@ -51,23 +52,24 @@ class OpenedAdapter:
 
     def parameters_of(self, module: str) -> int:
         """Trained numbers of a module: elements of both stored factors."""
-        return sum(rows * columns for rows, columns in self.shapes[module].stored_shapes(*self.features[module]))
+        return sum(rows * columns for rows, columns in self.modules[module].shape.stored_shapes(*self.features[module]))
 
     @property
     def parameters(self) -> int:
-        return sum(map(self.parameters_of, self.shapes))
+        return sum(map(self.parameters_of, self.modules))
 
 
 @contextmanager
 def open_adapter(folder: Path, base: BaseSizes | None = None) -> Iterator[OpenedAdapter]:
     """Open and check the adapter in ``folder``. Raises ``AdapterError`` for what a server would refuse too."""
     name = folder.resolve().name
-    probe = base.vocab if base else NO_RANK_LIMIT
-    config = read_config(name, folder, probe)
+    config = read_config(name, folder)
     with Checkpoint(name, folder) as checkpoint:
         features = features_of(name, config, checkpoint.shapes, base)
         spec = standalone_spec(name, features, torch.bfloat16, 0, 1, base)
-        shapes = check_modules(name, config, checkpoint.shapes, spec, NO_RANK_LIMIT)
+        modules = check_modules(name, config, checkpoint.shapes, spec, NO_RANK_LIMIT)
+        if base:
+            check_tokens(name, folder, base.vocab)
         yield OpenedAdapter(
             name=name,
             folder=folder,
@@ -75,5 +77,5 @@ def open_adapter(folder: Path, base: BaseSizes | None = None) -> Iterator[Opened
             checkpoint=checkpoint,
             base=base,
             features=features,
-            shapes=shapes,
+            modules=modules,
         )

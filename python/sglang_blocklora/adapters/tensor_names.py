@@ -1,0 +1,75 @@
+"""Names of tensors in an adapter's weights: which factor of which module of the base model each one is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from sglang_blocklora.sharding.cut import Factor
+
+# The part behind lora_A is the adapter's name in the training run, which PEFT leaves out when it saves.
+FACTOR_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight", re.DOTALL)
+# Parts that PyTorch puts into a module's path: FSDP, torch.compile, activation checkpointing.
+WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+PEFT_PREFIX = "base_model.model."
+# What stands before the decoder's layers: the decoder of a vision-language model is its language_model, in whichever
+# order; without a head there is no outer "model". Layers of a vision tower have more before them than these.
+LAYER_PATH = re.compile(r"(?:(?:model|language_model)\.)*(?P<layer>layers\.\d+\..+)", re.DOTALL)
+
+
+class FactorName(NamedTuple):
+    """``module`` is its path in the model that was trained, as PEFT names it in the config."""
+
+    module: str
+    factor: Factor
+
+
+def parse_name(tensor: str) -> FactorName | None:
+    """The factor that ``tensor`` is, or None where it is no factor of a linear layer."""
+    match = FACTOR_NAME.fullmatch(tensor)
+    if match is None:
+        return None
+    path = ".".join(part for part in match["module"].split(".") if part not in WRAPPERS)
+    return FactorName(path.removeprefix(PEFT_PREFIX), "A" if match["factor"] == "A" else "B")
+
+
+class Places:
+    """Module paths of the base model, found by the names that adapters have for them."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._paths = set(paths)
+        self._of_layer: dict[str, list[str]] = {}
+        for path in sorted(self._paths):
+            self._of_layer.setdefault(_layer_path(path), []).append(path)
+
+    def find(self, module: str) -> str | None:
+        """The one module of the base model that ``module`` can mean, else None."""
+        if module in self._paths:
+            return module
+        found = self._of_layer.get(_layer_path(module), [])
+        return found[0] if len(found) == 1 else None
+
+
+def _layer_path(module: str) -> str:
+    match = LAYER_PATH.fullmatch(module)
+    return match["layer"] if match else module
+
+
+def why_not(tensor: str) -> str:
+    """What to do about a tensor that is no factor of a linear layer."""
+    if "lora_magnitude_vector" in tensor:
+        return "DoRA is not served: train without use_dora."
+    if "lora_embedding" in tensor:
+        return "Adapters on embeddings are not served: train without embed_tokens and lm_head in target_modules."
+    if "modules_to_save" in tensor:
+        return "Fully trained modules are not served: train without modules_to_save, or merge."
+    if tensor.endswith(".bias"):
+        return "Trained biases are not served: train with bias='none' and lora_bias=False."
+    if "embed_tokens" in tensor or "lm_head" in tensor:
+        return (
+            "These are whole embeddings, which PEFT saves when they were trained (modules_to_save, or in "
+            "target_modules) or when the vocabulary was resized for new tokens. Embeddings are not served: train "
+            "without; or, if they are the base model's, save with save_embedding_layers=False."
+        )
+    return "Save it with PEFT's save_pretrained; fully trained modules are not served."
