@@ -191,6 +191,29 @@ def test_pinned_adapters_stay_and_at_most_half_of_the_memory_can_be_pinned(
     assert not adapters(server)["sql"]["pinned"]
 
 
+# Each of these ended the server (at TP 1), or was answered with nonsense (at TP 2), before it was refused.
+ENDINGS: dict[str, dict[str, Any]] = {
+    "an id beyond the vocabulary": {"input_ids": [5, 10**6]},
+    "a negative id": {"input_ids": [-1]},
+    "in a batch": {"input_ids": [[5], [10**6]]},
+    "stop_token_ids": {"sampling_params": {"stop_token_ids": [10**6], "min_new_tokens": 2}},
+    "half a token": {"sampling_params": {"max_new_tokens": 2.5}},
+    "logit_bias": {"sampling_params": {"logit_bias": {"5": "x"}}},
+    "half a beam": {"sampling_params": {"beam_width": 2.5}},
+    "top_k": {"sampling_params": {"top_k": 2**40, "temperature": 1}},
+    "top_logprobs_num": {"return_logprob": True, "top_logprobs_num": 10**6},
+    "logprob_start_len": {"return_logprob": True, "logprob_start_len": -7},
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_no_request_ends_the_server(server: Server, llama: Case, name: str) -> None:
+    body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 4}} | ENDINGS[name]
+    for adapter in (None, "sql"):
+        assert call(server, "/generate", body | {"lora_path": adapter})[0] == 400
+        assert server.tokens(llama.prompts[0], adapter, NEW_TOKENS) == llama.expected[adapter and NAMES[adapter]][0]
+
+
 def series(server: Server, prefix: str) -> dict[tuple[str, tuple], float]:
     """Samples of ``/metrics`` by name and sorted labels, read by prometheus_client's own parser."""
     text = call(server, "/metrics", key=None)[1]

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from blocklora_patches.cache import registry as cache_registry
 from blocklora_patches.hooks.apply import apply
-from blocklora_patches.http import adapters, load_on_use, metrics, model_names, registry, replicas, responses, routes
+from blocklora_patches.http import (
+    adapters,
+    door,
+    load_on_use,
+    metrics,
+    model_names,
+    registry,
+    replicas,
+    responses,
+    routes,
+)
 from blocklora_patches.language import offline_engine
 from blocklora_patches.model import lora_manager, runner
 from blocklora_patches.releases.contract import SYMBOLS
@@ -20,6 +30,7 @@ from blocklora_patches.scheduler import (
 
 HOOKS = (
     *queue_order.HOOKS,
+    *door.HOOKS,
     *replicas.HOOKS,
     *lora_manager.HOOKS,
     *registry.HOOKS,
