@@ -3,52 +3,68 @@
 from __future__ import annotations
 
 from types import MappingProxyType, SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 from sglang_blocklora.memory.accounting import SlotCounts, SlotOwners
-from sglang_blocklora.memory.counts import LoadCounts
-from sglang_blocklora.reporting.facts import AdapterFacts, merge_facts, page, slot_facts
+from sglang_blocklora.memory.counts import LoadCount, LoadCounts
+from sglang_blocklora.reporting.facts import (
+    AdapterFacts,
+    Facts,
+    OwnedSlots,
+    Requests,
+    SlotFacts,
+    merge_facts,
+    page,
+    slot_facts,
+)
 from sglang_blocklora.reporting.prometheus import AdapterCollector, LabelBudget
 
-SLOTS = {
-    "total": 100,
-    "free": 50,
-    "in_use": 11,
-    "adapter": 19,
-    "kv": 20,
-    "invalid_kv_share": 0.0,
-    "owners": {
-        "a": {"adapter": 7, "kv": 4},
-        "b": {"adapter": 7, "kv": 0},
-        "c": {"adapter": 5, "kv": 6},
-        "(base)": {"adapter": 0, "kv": 10},
+SLOTS = SlotFacts(
+    total=100,
+    free=50,
+    in_use=11,
+    adapter=19,
+    kv=20,
+    invalid_kv=5,
+    owners={
+        "a": OwnedSlots(adapter=7, kv=4),
+        "b": OwnedSlots(adapter=7, kv=0),
+        "c": OwnedSlots(adapter=5, kv=6),
+        "(base)": OwnedSlots(adapter=0, kv=10),
     },
-}
+)
 
 
-def facts(**adapters: dict[str, Any]) -> dict[str, Any]:
-    """Facts of the scheduler for adapters of these names."""
-    plain = {"path": "/p", "pinned": False, "tier": "resident", "slots": 7}
-    return {
-        "adapters": [{"name": name, "lora_id": f"id-{name}"} | plain | own for name, own in adapters.items()],
-        "base": {"running": 1, "waiting": 0},
-        "max_adapters_per_batch": 8,
-        "slots": SLOTS,
-    }
+def adapter(name: str, lora_id: str | None = None, running: int = 0, waiting: int = 0, **counts: int) -> AdapterFacts:
+    return AdapterFacts(
+        name=name,
+        path="/p",
+        lora_id=lora_id or f"id-{name}",
+        pinned=False,
+        tier="resident",
+        slots=7,
+        requests=Requests(running=running, waiting=waiting),
+        counts=LoadCount(**counts),
+    )
+
+
+def facts(*adapters: AdapterFacts) -> Facts:
+    """Facts of the scheduler."""
+    return Facts(adapters=list(adapters), base=Requests(running=1), max_adapters_per_batch=8, slots=SLOTS)
+
+
+def text(collector: AdapterCollector) -> str:
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return generate_latest(registry).decode()
 
 
 def exposed(collector: AdapterCollector) -> dict[str, float]:
-    registry = CollectorRegistry()
-    registry.register(collector)
-    lines = (line for line in generate_latest(registry).decode().splitlines() if not line.startswith("#"))
+    lines = (line for line in text(collector).splitlines() if not line.startswith("#"))
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
-
-
-COUNTS = {"running": 0, "waiting": 0, "loads": 0, "load_seconds": 0.0, "evictions": 0}
-COUNTS |= {"hits": 0, "misses": 0, "host_hits": 0, "bytes_copied": 0, "disk_reads": 0, "host_evictions": 0}
 
 
 def test_labels_are_bounded_and_an_adapter_keeps_its_own() -> None:
@@ -59,7 +75,7 @@ def test_labels_are_bounded_and_an_adapter_keeps_its_own() -> None:
 
 def test_adapters_beyond_the_budget_are_summed() -> None:
     collector = AdapterCollector(LabelBudget(1))
-    collector.update(facts(a=COUNTS | {"running": 2}, b=COUNTS | {"running": 3}, c=COUNTS | {"running": 4}))
+    collector.show(facts(adapter("a", running=2), adapter("b", running=3), adapter("c", running=4)), 0)
     found = exposed(collector)
     assert found['sglang_blocklora:adapter_requests_running{adapter="a"}'] == 2
     assert found['sglang_blocklora:adapter_requests_running{adapter="other"}'] == 7
@@ -80,29 +96,67 @@ def test_adapters_beyond_the_budget_are_summed() -> None:
 def test_totals_never_fall_when_adapters_go_and_come_back() -> None:
     collector = AdapterCollector(LabelBudget())
     key = 'sglang_blocklora:adapter_loads_total{adapter="a"}'
-    collector.update(facts(a=COUNTS | {"loads": 3}))
+    collector.show(facts(adapter("a", loads=3)), 0)
     assert exposed(collector)[key] == 3
-    collector.update(facts())
+    collector.show(facts(), 0)
     assert exposed(collector)[key] == 3
-    collector.update(facts(a=COUNTS | {"loads": 1, "lora_id": "loaded again"}))
-    assert exposed(collector)[key] == 4
-    collector.update(facts(a=COUNTS | {"loads": 2, "lora_id": "loaded again"}))
-    assert exposed(collector)[key] == 5
+    for loads, total in ((1, 4), (1, 4), (2, 5)):  # the same facts again change nothing
+        collector.show(facts(adapter("a", "loaded again", loads=loads)), 0)
+        assert exposed(collector)[key] == total
+
+
+def test_two_adapters_of_one_name_are_both_counted() -> None:
+    """The older one's last requests run while another is loaded under its name."""
+    collector = AdapterCollector(LabelBudget())
+    key = 'sglang_blocklora:adapter_hits_total{adapter="a"}'.replace("hits", "resident_hits")
+    collector.show(facts(adapter("a", "old", running=2, hits=5)), 0)
+    both = facts(adapter("a", "old", running=1, hits=5), adapter("a", "new", running=3, hits=1))
+    for one in (both, facts(*reversed(both.adapters))):
+        collector.show(one, 0)
+        found = exposed(collector)
+        assert found[key] == 6
+        assert found['sglang_blocklora:adapter_requests_running{adapter="a"}'] == 4
+        assert 'vllm:lora_requests_info{max_lora="8",running_lora_adapters="a",waiting_lora_adapters=""}' in found
+        listed = merge_facts(one, [("a", "/p", "new", False)], {})
+        assert [(told.lora_id, told.requests.running, told.counts.hits) for told in listed] == [("new", 3, 1)]
+
+
+def test_every_count_is_a_series_and_a_field_of_the_list() -> None:
+    """A count that is added to ``LoadCount`` needs no other line to be told."""
+    numbers = {field: 10 + i for i, field in enumerate(LoadCount.__struct_fields__)}
+    collector = AdapterCollector(LabelBudget())
+    collector.show(facts(adapter("a", **numbers)), 2.5)
+    families = {family.name: family for family in text_string_to_metric_families(text(collector))}
+    totals = [one for one in families.values() if one.type == "counter"]
+    assert sorted(one.samples[0].value for one in totals) == sorted(numbers.values())
+    assert all(one.documentation for one in families.values())
+    assert families["sglang_blocklora:facts_age_seconds"].samples[0].value == 2.5
+    (told,) = page(merge_facts(facts(adapter("a", **numbers)), [("a", "/p", "id-a", False)], {}), 10, None)["data"]
+    assert numbers.items() <= told.items()
+    assert told["running"] == 0
 
 
 def test_nothing_is_shown_before_the_first_facts() -> None:
-    assert exposed(AdapterCollector(LabelBudget())) == {}
+    collector = AdapterCollector(LabelBudget())
+    assert exposed(collector) == {}
+    collector.show(None, 0)
+    assert exposed(collector) == {}
+
+
+def test_names_with_any_letters_are_told_so_that_prometheus_can_read_them() -> None:
+    names = ['a"b', "a\\b", "a\nb", "{}", "é", "a,b"]
+    collector = AdapterCollector(LabelBudget())
+    collector.show(facts(*(adapter(name, waiting=1) for name in names)), 0)
+    families = {family.name: family for family in text_string_to_metric_families(text(collector))}
+    waiting = families["sglang_blocklora:adapter_requests_waiting"].samples
+    assert {sample.labels["adapter"] for sample in waiting} == {*names, "(base)"}
 
 
 def test_routers_series_names_adapters_in_its_labels() -> None:
     collector = AdapterCollector(LabelBudget(1))
-    collector.update(facts(b=COUNTS | {"running": 1}, a=COUNTS | {"running": 1, "waiting": 2}, c=COUNTS))
+    collector.show(facts(adapter("b", running=1), adapter("a", running=1, waiting=2), adapter("c")), 0)
     names = [key for key in exposed(collector) if key.startswith("vllm:")]
     assert names == ['vllm:lora_requests_info{max_lora="8",running_lora_adapters="a,b",waiting_lora_adapters="a"}']
-
-
-def adapters(*names: str) -> list[AdapterFacts]:
-    return [AdapterFacts(name, "/p", name, False, "host") for name in names]
 
 
 @pytest.mark.parametrize(
@@ -110,17 +164,20 @@ def adapters(*names: str) -> list[AdapterFacts]:
     [(2, None, "ab", True), (2, "b", "c", False), (9, None, "abc", False), (2, "aa", "bc", False), (1, "c", "", False)],
 )
 def test_pages(limit: int, after: str | None, expected: str, more: bool) -> None:
-    body = page(adapters("a", "b", "c"), limit, after)
+    body = page([adapter(name) for name in "abc"], limit, after)
     assert "".join(one["name"] for one in body["data"]) == expected
     assert (body["has_more"], body["total"]) == (more, 3)
     assert body["last_id"] == (expected[-1] if expected else None)
 
 
 def test_adapters_that_the_scheduler_put_out_are_on_disk_and_errors_are_told() -> None:
-    merged = merge_facts(
-        facts(b=COUNTS), [("b", "/p", "id-b", False), ("a", "/q", "id-a", True)], {"a": "gone", "nobody": "x"}
-    )
-    assert [(one.name, one.tier, one.last_error) for one in merged] == [("a", "disk", "gone"), ("b", "resident", None)]
+    known = [("b", "/p", "id-b", False), ("a", "/q", "id-a", True), ("c", "/r", None, False)]
+    merged = merge_facts(facts(adapter("b")), known, {"a": "gone", "nobody": "x"})
+    assert [(one.name, one.tier, one.last_error) for one in merged] == [
+        ("a", "disk", "gone"),
+        ("b", "resident", None),
+        ("c", "disk", None),
+    ]
     assert merged[0].pinned
 
 
@@ -154,14 +211,14 @@ class Shared:
 
 def test_slots_of_all_owners_add_up() -> None:
     slots = slot_facts(Shared())
-    assert slots["owners"] == {
-        "a": {"adapter": 8, "kv": 16},
-        "(unloaded)": {"adapter": 4, "kv": 2},
-        "(base)": {"adapter": 0, "kv": 30},
-        "c": {"adapter": 0, "kv": 10},
+    assert slots.owners == {
+        "a": OwnedSlots(adapter=8, kv=16),
+        "(unloaded)": OwnedSlots(adapter=4, kv=2),
+        "(base)": OwnedSlots(adapter=0, kv=30),
+        "c": OwnedSlots(adapter=0, kv=10),
     }
-    assert slots["free"] + slots["in_use"] + slots["adapter"] + slots["kv"] == slots["total"]
-    assert slots["invalid_kv_share"] == 10 / 58, "T is not resident"
+    assert slots.free + slots.in_use + slots.adapter + slots.kv == slots.total
+    assert slots.invalid_kv_share == 10 / 58, "T is not resident"
 
 
 def test_owners_of_slots_are_those_who_wrote_last() -> None:

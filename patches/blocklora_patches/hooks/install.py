@@ -7,6 +7,7 @@ from blocklora_patches.hooks.apply import apply
 from blocklora_patches.http import (
     adapters,
     door,
+    facts,
     load_on_use,
     metrics,
     model_names,
@@ -31,6 +32,7 @@ from blocklora_patches.scheduler import (
 HOOKS = (
     *queue_order.HOOKS,
     *door.HOOKS,
+    *facts.HOOKS,
     *replicas.HOOKS,
     *lora_manager.HOOKS,
     *registry.HOOKS,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -16,16 +14,24 @@ from sglang.srt.entrypoints.openai.protocol import ModelCard
 from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput, SetInternalStateReq, UnloadLoRAAdapterReqInput
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.utils.auth import AuthLevel, auth_level
-from sglang_blocklora.reporting.facts import MAX_PAGE, AdapterFacts, merge_facts, openai_error, page
-from sglang_blocklora.reporting.replicas import merge_replicas
+from sglang_blocklora.reporting.facts import (
+    MAX_PAGE,
+    AdapterFacts,
+    Facts,
+    merge_facts,
+    openai_error,
+    page,
+    slots_told,
+)
 
 from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.http.adapters import adapter_errors
+from blocklora_patches.http.facts import facts_of
 from blocklora_patches.http.load_on_use import adapter_folders, loaded_adapters
-from blocklora_patches.scheduler.control import FACTS, PIN
+from blocklora_patches.scheduler.control import PIN
 
 # A scrape waits this long for the scheduler, which may be in the middle of a long prefill, and then shows older facts.
-SCRAPE_TIMEOUT_SECONDS = 5.0
+SCRAPE_SECONDS = 5.0
 
 
 class LoadRequest(BaseModel):
@@ -48,28 +54,23 @@ def _error(message: str, status: int, param: str | None = None) -> Response:
     return JSONResponse(openai_error(message, status, param), status_code=status)
 
 
-async def scheduler_facts(tokenizer_manager: Any) -> Mapping[str, Any]:
-    """``reports.pool_facts`` of TP rank 0, of all replicas together."""
-    return merge_replicas([state[FACTS] for state in await tokenizer_manager.get_internal_state()])
-
-
 class AdapterRoutes:
     """The endpoints, over SGLang's tokenizer manager."""
 
     def __init__(self, tokenizer_manager: Any) -> None:
         self._manager = tokenizer_manager
 
-    async def _adapters(self, facts: Mapping[str, Any]) -> list[AdapterFacts]:
-        known = loaded_adapters(self._manager)
-        on_disk = [(name, ref.lora_path, ref.lora_id, bool(ref.pinned)) for name, ref in known.items()]
+    async def _adapters(self, facts: Facts) -> list[AdapterFacts]:
+        loaded = loaded_adapters(self._manager)
+        known = [(name, ref.lora_path, ref.lora_id, bool(ref.pinned)) for name, ref in loaded.items()]
         folders = await asyncio.to_thread(adapter_folders().all)
-        on_disk += [(name, str(path), None, False) for name, path in folders.items() if name not in known]
-        return merge_facts(facts, on_disk, adapter_errors(self._manager))
+        known += [(name, str(path), None, False) for name, path in folders.items() if name not in loaded]
+        return merge_facts(facts, known, adapter_errors(self._manager))
 
     async def list_adapters(self, limit: int = Query(100, ge=1, le=MAX_PAGE), after: str | None = None) -> Response:
         """Adapters by name, and who has the slots; ``after`` is the ``last_id`` of the page before."""
-        facts = await scheduler_facts(self._manager)
-        return JSONResponse(page(await self._adapters(facts), limit, after) | {"slots": facts["slots"]})
+        facts = await facts_of(self._manager).now()
+        return JSONResponse(page(await self._adapters(facts), limit, after) | {"slots": slots_told(facts.slots)})
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def pin(self, name: str) -> Response:
@@ -176,12 +177,12 @@ def _add_prometheus_middleware(_: Any, app: FastAPI) -> None:
     metrics = make_asgi_app(registry=registry)
 
     async def scrape(scope: Any, receive: Any, send: Any) -> None:
-        manager = http_server.get_global_state().tokenizer_manager
-        with contextlib.suppress(TimeoutError):
-            collector.update(await asyncio.wait_for(scheduler_facts(manager), SCRAPE_TIMEOUT_SECONDS))
+        facts = facts_of(http_server.get_global_state().tokenizer_manager)
+        collector.show(await facts.within(SCRAPE_SECONDS), facts.age_seconds)
         await metrics(scope, receive, send)
 
-    app.routes[-1].app = scrape
+    (mount,) = (route for route in app.routes if getattr(route, "path", None) == "/metrics")
+    mount.app = scrape
 
 
 HOOKS = (

@@ -96,6 +96,7 @@ SYMBOLS: dict[str, tuple[str, ...] | None] = {
     ),
     "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments": ("self",),
     "sglang.srt.managers.io_struct.EmbeddingReqInput.normalize_batch_and_arguments": ("self",),
+    "sglang.srt.managers.communicator.FanOutCommunicator.__call__": ("self", "obj"),
     "sglang.srt.managers.io_struct.SessionParams": None,
     "sglang.srt.managers.io_struct.msgpack_encode": ("obj",),
     "sglang.srt.managers.io_struct.msgpack_decode": ("data",),

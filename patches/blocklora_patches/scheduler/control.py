@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import msgspec
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -34,12 +35,9 @@ def _get_internal_state(result: Any, self: Any, recv_req: Any) -> None:
     running = {
         req.rid: req.lora_id for batch in batches if batch is not None for req in batch.reqs if not req.finished()
     }
-    result.internal_state[FACTS] = pool_facts(
-        manager.pool,
-        manager.slot_bytes,
-        Counter(running.values()),
-        Counter(req.lora_id for req in self.waiting_queue),
-    )
+    waiting = Counter(req.lora_id for req in self.waiting_queue)
+    facts = pool_facts(manager.pool, manager.slot_bytes, Counter(running.values()), waiting)
+    result.internal_state[FACTS] = msgspec.to_builtins(facts)
 
 
 def _set_internal_state(original: Any, self: Any, recv_req: Any) -> Any:

@@ -5,30 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
 
 
-@dataclass
-class LoadCount:
-    """loads           times the adapter was brought into the arena
-    seconds         of host time over all loads; on a GPU the copy itself goes on beside it
-    bytes_copied    to the arena of this TP rank, over all loads
-    disk_reads      times its image was read from disk again, because host memory did not hold it
-    evictions       times it was put out of the arena
-    host_evictions  times its image gave way in host memory
-    hits, misses    requests that found it resident when they arrived, or not
-    host_hits       of the misses, those that found it in host memory
+def _series(name: str, text: str) -> msgspec.Meta:
+    return msgspec.Meta(title=name, description=text)
+
+
+class LoadCount(msgspec.Struct, kw_only=True):
+    """What happened to one adapter since it was loaded: numbers that grow, each of them a series on ``/metrics``.
+
+    A new count is one field here, with its series and text, and a line that adds to it.
     """
 
-    loads: int = 0
-    seconds: float = 0.0
-    bytes_copied: int = 0
-    disk_reads: int = 0
-    host_evictions: int = 0
-    hits: int = 0
-    misses: int = 0
-    host_hits: int = 0
-    evictions: int = 0
+    loads: Annotated[int, _series("loads", "Times an adapter was brought into the arena.")] = 0
+    load_seconds: Annotated[float, _series("load_seconds", "Host time spent on that; a GPU copies beside it.")] = 0.0
+    bytes_copied: Annotated[int, _series("copied_bytes", "Bytes copied to the arena of TP rank 0.")] = 0
+    disk_reads: Annotated[
+        int, _series("disk_reads", "Loads that read the adapter's folder again: host memory did not hold it.")
+    ] = 0
+    host_evictions: Annotated[int, _series("host_evictions", "Times an adapter gave way in host memory.")] = 0
+    hits: Annotated[int, _series("resident_hits", "Requests that found their adapter resident when they arrived.")] = 0
+    misses: Annotated[int, _series("misses", "Requests that did not find it resident.")] = 0
+    host_hits: Annotated[int, _series("host_hits", "Of those, requests that found it in host memory.")] = 0
+    evictions: Annotated[int, _series("evictions", "Times an adapter was put out of the arena.")] = 0
 
 
 class LoadCounts:
@@ -44,7 +46,7 @@ class LoadCounts:
         yield
         count = self._own(key)
         count.loads += 1
-        count.seconds += time.perf_counter() - started
+        count.load_seconds += time.perf_counter() - started
         count.bytes_copied += size_bytes
 
     def read_from_disk(self, key: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
+from sglang_blocklora.memory.counts import LoadCount
 from sglang_blocklora.memory.static_pool import Pool
 
 MAX_PAGE = 1000
@@ -15,19 +16,19 @@ BASE = "(base)"
 UNLOADED = "(unloaded)"
 
 
-@dataclass(frozen=True)
-class AdapterFacts:
-    """One adapter, as ``GET /adapters`` shows it.
+class Requests(msgspec.Struct, kw_only=True, frozen=True):
+    """Requests of an adapter, or of the base model, now."""
 
-    bytes_per_tp_rank  rows of the arena on every TP rank, padding included
+    running: int = 0
+    waiting: int = 0
+
+
+class AdapterFacts(msgspec.Struct, kw_only=True, frozen=True):
+    """One adapter, as ``GET /adapters`` shows it. Two may have one name while the older one's last requests run.
+
+    lora_id            what it is known by; None before its first load
     tier               "resident" (in the arena), "host" (in host memory) or "disk" (read when asked for)
-    running, waiting   requests now
-    hits, misses       requests that found it resident when they arrived, or not; host_hits: of the misses, those that
-                       found it in host memory
-    loads, evictions   times it was brought into the arena, and was put out of it
-    bytes_copied       to the arena of TP rank 0, over all loads
-    disk_reads         loads for which its folder was read again, because host memory did not hold it
-    host_evictions     times it gave way in host memory
+    bytes_per_tp_rank  rows of the arena on every TP rank, padding included
     """
 
     name: str
@@ -40,31 +41,61 @@ class AdapterFacts:
     nblocks: int | None = None
     slots: int | None = None
     bytes_per_tp_rank: int | None = None
-    running: int = 0
-    waiting: int = 0
-    hits: int = 0
-    misses: int = 0
-    host_hits: int = 0
-    loads: int = 0
-    load_seconds: float = 0.0
-    evictions: int = 0
-    bytes_copied: int = 0
-    disk_reads: int = 0
-    host_evictions: int = 0
+    requests: Requests = Requests()
+    counts: LoadCount = msgspec.field(default_factory=LoadCount)
     last_error: str | None = None
+
+
+class OwnedSlots(msgspec.Struct, kw_only=True, frozen=True):
+    """Slots that hold an owner's weights, and those that hold its cached KV."""
+
+    adapter: int = 0
+    kv: int = 0
+
+
+class SlotFacts(msgspec.Struct, kw_only=True, frozen=True):
+    """Slots of one TP rank: ``free``, ``in_use`` (by running requests), ``adapter`` and ``kv`` add up to ``total``.
+
+    invalid_kv  slots of ``kv`` whose adapter is not resident
+    owners      name -> its part of ``adapter`` and ``kv``
+    """
+
+    total: int
+    free: int
+    in_use: int
+    adapter: int
+    kv: int
+    invalid_kv: int
+    owners: dict[str, OwnedSlots]
+
+    @property
+    def invalid_kv_share(self) -> float:
+        """Share of cached KV whose adapter is not resident."""
+        return self.invalid_kv / self.kv if self.kv else 0.0
+
+
+class Facts(msgspec.Struct, kw_only=True, frozen=True):
+    """All that TP rank 0 of a scheduler tells: plain data, so that it can travel."""
+
+    adapters: list[AdapterFacts]
+    base: Requests
+    max_adapters_per_batch: int
+    slots: SlotFacts
 
 
 def pool_facts(
     pool: Pool, slot_bytes: int, running: Mapping[str | None, int], waiting: Mapping[str | None, int]
-) -> dict[str, Any]:
-    """Facts of one TP rank's pool as plain data, for the trip to the HTTP process.
+) -> Facts:
+    """Facts of one TP rank's pool.
 
     running, waiting  requests per ``lora_id``, None for the base model
     """
-    adapters = []
-    for key, adapter in pool.loaded.items():
-        count = pool.load_counts.of(key)
-        facts = AdapterFacts(
+
+    def requests(key: str | None) -> Requests:
+        return Requests(running=running.get(key, 0), waiting=waiting.get(key, 0))
+
+    adapters = [
+        AdapterFacts(
             name=adapter.name,
             path=adapter.path,
             lora_id=key,
@@ -75,27 +106,18 @@ def pool_facts(
             nblocks=adapter.shard.nblocks,
             slots=adapter.slots,
             bytes_per_tp_rank=adapter.slots * slot_bytes,
-            running=running.get(key, 0),
-            waiting=waiting.get(key, 0),
-            hits=count.hits,
-            misses=count.misses,
-            host_hits=count.host_hits,
-            loads=count.loads,
-            load_seconds=count.seconds,
-            evictions=count.evictions,
-            bytes_copied=count.bytes_copied,
-            disk_reads=count.disk_reads,
-            host_evictions=count.host_evictions,
+            requests=requests(key),
+            counts=pool.load_counts.of(key),
             last_error=pool.images.last_errors.get(key),
         )
-        adapters.append(dataclasses.asdict(facts))
-    base = {"running": running.get(None, 0), "waiting": waiting.get(None, 0)}
-    return {
-        "adapters": adapters,
-        "base": base,
-        "max_adapters_per_batch": pool.max_adapters_per_batch,
-        "slots": slot_facts(pool),
-    }
+        for key, adapter in pool.loaded.items()
+    ]
+    return Facts(
+        adapters=adapters,
+        base=requests(None),
+        max_adapters_per_batch=pool.max_adapters_per_batch,
+        slots=slot_facts(pool),
+    )
 
 
 def tier(pool: Pool, key: str) -> str:
@@ -105,48 +127,57 @@ def tier(pool: Pool, key: str) -> str:
     return "host" if pool.images.in_host_memory(key) else "disk"
 
 
-def slot_facts(pool: Pool) -> dict[str, Any]:
-    """Slots of one TP rank by owner: free, in use and those of all owners add up to the total.
+def slot_facts(pool: Pool) -> SlotFacts:
+    """Slots of one TP rank by owner.
 
     Contents that have several names count under the first; those that lost their name, under ``UNLOADED``.
     """
     counts = pool.slot_counts()
-    names = {adapter.content_hash: adapter.name for adapter in reversed(pool.loaded.values())}
-    owners: dict[str, dict[str, int]] = {}
-    for kind, slots in (("adapter", counts.adapters), ("kv", counts.kv)):
-        for content_hash, count in slots.items():
-            name = BASE if content_hash is None else names.get(content_hash, UNLOADED)
-            owner = owners.setdefault(name, {"adapter": 0, "kv": 0})
-            owner[kind] += count
-    kv = sum(counts.kv.values())
-    return {
-        "total": counts.total,
-        "free": counts.free,
-        "in_use": counts.in_use,
-        "adapter": sum(counts.adapters.values()),
-        "kv": kv,
-        "invalid_kv_share": counts.invalid_kv / kv if kv else 0.0,
-        "owners": owners,
-    }
+    names: dict[str | None, str] = {a.content_hash: a.name for a in reversed(pool.loaded.values())}
+    names[None] = BASE
+    owned = [(content_hash, OwnedSlots(adapter=slots)) for content_hash, slots in counts.adapters.items()]
+    owners: dict[str, OwnedSlots] = {}
+    for content_hash, own in (*owned, *((content_hash, OwnedSlots(kv=kv)) for content_hash, kv in counts.kv.items())):
+        name = names.get(content_hash, UNLOADED)
+        owners[name] = added(owners.get(name, OwnedSlots()), own)
+    return SlotFacts(
+        total=counts.total,
+        free=counts.free,
+        in_use=counts.in_use,
+        adapter=sum(counts.adapters.values()),
+        kv=sum(counts.kv.values()),
+        invalid_kv=counts.invalid_kv,
+        owners=owners,
+    )
+
+
+def added(one: Any, other: Any) -> Any:
+    """The sum of two numbers, of two structs field by field, or of two mappings key by key."""
+    if isinstance(one, msgspec.Struct):
+        fields = one.__struct_fields__
+        return type(one)(**{name: added(getattr(one, name), getattr(other, name)) for name in fields})
+    if isinstance(one, Mapping):
+        both = {key: added(one[key], other[key]) for key in one.keys() & other.keys()}
+        return {**one, **other, **both}
+    return one + other
 
 
 def merge_facts(
-    facts: Mapping[str, Any], on_disk: Iterable[tuple[str, str | None, str | None, bool]], errors: Mapping[str, str]
+    facts: Facts, known: Iterable[tuple[str, str | None, str | None, bool]], errors: Mapping[str, str]
 ) -> list[AdapterFacts]:
     """All adapters that a request can name, by name.
 
-    on_disk  (name, path, lora_id, pinned) of every adapter known to the HTTP process; those that the scheduler has not
-             loaded are loaded when a request names them
-    errors   name -> what last went wrong with it in the HTTP process
+    known   (name, path, lora_id, pinned) of every adapter known to the HTTP process; those that the scheduler has not
+            loaded are loaded when a request names them
+    errors  name -> what last went wrong with it in the HTTP process
     """
-    adapters = {one["name"]: AdapterFacts(**one) for one in facts["adapters"]}
-    for name, path, lora_id, pinned in on_disk:
-        if name not in adapters:
-            adapters[name] = AdapterFacts(name, path, lora_id, pinned, "disk")
-    return [
-        dataclasses.replace(adapters[name], last_error=adapters[name].last_error or errors.get(name))
-        for name in sorted(adapters)
-    ]
+    loaded = {one.lora_id: one for one in facts.adapters}
+    found = []
+    for name, path, lora_id, pinned in sorted(known):
+        there = loaded.get(lora_id) if lora_id else None
+        one = there or AdapterFacts(name=name, path=path, lora_id=lora_id, pinned=pinned, tier="disk")
+        found.append(msgspec.structs.replace(one, last_error=one.last_error or errors.get(name)))
+    return found
 
 
 def page(adapters: Sequence[AdapterFacts], limit: int, after: str | None) -> dict[str, Any]:
@@ -155,11 +186,25 @@ def page(adapters: Sequence[AdapterFacts], limit: int, after: str | None) -> dic
     shown = rest[:limit]
     return {
         "object": "list",
-        "data": [dataclasses.asdict(one) for one in shown],
+        "data": [_flat(one) for one in shown],
         "total": len(adapters),
         "has_more": len(rest) > len(shown),
         "last_id": shown[-1].name if shown else None,
     }
+
+
+def _flat(adapter: AdapterFacts) -> dict[str, Any]:
+    told: dict[str, Any] = msgspec.to_builtins(adapter)
+    for part in ("requests", "counts"):
+        told.update(told.pop(part))
+    return told
+
+
+def slots_told(slots: SlotFacts) -> dict[str, Any]:
+    """Slots as ``GET /adapters`` shows them."""
+    told: dict[str, Any] = msgspec.to_builtins(slots)
+    del told["invalid_kv"]
+    return told | {"invalid_kv_share": slots.invalid_kv_share}
 
 
 def openai_error(message: str, status: int, param: str | None = None) -> dict[str, Any]:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import time
+import typing
 from collections.abc import Iterator, Mapping
-from typing import Any
 
+import msgspec
 from prometheus_client import Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sglang_blocklora.reporting.facts import BASE, UNLOADED
+from sglang_blocklora.memory.counts import LoadCount
+from sglang_blocklora.reporting.facts import BASE, UNLOADED, Facts, OwnedSlots, SlotFacts, added
 
 # Labels are never given up again, so that no counter jumps; adapters beyond them share "other".
 MAX_LABELS = 100
 OTHER_LABEL = "other"
 PREFIX = "sglang_blocklora:"
+# Field of ``LoadCount`` -> what its series is called and tells.
+SERIES: dict[str, msgspec.Meta] = {
+    field: hint.__metadata__[0] for field, hint in typing.get_type_hints(LoadCount, include_extras=True).items()
+}
 TTFT_BUCKETS_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 6, 10, 20, 40, 80)
 
 
@@ -68,94 +74,86 @@ class RequestMetrics:
 
 
 class AdapterCollector(Collector):
-    """Series made from the scheduler's facts (``reports.pool_facts``) when they are scraped."""
-
-    TOTALS = (
-        ("loads", "adapter_loads", "Times an adapter was brought into the arena."),
-        ("load_seconds", "adapter_load_seconds", "Host time spent on that."),
-        ("evictions", "adapter_evictions", "Times an adapter was put out of the arena."),
-        ("hits", "adapter_resident_hits", "Requests that found their adapter resident when they arrived."),
-        ("host_hits", "adapter_host_hits", "Requests that found it in host memory only."),
-        ("misses", "adapter_misses", "Requests that did not find it resident."),
-        ("bytes_copied", "adapter_copied_bytes", "Bytes copied to the arena of TP rank 0."),
-        (
-            "disk_reads",
-            "adapter_disk_reads",
-            "Loads that read the adapter's folder again: host memory did not hold it.",
-        ),
-        ("host_evictions", "adapter_host_evictions", "Times an adapter gave way in host memory."),
-    )
+    """Series made from the scheduler's facts when they are scraped, one for each field of ``LoadCount``."""
 
     def __init__(self, budget: LabelBudget) -> None:
         self._budget = budget
-        self._facts: Mapping[str, Any] | None = None
-        self._last: dict[tuple[str, str], float] = {}
-        self._totals: dict[str, dict[str, float]] = {key: {} for key, _, _ in self.TOTALS}
+        self._facts: Facts | None = None
+        self._age_seconds = 0.0
+        self._last: dict[str | None, LoadCount] = {}
+        self._totals: dict[str, LoadCount] = {}
 
-    def update(self, facts: Mapping[str, Any]) -> None:
-        """Take new facts. Totals outlive the adapters they count, so they never fall."""
-        self._facts = facts
-        last = {}
-        for adapter in facts["adapters"]:
-            label = self._budget.label(adapter["name"])
-            for key, totals in self._totals.items():
-                last[adapter["lora_id"], key] = value = adapter[key]
-                gained = value - self._last.get((adapter["lora_id"], key), 0)
-                totals[label] = totals.get(label, 0) + max(0, gained)
-        self._last = last
+    def show(self, facts: Facts | None, age_seconds: float) -> None:
+        """Take facts, None where there are none yet. Totals outlive the adapters they count, so they never fall."""
+        self._facts, self._age_seconds = facts, age_seconds
+        if facts is None:
+            return
+        for adapter in facts.adapters:
+            before = self._last.get(adapter.lora_id, LoadCount())
+            label = self._budget.label(adapter.name)
+            self._totals[label] = added(self._totals.get(label, LoadCount()), _gained(before, adapter.counts))
+        self._last = {adapter.lora_id: adapter.counts for adapter in facts.adapters}
 
     def collect(self) -> Iterator[Metric]:
         if self._facts is None:
             return
-        adapters = self._facts["adapters"]
+        yield GaugeMetricFamily(
+            f"{PREFIX}facts_age_seconds",
+            "Age of what is told below: a scheduler that is busy answers later.",
+            self._age_seconds,
+        )
         for state in ("running", "waiting"):
-            counts = {BASE: self._facts["base"][state]}
-            for adapter in adapters:
-                label = self._budget.label(adapter["name"])
-                counts[label] = counts.get(label, 0) + adapter[state]
+            counts = {BASE: getattr(self._facts.base, state)}
+            for adapter in self._facts.adapters:
+                label = self._budget.label(adapter.name)
+                counts[label] = counts.get(label, 0) + getattr(adapter.requests, state)
             yield _gauge(f"{PREFIX}adapter_requests_{state}", f"Requests {state}.", "adapter", counts)
-        yield from self._slots(self._facts["slots"])
-        for key, name, text in self.TOTALS:
-            family = CounterMetricFamily(PREFIX + name, text, labels=["adapter"])
-            for label, value in self._totals[key].items():
-                family.add_metric([label], value)
+        yield from self._slots(self._facts.slots)
+        for field, about in SERIES.items():
+            family = CounterMetricFamily(f"{PREFIX}adapter_{about.title}", str(about.description), labels=["adapter"])
+            for label, count in self._totals.items():
+                family.add_metric([label], getattr(count, field))
             yield family
-        yield self._lora_requests_info(adapters)
+        yield self._lora_requests_info(self._facts)
 
-    def _slots(self, slots: Mapping[str, Any]) -> Iterator[Metric]:
-        owned: dict[tuple[str, str], int] = {}
-        for owner, kinds in slots["owners"].items():
+    def _slots(self, slots: SlotFacts) -> Iterator[Metric]:
+        owned: dict[str, OwnedSlots] = {}
+        for owner, count in slots.owners.items():
             label = owner if owner in (BASE, UNLOADED) else self._budget.label(owner)
-            for kind, count in kinds.items():
-                owned[label, kind] = owned.get((label, kind), 0) + count
+            owned[label] = added(owned.get(label, OwnedSlots()), count)
         family = GaugeMetricFamily(
             f"{PREFIX}adapter_slots",
             "Slots of the arena that adapters' weights and their KV hold.",
             labels=["owner", "kind"],
         )
-        for labels, count in owned.items():
-            family.add_metric(labels, count)
+        for label, count in owned.items():
+            family.add_metric([label, "adapter"], count.adapter)
+            family.add_metric([label, "kv"], count.kv)
         yield family
-        states = {state: slots[state] for state in ("free", "in_use", "adapter", "kv")}
+        states = {state: getattr(slots, state) for state in ("free", "in_use", "adapter", "kv")}
         yield _gauge(f"{PREFIX}slots", "All slots of the arena.", "state", states)
         yield GaugeMetricFamily(
-            f"{PREFIX}invalid_kv_share", "Share of cached KV whose adapter is not resident.", slots["invalid_kv_share"]
+            f"{PREFIX}invalid_kv_share", "Share of cached KV whose adapter is not resident.", slots.invalid_kv_share
         )
 
-    def _lora_requests_info(self, adapters: list[Mapping[str, Any]]) -> Metric:
+    @staticmethod
+    def _lora_requests_info(facts: Facts) -> Metric:
         """vLLM's series, which routers read: the names are the labels and the value is the time."""
-        assert self._facts is not None
         family = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Running stats on lora requests.",
             labels=["max_lora", "waiting_lora_adapters", "running_lora_adapters"],
         )
-        running, waiting = (
-            ",".join(sorted(adapter["name"] for adapter in adapters if adapter[state]))
-            for state in ("running", "waiting")
-        )
-        family.add_metric([str(self._facts["max_adapters_per_batch"]), waiting, running], time.time())
+        waiting = {adapter.name for adapter in facts.adapters if adapter.requests.waiting}
+        running = {adapter.name for adapter in facts.adapters if adapter.requests.running}
+        names = [",".join(sorted(one)) for one in (waiting, running)]
+        family.add_metric([str(facts.max_adapters_per_batch), *names], time.time())
         return family
+
+
+def _gained(before: LoadCount, now: LoadCount) -> LoadCount:
+    """What was counted since; a count that fell was begun anew."""
+    return LoadCount(**{field: max(0, getattr(now, field) - getattr(before, field)) for field in SERIES})
 
 
 def _gauge(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:

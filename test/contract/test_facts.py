@@ -1,0 +1,154 @@
+"""Facts of the scheduler over SGLang's real channel: who asks gets his own answer, whoever gave up before him."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from blocklora_testing.http_process import hooked
+from fastapi import FastAPI
+from sglang_blocklora.reporting.facts import Facts, Requests, SlotFacts
+
+
+@pytest.fixture(scope="module")
+def facts() -> Iterator[Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SGLang warns while it is imported
+        from blocklora_patches.http import facts
+    with hooked(facts.HOOKS):
+        yield facts
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_call_that_was_given_up_leaves_its_answers_to_nobody(facts: Any, replicas: int) -> None:
+    from sglang.srt.managers.communicator import FanOutCommunicator
+
+    async def main() -> None:
+        sent: list[str] = []
+        channel = FanOutCommunicator(sent.append, replicas)
+
+        async def answer_the_oldest() -> None:
+            question = sent.pop(0)
+            for replica in range(replicas):
+                channel.handle_recv((question, replica))
+            await settle()
+
+        given_up = asyncio.create_task(channel("one"))
+        await settle()
+        given_up.cancel()
+        await asyncio.gather(given_up, return_exceptions=True)
+        asked = {question: asyncio.create_task(channel(question)) for question in ("two", "three")}
+        await settle()
+        while sent:
+            await answer_the_oldest()
+        for question, answer in asked.items():
+            assert await asyncio.wait_for(answer, 60) == [(question, replica) for replica in range(replicas)]
+
+    asyncio.run(main())
+
+
+def told(running: int) -> list[dict[str, Any]]:
+    slots = SlotFacts(total=0, free=0, in_use=0, adapter=0, kv=0, invalid_kv=0, owners={})
+    one = Facts(adapters=[], base=Requests(running=running), max_adapters_per_batch=1, slots=slots)
+    return [{"blocklora": msgspec.to_builtins(one)}]
+
+
+class Busy:
+    """A scheduler that answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.questions: list[asyncio.Future[Any]] = []
+
+    async def ask(self) -> list[dict[str, Any]]:
+        self.questions.append(asyncio.get_running_loop().create_future())
+        return await self.questions[-1]
+
+
+class Idle:
+    """A tokenizer manager whose scheduler answers at once."""
+
+    async def get_internal_state(self) -> list[dict[str, Any]]:
+        return told(3)
+
+
+def test_scrapes_of_a_busy_scheduler_show_the_last_facts_and_ask_once(facts: Any) -> None:
+    async def main() -> None:
+        busy = Busy()
+        scheduler = facts.SchedulerFacts(busy.ask)
+        assert await asyncio.gather(*(scheduler.within(0) for _ in range(3))) == [None] * 3
+        assert len(busy.questions) == 1
+        waiting = asyncio.create_task(scheduler.within(60))
+        gone = asyncio.create_task(scheduler.within(60))
+        await settle()
+        gone.cancel()
+        busy.questions[0].set_result(told(7))
+        assert (await waiting).base.running == 7
+        assert 0 <= scheduler.age_seconds < 60
+        age = scheduler.age_seconds
+        assert (await scheduler.within(0)).base.running == 7, "the second question is on its way"
+        assert scheduler.age_seconds > age, "and what is shown grows old"
+        busy.questions[1].set_result(told(8))
+        await settle()
+        assert scheduler.last.base.running == 8
+        assert len(busy.questions) == 2
+
+    asyncio.run(main())
+
+
+def test_the_list_asks_anew_and_a_client_that_goes_takes_nothing_with_it(facts: Any) -> None:
+    """Facts that were asked for before a reader came may be older than what he did before he came."""
+
+    async def main() -> None:
+        busy = Busy()
+        scheduler = facts.SchedulerFacts(busy.ask)
+        scrape = asyncio.create_task(scheduler.within(60))
+        await settle()
+        reader, gone = asyncio.create_task(scheduler.now()), asyncio.create_task(scheduler.now())
+        await settle()
+        gone.cancel()
+        busy.questions[1].set_result(told(2))
+        assert (await reader).base.running == 2
+        busy.questions[0].set_result(told(1))
+        assert (await scrape).base.running == 1
+
+    asyncio.run(main())
+
+
+def test_metrics_are_told_where_upstream_mounts_them(
+    facts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """However many routes came before or after."""
+    from blocklora_patches.http import routes
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.utils.common import add_prometheus_middleware
+
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    manager = Idle()
+    app = FastAPI()
+    add_prometheus_middleware(app)
+    app.add_api_route("/later", lambda: "later")
+    monkeypatch.setattr(http_server, "get_global_state", lambda: SimpleNamespace(tokenizer_manager=manager))
+    routes._add_prometheus_middleware(None, app)
+
+    async def main() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            for _ in range(2):
+                page = (await client.get("/metrics")).text
+                assert 'sglang_blocklora:adapter_requests_running{adapter="(base)"} 3.0' in page
+                assert "sglang_blocklora:facts_age_seconds " in page
+            assert (await client.get("/later")).json() == "later"
+
+    facts.facts_of.cache_clear()
+    asyncio.run(main())
