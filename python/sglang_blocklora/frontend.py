@@ -23,14 +23,12 @@ from sglang_blocklora.naming.choice import (
 cpu_only.prepare_import()
 
 from blocklora_patches.language import activate as lang  # noqa: E402  # imports SGLang, so only after the preparation above
-from blocklora_patches.language.engine import EngineEndpoint  # noqa: E402
 
 lang.activate()
 
 __all__ = [
     "AdapterUnavailable",
     "AdaptersNotSupported",
-    "EngineEndpoint",
     "SeveralAnswersInStream",
     "UnknownAdapter",
     "adapter",
@@ -44,8 +42,8 @@ def engine(**options: Any) -> Any:
 
     options  the launcher's flags with underscores: ``model_path=..., tp=2, lora_paths=["sql=/adapters/sql"],
              adapter_memory="static"``; True for a flag without value
-    Its ``generate`` takes ``adapter=``; ``EngineEndpoint(engine)`` is a backend for programs. As with ``sgl.Engine``
-    the script is guarded by ``if __name__ == "__main__"``, and it imports this module before SGLang.
+    Its ``generate`` takes ``adapter=``. As with ``sgl.Engine`` the script is guarded by
+    ``if __name__ == "__main__"``, and it imports this module before SGLang.
     """
     argv = _server_argv(options)
     from blocklora_patches.launch import make_engine

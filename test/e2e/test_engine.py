@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from blocklora_testing.case import NEW_TOKENS, Case
 
+EXAMPLES = Path(__file__).parents[2] / "examples/frontend"
 SCRIPT = """
 import json, sys
 
+import in_process_engine
 import requests
 from sglang_blocklora import frontend as sgl
 
@@ -65,10 +69,12 @@ def use_engine(task, found):
             engine.generate("hello", greedy, adapter="nobody")
         except ValueError as error:
             found["error"] = str(error)
-        with sgl.EngineEndpoint(engine) as backend:
+        with in_process_engine.endpoint(engine) as backend:
             state = program.run(backend=backend, **greedy)
             found["program"], found["several"] = state["x"], state["several"]
             found["select"] = select.run(backend=backend)["x"]
+            streamed = default.run(backend=backend, adapter="n2", stream=True, **greedy)
+            found["stream"] = "".join(streamed.text_iter())
             try:
                 unknown.run(backend=backend)
             except sgl.UnknownAdapter as error:
@@ -120,6 +126,7 @@ def found(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> dict:
     task = {"options": options, "prompt": llama.prompts[0], "new_tokens": NEW_TOKENS}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", script, json.dumps(task)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
         check=False,
@@ -139,6 +146,7 @@ def test_programs_run_on_the_engine(found: dict) -> None:
     assert len(set(found["direct"])) == 3
     assert found["several"][0] == found["several"][1]
     assert found["select"] in ("alpha", "omega")
+    assert found["stream"] == "hello" + found["direct"][0]
     assert "Loaded: n2, plain." in found["unknown"]
 
 

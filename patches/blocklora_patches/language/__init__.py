@@ -1,1 +1,1 @@
-"""Runs in a user's own process: SGLang's frontend language and its in-process engine."""
+"""Runs in a user's own process: SGLang's frontend language and the engine of a script."""

@@ -87,8 +87,8 @@ def bind(backend: Any, adapter: str | None) -> Any:
     mixin = _BoundEndpoint if isinstance(unbound, RuntimeEndpoint) else _BoundOpenAI if _is_openai(unbound) else None
     if mixin is None:
         raise AdaptersNotSupported(
-            f"adapter {adapter!r}: {type(unbound).__name__} cannot choose an adapter. Use RuntimeEndpoint, Runtime, "
-            "Engine or OpenAI (with base_url of an sglang-blocklora server) as backend."
+            f"adapter {adapter!r}: {type(unbound).__name__} cannot choose an adapter. Use RuntimeEndpoint, Runtime "
+            "or OpenAI (with base_url of an sglang-blocklora server) as backend."
         )
     _check_known(unbound, adapter)
     return _bound_class(mixin, type(unbound))(unbound, adapter)

@@ -1,21 +1,22 @@
-"""``utils.py``: how the language's backends send their requests."""
+"""Lets a program ask for n > 1 answers: what a server sends then, as the language reads it (``utils.py``)."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
 from blocklora_patches.hooks.hook import Hook, Process
-from blocklora_patches.language.engine import Answer, engine_answer
 
 
 def _http_request(original: Any, url: str, json: Any = None, stream: bool = False, **options: Any) -> Any:
-    answer = engine_answer(url, json) or original(url, json, stream, **options)
+    answer = original(url, json, stream, **options)
     if stream or not _asks_for_several(json) or answer.status_code != 200:
         return answer
     answers = answer.json()
-    return Answer(200, {key: [one[key] for one in answers] for key in ("text", "meta_info")})
+    merged = {key: [one[key] for one in answers] for key in ("text", "meta_info")}
+    return SimpleNamespace(status_code=200, json=lambda: merged)
 
 
 def _asks_for_several(body: Any) -> bool:
@@ -29,7 +30,7 @@ HOOKS = (
         _http_request,
         HookType.AROUND,
         process=Process.SCRIPT,
-        why="Upstream's language reaches no engine of its own process, and fails for n > 1.",
-        retire_when="upstream does both",
+        why="Upstream's RuntimeEndpoint fails for n > 1: the server answers with a list.",
+        retire_when="upstream reads that list",
     ),
 )
