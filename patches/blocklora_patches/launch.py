@@ -1,4 +1,8 @@
-"""Running SGLang's own server, or an engine or a server of this process's own, from our launcher."""
+"""Running SGLang's own server, or an engine or a server of this process's own, from our launcher.
+
+Where the settings are exported nothing starts unless the hooks are in place, here and in the processes that SGLang
+starts, and every way to a request goes through them.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,19 @@ from typing import Any
 
 from sglang.launch_server import run_server
 from sglang.srt.arg_groups.arg_utils import record_fields
-from sglang.srt.plugins import load_plugins
-from sglang.srt.server_args import prepare_server_args
+from sglang.srt.plugins import GENERAL_PLUGINS_GROUP, _get_excluded_dists, load_plugins, load_plugins_by_group
+from sglang.srt.server_args import ServerArgs, prepare_server_args
 from sglang.srt.utils import kill_process_tree
+from sglang_blocklora.settings import Settings
+
+from blocklora_patches import plugin
+from blocklora_patches.http.front_ends import refuse_other_front_ends
 
 
 def run_sglang(argv: Sequence[str]) -> None:
     """What ``python -m sglang.launch_server`` does with ``argv``; ends with every child process."""
-    load_plugins()
-    server_args = prepare_server_args(list(argv))
+    _put_hooks_in_place()
+    server_args = _server_args(argv)
     try:
         run_server(server_args)
     finally:
@@ -27,14 +35,42 @@ def make_engine(argv: Sequence[str]) -> Any:
     """An ``Engine`` of this process with the server arguments ``argv``."""
     from sglang.srt.entrypoints.engine import Engine
 
-    load_plugins()
-    return Engine(server_args=prepare_server_args(list(argv)))
+    _put_hooks_in_place()
+    return Engine(server_args=_server_args(argv))
 
 
 def make_runtime(argv: Sequence[str]) -> Any:
-    """A ``Runtime`` with the server arguments ``argv``."""
+    """A ``Runtime`` with the server arguments ``argv``; this process is left as it is."""
     from sglang.lang.backend.runtime_endpoint import Runtime
 
-    load_plugins()
-    arguments = prepare_server_args(list(argv))
+    arguments = _server_args(argv)
     return Runtime(**{field.name: getattr(arguments, field.name) for field in record_fields(type(arguments))})
+
+
+def _put_hooks_in_place() -> None:
+    load_plugins()
+    if Settings.from_environment() is not None:
+        plugin.activate()  # SGLang calls plugins once: it may have done so before the settings were there
+        from blocklora_patches.hooks.apply import check
+
+        check()
+
+
+def _server_args(argv: Sequence[str]) -> ServerArgs:
+    arguments = prepare_server_args(list(argv))
+    if Settings.from_environment() is not None:
+        _refuse_to_be_left_out()
+        refuse_other_front_ends(arguments)
+    return arguments
+
+
+def _refuse_to_be_left_out() -> None:
+    """``SystemExit`` unless SGLang calls our plugin in the processes that it starts."""
+    if "blocklora" in load_plugins_by_group(GENERAL_PLUGINS_GROUP, _get_excluded_dists()):
+        return
+    chosen = {name: os.environ[name] for name in ("SGLANG_PLUGINS", "SGLANG_PLATFORM") if name in os.environ}
+    raise SystemExit(
+        "SGLang would not call the plugin 'blocklora' in the processes that it starts, and these would serve without "
+        f"sglang-blocklora. Found {chosen or 'no plugin of that name installed'}. "
+        "Add blocklora to SGLANG_PLUGINS, or install sglang-blocklora into this Python (pip install sglang-blocklora)."
+    )

@@ -19,6 +19,7 @@ from sglang_blocklora.naming.choice import (
     UnknownAdapter,
     adapter,
 )
+from sglang_blocklora.settings import Settings
 
 cpu_only.prepare_import()
 
@@ -45,10 +46,11 @@ def engine(**options: Any) -> Any:
     Its ``generate`` takes ``adapter=``. As with ``sgl.Engine`` the script is guarded by
     ``if __name__ == "__main__"``, and it imports this module before SGLang.
     """
-    argv = _server_argv(options)
+    settings, argv = _launcher_options(options)
     from blocklora_patches.launch import make_engine
 
-    return make_engine(argv)
+    with settings.exported():
+        return make_engine(argv)
 
 
 def runtime(**options: Any) -> Any:
@@ -56,22 +58,22 @@ def runtime(**options: Any) -> Any:
 
     options  as for ``engine``; the script is guarded as for it
     """
-    argv = _server_argv(options)
+    settings, argv = _launcher_options(options)
     from blocklora_patches.launch import make_runtime
 
-    return make_runtime(argv)
+    with settings.exported():
+        return make_runtime(argv)
 
 
-def _server_argv(options: Mapping[str, Any]) -> list[str]:
-    """SGLang's command line for ``options``; ours among them are exported for the processes that it starts."""
+def _launcher_options(options: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+    """Our settings among ``options``, and SGLang's command line for the others."""
     argv = []
     for name, value in options.items():
         values = value if isinstance(value, list | tuple) else [] if value is True else [value]
         argv += [f"--{name.replace('_', '-')}", *map(str, values)]
     cpu_flags = cpu_only.prepare(launch_server.rank_count(argv))
     settings, sglang_argv = launch_server.parse(argv)
-    settings.export()
-    return launch_server.with_defaults(sglang_argv, {**cpu_flags, "--log-level": ["error"]})
+    return settings, launch_server.with_defaults(sglang_argv, {**cpu_flags, "--log-level": ["error"]})
 
 
 def __getattr__(name: str) -> Any:

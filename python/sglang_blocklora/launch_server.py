@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+
+from blocklora_patches.plugin import fail_closed
 
 from sglang_blocklora import cpu_only, settings
 
@@ -65,15 +68,14 @@ def main(argv: Sequence[str]) -> None:
     """Run the server until it is stopped."""
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     cpu_flags = cpu_only.prepare(rank_count(argv))
-    if os.environ.get(settings.SWITCH_VARIABLE) == "0":
-        sglang_argv = list(argv)
-    else:
-        own, sglang_argv = parse(argv)
-        own.export()
+    switched_off = os.environ.get(settings.SWITCH_VARIABLE) == "0"
+    own, sglang_argv = (None, list(argv)) if switched_off else parse(argv)
 
-    from blocklora_patches.launch import run_sglang  # imports SGLang, so only after the preparation above
+    with fail_closed():
+        from blocklora_patches.launch import run_sglang  # imports SGLang, so only after the preparation above
 
-    run_sglang(with_defaults(sglang_argv, cpu_flags))
+    with own.exported() if own else contextlib.nullcontext():
+        run_sglang(with_defaults(sglang_argv, cpu_flags))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
+
+import msgspec
 
 from sglang_blocklora.memory.eviction import DEFAULT_STRATEGY, STRATEGIES
 from sglang_blocklora.naming.folders import AdapterFolders
@@ -21,9 +22,10 @@ SWITCH_VARIABLE = "SGLANG_BLOCKLORA"
 AFFINITY = "adapter-affinity"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """adapter_memory     "unified": adapters in the KV cache's slots; "static": in an arena of their own
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a launcher was asked for, alike in every process of its server.
+
+    adapter_memory     "unified": adapters in the KV cache's slots; "static": in an arena of their own
     adapter_memory_mb  static: MiB per TP rank of that arena
     adapter_host_memory_gb  GiB per TP rank of host memory that keeps images of adapters; below it is disk
     adapter_root       adapters may only be loaded from below this folder; None: from anywhere
@@ -40,23 +42,24 @@ class Settings:
     adapter_weights    shares of adapters by name while others wait; 1 where none is given
     """
 
-    adapter_memory: str = "unified"
+    adapter_memory: Literal["unified", "static"] = "unified"
     adapter_memory_mb: int = 1024
     adapter_host_memory_gb: float = 8.0
     adapter_root: str | None = None
-    adapter_kernels: str = "auto"
+    adapter_kernels: Literal["auto", "torch", "triton"] = "auto"
     adapter_overlap: bool = False
     decision_log: str | None = None
     adapter_eviction: str = DEFAULT_STRATEGY
-    plain_lora_sharding: str = "replicate"
+    plain_lora_sharding: Literal["replicate", "s-lora"] = "replicate"
     adapter_affinity: bool = True
     adapter_max_wait_steps: int = 16
-    adapter_weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    adapter_weights: dict[str, float] = {}  # msgspec copies it for each object
     adapter_dirs: tuple[str, ...] = ()
     route_by_adapter: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "adapter_dirs", tuple(self.adapter_dirs))  # a list after the trip through JSON
+        if self.adapter_eviction not in STRATEGIES:
+            raise ValueError(f"--adapter-eviction {self.adapter_eviction} must be one of {', '.join(STRATEGIES)}")
 
     def uses_triton(self, on_gpu: bool) -> bool:
         """Whether the Triton path computes the deltas. ``ValueError`` if the settings ask for what it cannot do."""
@@ -68,22 +71,67 @@ class Settings:
             )
         return triton
 
-    def export(self) -> None:
-        """Make the settings known to this process and all it starts."""
-        os.environ[SETTINGS_VARIABLE] = json.dumps(dataclasses.asdict(self))
+    @contextmanager
+    def exported(self) -> Iterator[None]:
+        """Within it, every process that is started has these settings; after it, none has them."""
+        before = os.environ.get(SETTINGS_VARIABLE)
+        os.environ[SETTINGS_VARIABLE] = msgspec.json.encode(self).decode()
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[SETTINGS_VARIABLE]
+            else:
+                os.environ[SETTINGS_VARIABLE] = before
 
     @staticmethod
-    def active() -> Settings | None:
-        """Settings of the launcher that started this process, or None where the extension is off."""
+    def from_environment() -> Settings | None:
+        """Settings of the launcher that started this process, or None where the extension is off.
+
+        ``SettingsNotUnderstood`` where they are there and cannot be read, or have a field that is not known here.
+        """
         text = os.environ.get(SETTINGS_VARIABLE)
         if text is None or os.environ.get(SWITCH_VARIABLE) == "0":
             return None
-        return Settings(**json.loads(text))
+        try:
+            return msgspec.json.decode(text, type=Settings, strict=True)
+        except msgspec.DecodeError as error:
+            raise SettingsNotUnderstood(
+                f"{SETTINGS_VARIABLE} holds what this version does not understand: {error}. Found {text!r}. It is for "
+                "the launcher to write: unset it and start python -m sglang_blocklora.launch_server, or start stock "
+                f"SGLang with {SWITCH_VARIABLE}=0."
+            ) from error
+
+    @staticmethod
+    def active() -> Settings | None:
+        """Settings that this process runs with, or None where the extension is off."""
+        return _kept or Settings.from_environment()
+
+    @staticmethod
+    def required() -> Settings:
+        """``active``, where hooks are in place and thus settings are: ``RuntimeError`` where there are none."""
+        settings = Settings.active()
+        if settings is None:
+            raise RuntimeError(f"the hooks of sglang-blocklora run without its settings ({SETTINGS_VARIABLE})")
+        return settings
+
+    def keep(self) -> None:
+        """Run this process with these settings, also once they are no longer exported."""
+        global _kept
+        _kept = self
 
     @property
     def adapter_folders(self) -> AdapterFolders:
         """Where adapters are that no request has named yet."""
         return AdapterFolders(tuple(map(Path, self.adapter_dirs)))
+
+
+class SettingsNotUnderstood(ValueError):
+    """The exported settings are not this version's."""
+
+
+_kept: Settings | None = None  # of this process
+DEFAULTS = Settings()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,25 +140,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--adapter-memory",
         choices=["unified", "static"],
-        default=Settings.adapter_memory,
+        default=DEFAULTS.adapter_memory,
         help="where adapter weights live: in the KV cache's slots, or in memory of their own (default: %(default)s)",
     )
     group.add_argument(
         "--adapter-memory-mb",
         type=int,
         default=None,
-        help=f"static memory: MiB per TP rank for adapter weights (default: {Settings.adapter_memory_mb})",
+        help=f"static memory: MiB per TP rank for adapter weights (default: {DEFAULTS.adapter_memory_mb})",
     )
     group.add_argument(
         "--adapter-eviction",
         choices=list(STRATEGIES),
-        default=Settings.adapter_eviction,
+        default=DEFAULTS.adapter_eviction,
         help="unified memory: which idle adapters stay while cached KV is evicted (default: %(default)s)",
     )
     group.add_argument(
         "--adapter-host-memory-gb",
         type=float,
-        default=Settings.adapter_host_memory_gb,
+        default=DEFAULTS.adapter_host_memory_gb,
         help="GiB of host memory per TP rank for loaded adapters that are not in use; what does not fit is read from "
         "its folder again, always with 0 (default: %(default)s)",
     )
@@ -139,7 +187,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--adapter-kernels",
         choices=["auto", "torch", "triton"],
-        default=Settings.adapter_kernels,
+        default=DEFAULTS.adapter_kernels,
         help="who computes the deltas; auto: triton on a GPU, torch elsewhere (default: %(default)s)",
     )
     group.add_argument(
@@ -150,7 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--plain-lora-sharding",
         choices=["replicate", "s-lora"],
-        default=Settings.plain_lora_sharding,
+        default=DEFAULTS.plain_lora_sharding,
         help="plain adapters: one factor whole on every TP rank and no collective, or both factors split and one "
         "collective more per linear (torch kernels only); block-diagonal adapters need neither (default: %(default)s)",
     )
@@ -173,7 +221,7 @@ def _add_scheduling_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--adapter-max-wait-steps",
         type=int,
-        default=Settings.adapter_max_wait_steps,
+        default=DEFAULTS.adapter_max_wait_steps,
         help=f"{AFFINITY}: steps for which a request may be overtaken (default: %(default)s)",
     )
     group.add_argument(
@@ -215,15 +263,15 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
     if not 0 <= arguments.adapter_host_memory_gb < float("inf"):
         raise SystemExit(f"--adapter-host-memory-gb {arguments.adapter_host_memory_gb} must be 0 or more")
     return Settings(
-        arguments.adapter_memory,
-        Settings.adapter_memory_mb if megabytes is None else megabytes,
-        arguments.adapter_host_memory_gb,
-        str(root.resolve()) if root else None,
-        arguments.adapter_kernels,
-        arguments.adapter_overlap,
-        arguments.adapter_decision_log,
-        arguments.adapter_eviction,
-        arguments.plain_lora_sharding,
+        adapter_memory=arguments.adapter_memory,
+        adapter_memory_mb=DEFAULTS.adapter_memory_mb if megabytes is None else megabytes,
+        adapter_host_memory_gb=arguments.adapter_host_memory_gb,
+        adapter_root=str(root.resolve()) if root else None,
+        adapter_kernels=arguments.adapter_kernels,
+        adapter_overlap=arguments.adapter_overlap,
+        decision_log=arguments.adapter_decision_log,
+        adapter_eviction=arguments.adapter_eviction,
+        plain_lora_sharding=arguments.plain_lora_sharding,
         adapter_affinity=arguments.schedule_policy == AFFINITY,
         adapter_max_wait_steps=arguments.adapter_max_wait_steps,
         adapter_weights=_weights(arguments.adapter_weight),

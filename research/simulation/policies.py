@@ -12,7 +12,7 @@ from sglang_blocklora.memory.static_pool import Pool
 from sglang_blocklora.memory.unified_pool import UnifiedPool
 from sglang_blocklora.scheduling import order
 from sglang_blocklora.scheduling.policy import QUANTUM_CHUNKS
-from sglang_blocklora.settings import Settings
+from sglang_blocklora.settings import DEFAULTS, Settings
 
 from research.simulation import upstream
 from research.simulation.costs import CHUNK_TOKENS, PAGE_TOKENS
@@ -118,7 +118,7 @@ class Affinity:
         self,
         pool: Pool,
         cache: upstream.UnifiedRadixCache,
-        max_wait_steps: int = Settings.adapter_max_wait_steps,
+        max_wait_steps: int = DEFAULTS.adapter_max_wait_steps,
         quantum_chunks: int = QUANTUM_CHUNKS,
         batch_tokens: float = order.BATCH_TOKENS_PER_SLOT,
     ) -> None:

@@ -25,13 +25,12 @@ def patches() -> Any:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("SGLANG_BLOCKLORA_SETTINGS", "")
-    Settings(adapter_dirs=(str(tmp_path),)).export()
+def folder(tmp_path: Path) -> Iterator[Path]:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text("{}")
-    return tmp_path
+    with Settings(adapter_dirs=(str(tmp_path),)).exported():
+        yield tmp_path
 
 
 class Manager:

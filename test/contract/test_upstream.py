@@ -49,8 +49,8 @@ def settings() -> dict[str, str]:
 
 
 def test_every_upstream_symbol_is_as_expected() -> None:
-    code = "from blocklora_patches.releases.contract import FRONTEND_SYMBOLS, mismatches\n"
-    result = run(code + "print(mismatches() + mismatches(FRONTEND_SYMBOLS))")
+    code = "from blocklora_patches.releases.contract import FRONTEND_SYMBOLS, SYMBOLS, mismatches\n"
+    result = run(code + "print(mismatches(SYMBOLS) + mismatches(FRONTEND_SYMBOLS))")
     assert result.stdout.splitlines()[-1:] == ["[]"], result.stdout + result.stderr[-2000:]
 
 

@@ -312,4 +312,4 @@ def test_the_language_alone_is_patched(sgl: Any) -> None:
 
     assert sglang.gen is sgl.gen
     assert sglang.adapter is sgl.adapter
-    assert not [hook.target for hook in lang.HOOKS if hook.target.startswith("sglang.srt.")]
+    assert not [hook.target for hook in lang.hooks() if hook.target.startswith("sglang.srt.")]

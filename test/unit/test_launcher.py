@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parents[2]
 def test_defaults_for_adapters_are_added_and_the_users_flags_win() -> None:
     own = ["--adapter-memory", "static", "--adapter-memory-mb", "7"]
     settings, argv = launch_server.parse(["--model-path", "m", "--max-loras-per-batch=5", *own])
-    assert settings == Settings("static", 7)
+    assert settings == Settings(adapter_memory="static", adapter_memory_mb=7)
     assert argv[:3] == ["--model-path", "m", "--max-loras-per-batch=5"]
     assert argv.count("--enable-lora") == 1
     assert "--max-loras-per-batch" not in argv
@@ -86,11 +86,17 @@ def test_sglangs_load_balance_methods_are_passed_on_and_ours_is_not() -> None:
 def test_settings_reach_other_processes_and_the_switch_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SETTINGS_VARIABLE, raising=False)
     assert Settings.active() is None
-    monkeypatch.setenv(SETTINGS_VARIABLE, "")
-    settings = Settings("unified", 3, "/root")
-    settings.export()
-    assert Settings.active() == settings
-    monkeypatch.setenv(SWITCH_VARIABLE, "0")
+    with pytest.raises(RuntimeError, match=SETTINGS_VARIABLE):
+        Settings.required()
+    settings = Settings(adapter_memory_mb=3, adapter_root="/root", adapter_weights={"a": 2.0}, adapter_dirs=("/a",))
+    with settings.exported():
+        assert Settings.active() == Settings.required() == settings
+        with Settings().exported():
+            assert Settings.active() == Settings()
+        assert Settings.active() == settings
+        monkeypatch.setenv(SWITCH_VARIABLE, "0")
+        assert Settings.active() is None
+        monkeypatch.delenv(SWITCH_VARIABLE)
     assert Settings.active() is None
 
 

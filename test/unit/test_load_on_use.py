@@ -94,12 +94,11 @@ def test_models_name_adapters_in_folders_and_errors_say_where_these_are(roots: l
         model_names.resolve_model("base:../outside", "base", "default", ["a"], folders)
 
 
-def test_folders_are_settings_and_must_be_reachable(roots: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_are_settings_and_must_be_reachable(roots: list[Path]) -> None:
     flags = [f"--adapter-dir={root}" for root in roots]
     settings, _ = launch_server.parse([*flags, "--adapter-root", str(roots[0].parent)])
-    monkeypatch.setenv("SGLANG_BLOCKLORA_SETTINGS", "")
-    settings.export()
-    active = Settings.active()
+    with settings.exported():
+        active = Settings.active()
     assert active == settings
     assert active is not None
     assert active.adapter_folders.find("legal") == roots[1] / "legal"

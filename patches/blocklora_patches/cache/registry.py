@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from sglang.srt.mem_cache.registry import (
     TreeCacheBuildContext,
     create_unified_radix_cache,
@@ -19,13 +21,12 @@ def build_cache(context: TreeCacheBuildContext) -> AdapterPrefixCache:
     cache = create_unified_radix_cache(context, cache_class=AdapterPrefixCache)
     pool = context.tp_worker.model_runner.lora_manager.pool
     cache.decisions = pool.decisions
-    settings = Settings.active()
-    assert settings is not None, "the backend is registered only where the launcher's settings are present"
-    cache.strategy = STRATEGIES[settings.adapter_eviction]()
+    cache.strategy = STRATEGIES[Settings.required().adapter_eviction]()
     pool.bind_cache(cache)
     return cache
 
 
+@cache
 def register() -> None:
     """Make the backend known, before the command line is read."""
     register_radix_cache_backend(BACKEND_NAME, build_cache)

@@ -1,30 +1,88 @@
-"""Putting hooks in place, and making sure that each one took."""
+"""Putting hooks in place, and making sure that each one took and stays."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+import pkgutil
+from collections.abc import Collection, Iterable
+from typing import Any
 
-from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.plugins.hook_registry import HookRegistry, HookSource
 
 from blocklora_patches.hooks.hook import Hook
-from blocklora_patches.releases.contract import mismatches
+
+_OURS = HookSource("blocklora", "sglang-blocklora")
+_placed: dict[Hook, Any] = {}  # what has stood at a hook's target since we put it there
 
 
-def apply(hooks: Iterable[Hook], symbols: Mapping[str, tuple[str, ...] | None]) -> None:
-    """Register ``hooks`` and put them in place; those that are there already stay.
+def apply(hooks: Iterable[Hook]) -> None:
+    """Put ``hooks`` in place, and nobody else's; those that are there already stay.
 
-    ``SystemExit`` listing every one of ``symbols`` that does not fit, or every hook that did not take.
+    ``SystemExit`` naming each target that another plugin has hooked.
     """
-    wrong = mismatches(symbols)
-    if not wrong:
-        new = [hook for hook in hooks if hook.target not in HookRegistry._patched]
-        for hook in new:
-            HookRegistry.register(hook.target, hook.handler, hook.kind)
-        HookRegistry.apply_hooks()
-        # The registry logs a hook that fails and goes on; a server half patched would answer wrongly.
-        wrong = [f"{hook.target}: the hook was not applied" for hook in new if hook.target not in HookRegistry._patched]
+    new = [hook for hook in hooks if hook not in _placed]
+    _stop(_rivals(new))
+    for hook in new:
+        HookRegistry.register(hook.target, hook.handler, hook.kind, source=_OURS)
+    # Classes first, as in the registry: hooks on their methods are meant for what replaces them.
+    for target in dict.fromkeys(hook.target for hook in sorted(new, key=lambda hook: not _is_class(hook))):
+        # Not apply_hooks(): it logs a hook that fails and goes on, and it puts in place what other plugins have
+        # registered so far, after which it passes over what yet others add to the same targets.
+        HookRegistry._apply_target(target, HookRegistry._hooks[target])
+        HookRegistry._patched.add(target)
+    _placed.update((hook, _standing(hook.target)) for hook in new)
+
+
+def check() -> None:
+    """``SystemExit`` naming each of our hooks that is no longer in place, and each that another plugin competes with.
+
+    To be called when all plugins have run: SGLang passes over hooks that a later one registers on our targets.
+    """
+    moved = [
+        f"{hook.target}: replaced by {_name(found)}"
+        for hook, ours in _placed.items()
+        if (found := _standing(hook.target)) is not ours
+    ]
+    _stop([*_rivals(_placed), *moved])
+
+
+def _stop(wrong: list[str]) -> None:
     if wrong:
         raise SystemExit(
-            "sglang-blocklora does not fit the installed SGLang although its version is right (was it edited?):\n  "
+            "sglang-blocklora and other code change the same functions of SGLang, and one of the two would be left "
+            "out:\n  "
             + "\n  ".join(wrong)
+            + "\nName the plugins that are to run in SGLANG_PLUGINS (comma-separated, blocklora among them), uninstall "
+            "the other one, or start stock SGLang (python -m sglang.launch_server)."
         )
+
+
+def _rivals(own: Collection[Hook]) -> list[str]:
+    """One line for each hook of another plugin on a target of ``own``, or on a method of a class that we replace."""
+    targets = {hook.target for hook in own}
+    classes = {hook.target for hook in own if _is_class(hook)}
+    return [
+        f"{target}: hooked by sglang-blocklora and, {kind.value}, by {_plugin(source)} ({_name(handler)})"
+        for target, hooks in HookRegistry._hooks.items()
+        for kind, handler, source in hooks
+        if source != _OURS and (target in targets or target.rpartition(".")[0] in classes)
+    ]
+
+
+def _is_class(hook: Hook) -> bool:
+    return isinstance(hook.handler, type)
+
+
+def _standing(target: str) -> Any:
+    owner, _, name = target.rpartition(".")
+    return inspect.getattr_static(pkgutil.resolve_name(owner), name)
+
+
+def _name(it: Any) -> str:
+    return f"{getattr(it, '__module__', '?')}.{getattr(it, '__qualname__', repr(it))}"
+
+
+def _plugin(source: HookSource | None) -> str:
+    if source is None:
+        return "unknown code"
+    return f"plugin {source.plugin_name}" + (f" of {source.dist_name}" if source.dist_name else "")

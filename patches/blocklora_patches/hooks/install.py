@@ -18,7 +18,6 @@ from blocklora_patches.http import (
 )
 from blocklora_patches.language import offline_engine
 from blocklora_patches.model import lora_manager, runner
-from blocklora_patches.releases.contract import SYMBOLS
 from blocklora_patches.scheduler import (
     adapter_updates,
     admission,
@@ -54,6 +53,6 @@ HOOKS = (
 
 
 def install() -> None:
-    """Apply ``HOOKS``. ``SystemExit`` listing every upstream symbol that does not fit or hook that did not take."""
-    apply(HOOKS, SYMBOLS)
+    """Apply ``HOOKS`` and register the cache. ``SystemExit`` where another plugin has hooked one of their targets."""
+    apply(HOOKS)
     cache_registry.register()

@@ -5,15 +5,23 @@ from __future__ import annotations
 import sglang
 from sglang_blocklora.naming.choice import adapter
 
-from blocklora_patches.hooks.apply import apply
-from blocklora_patches.language import api, interpreter, ir, utils
-from blocklora_patches.releases.contract import FRONTEND_SYMBOLS, check_version
-
-HOOKS = (*api.HOOKS, *ir.HOOKS, *interpreter.HOOKS, *utils.HOOKS)
+from blocklora_patches.hooks.hook import Hook
+from blocklora_patches.plugin import fail_closed
+from blocklora_patches.releases.contract import FRONTEND_SYMBOLS, check
 
 
 def activate() -> None:
     """Let ``sglang``'s language choose adapters. ``SystemExit`` where the installed SGLang does not fit."""
-    check_version()
-    apply(HOOKS, FRONTEND_SYMBOLS)
-    sglang.adapter = adapter
+    with fail_closed():
+        check(FRONTEND_SYMBOLS)  # before anything that imports those names
+        from blocklora_patches.hooks.apply import apply
+
+        apply(hooks())
+        sglang.adapter = adapter
+
+
+def hooks() -> tuple[Hook, ...]:
+    """The hooks of the language."""
+    from blocklora_patches.language import api, interpreter, ir, utils  # these import what ``activate`` checks
+
+    return (*api.HOOKS, *ir.HOOKS, *interpreter.HOOKS, *utils.HOOKS)

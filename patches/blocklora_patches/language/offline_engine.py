@@ -1,4 +1,4 @@
-"""``entrypoints/engine.py``: ``Engine.generate`` and ``async_generate`` take ``adapter=``."""
+"""``entrypoints/engine.py``: ``adapter=`` of ``Engine.generate``; a process with our hooks starts no stock engine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 from sglang_blocklora.naming.choice import NOT_GIVEN, NotGiven
+from sglang_blocklora.settings import Settings
 
 from blocklora_patches.hooks.hook import Hook, Process
 
@@ -21,14 +22,33 @@ def _generate(original: Any, self: Any, *args: Any, adapter: AdapterNames = NOT_
     return original(self, *args, **kwargs)
 
 
-HOOKS = tuple(
+def _launch_subprocesses(cls: Any, *args: Any, **kwargs: Any) -> None:
+    if Settings.from_environment() is None:
+        raise RuntimeError(
+            "An engine of sglang-blocklora was started in this process, which cannot run a stock one since. Start it "
+            "with sglang_blocklora.frontend.engine(...), or in another process."
+        )
+
+
+_ENGINE = "sglang.srt.entrypoints.engine.Engine"
+HOOKS = (
+    *(
+        Hook(
+            f"{_ENGINE}.{name}",
+            _generate,
+            HookType.AROUND,
+            process=Process.HTTP,
+            why="The word of the frontend language, for lora_path.",
+            retire_when="upstream takes it",
+        )
+        for name in ("generate", "async_generate")
+    ),
     Hook(
-        f"sglang.srt.entrypoints.engine.Engine.{name}",
-        _generate,
-        HookType.AROUND,
+        f"{_ENGINE}._launch_subprocesses",
+        _launch_subprocesses,
+        HookType.BEFORE,
         process=Process.HTTP,
-        why="The word of the frontend language, for lora_path.",
-        retire_when="upstream takes it",
-    )
-    for name in ("generate", "async_generate")
+        why="A stock engine would have our half of the HTTP process and SGLang's half of the scheduler.",
+        retire_when="hooks can be taken back",
+    ),
 )

@@ -63,8 +63,7 @@ class BlockLoRAManager(LoRAManager):
         target_modules: Iterable[str] | None = None,
         lora_paths: list[LoRARef] | None = None,
     ) -> None:
-        settings = Settings.active()
-        assert settings is not None, "the plugin installs this class only where the launcher's settings are present"
+        settings = Settings.required()
         self._max_rank = max_lora_rank or 256
         self.device = next(base_model.parameters()).device
         self.lora_refs: dict[str, LoRARef] = {}
@@ -117,8 +116,7 @@ class BlockLoRAManager(LoRAManager):
 
     def bind_kv_pool(self, k_buffers: list[torch.Tensor], v_buffers: list[torch.Tensor], total_slots: int) -> None:
         """Unified memory: adapters live in these buffers, each [slots, KV heads, head dimension], one per layer."""
-        settings = Settings.active()
-        assert settings is not None
+        settings = Settings.required()
         assert isinstance(self.pool, UnifiedPool)
         arena = KVArena(k_buffers, v_buffers)
         widths = {plane.shape[1] for layer in arena.planes for plane in layer}

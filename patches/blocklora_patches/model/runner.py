@@ -9,14 +9,15 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_lora
 from sglang_blocklora.settings import Settings
 
+from blocklora_patches.hooks.apply import check
 from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.model.unsupported import refuse_unsupported
 
 
 def _load_model(self: Any) -> None:
-    settings = Settings.active()
-    if settings is not None and get_lora().enable_lora:
-        refuse_unsupported(self.model_config, settings.adapter_memory == "unified")
+    check()  # every plugin has run by now
+    if get_lora().enable_lora:
+        refuse_unsupported(self.model_config, Settings.required().adapter_memory == "unified")
 
 
 def _alloc_memory_pool(result: Any, self: Any, memory_pool_config: Any = None) -> None:
@@ -40,7 +41,7 @@ HOOKS = (
         _load_model,
         HookType.BEFORE,
         process=Process.SCHEDULER,
-        why="Everything about flags and model is known, and no weight has been read yet: unsupported modes "
+        why="Everything about plugins, flags and model is known, and no weight has been read yet: unsupported modes "
         "are refused here.",
         retire_when="upstream has a check that plugins can extend",
     ),

@@ -269,6 +269,22 @@ SYMBOLS: dict[str, tuple[str, ...] | None] = {
         "kwargs",
     ),
     "sglang.launch_server.run_server": ("server_args",),
+    "sglang.srt.plugins.load_plugins": (),
+    "sglang.srt.plugins.load_plugins_by_group": ("group", "excluded_dists"),
+    "sglang.srt.plugins._get_excluded_dists": (),
+    "sglang.srt.plugins.hook_registry.HookSource": None,
+    "sglang.srt.plugins.hook_registry.HookRegistry._hooks": None,
+    "sglang.srt.plugins.hook_registry.HookRegistry._patched": None,
+    "sglang.srt.plugins.hook_registry.HookRegistry.register": ("target", "hook", "hook_type", "source"),
+    "sglang.srt.plugins.hook_registry.HookRegistry._apply_target": ("target", "hooks"),
+    "sglang.srt.entrypoints.engine.Engine._launch_subprocesses": (
+        "server_args",
+        "init_tokenizer_manager_func",
+        "run_scheduler_process_func",
+        "run_detokenizer_process_func",
+        "port_args",
+        "placement_group",
+    ),
     "sglang.srt.utils.kill_process_tree": ("parent_pid", "include_parent", "skip_pid", "wait_timeout"),
 }
 
@@ -306,17 +322,26 @@ FRONTEND_SYMBOLS: dict[str, tuple[str, ...] | None] = {
 }
 
 
-def check_version() -> None:
-    """``SystemExit`` unless the installed SGLang is the release this extension is written for."""
+def check(symbols: Mapping[str, tuple[str, ...] | None]) -> None:
+    """``SystemExit`` unless the installed SGLang is our release and every one of ``symbols`` is as expected there."""
     installed = version("sglang")
     if installed != SGLANG_VERSION:
         raise SystemExit(
             f"sglang-blocklora works with sglang=={SGLANG_VERSION} only, found {installed}. "
             f"Install that release (pip install sglang=={SGLANG_VERSION}), or start stock SGLang."
         )
+    wrong = mismatches(symbols)
+    if wrong:
+        raise SystemExit(
+            f"sglang-blocklora does not fit the installed SGLang {installed} although its version is right (was it "
+            "edited?):\n  "
+            + "\n  ".join(wrong)
+            + f"\nInstall it again (pip install --force-reinstall --no-deps sglang=={SGLANG_VERSION}), or start stock "
+            "SGLang."
+        )
 
 
-def mismatches(symbols: Mapping[str, tuple[str, ...] | None] = SYMBOLS) -> list[str]:
+def mismatches(symbols: Mapping[str, tuple[str, ...] | None]) -> list[str]:
     """One line for each upstream symbol that is not as expected."""
     found = (_mismatch(path, expected) for path, expected in symbols.items())
     return [line for line in found if line]
@@ -326,9 +351,11 @@ def _mismatch(path: str, expected: tuple[str, ...] | None) -> str | None:
     try:
         symbol = _resolve(path)
     except (ImportError, AttributeError) as error:
-        return f"{path}: {error}"
+        return f"{path}: expected, and not found ({error})"
     if expected is None:
         return None
+    if not callable(symbol):
+        return f"{path}: expected parameters {expected}, found {type(symbol).__name__} that cannot be called"
     parameters = tuple(inspect.signature(symbol).parameters)
     return None if parameters == expected else f"{path}: expected parameters {expected}, found {parameters}"
 

@@ -115,8 +115,7 @@ def _cost_tokens(req: Any) -> int:
 
 
 def _init_schedule_policy(result: Any, self: Any) -> None:
-    settings = Settings.active()
-    assert settings is not None, "the plugin installs hooks only where the launcher's settings are present"
+    settings = Settings.required()
     if settings.adapter_affinity and self.dllm_config is None and get_disagg().disaggregation_mode == "null":
         self.policy = AdapterAffinityPolicy(self, settings)
 
