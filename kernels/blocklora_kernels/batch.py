@@ -1,4 +1,4 @@
-"""Metadata of one step in device memory: which tokens of which adapter form a tile."""
+"""Tells the kernels, in device memory, which tokens of which adapter form a tile of this batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Argument checks of the operations: every message names the argument, its shape and the expected one."""
+"""Checks the arguments of shrink and expand. Every message names the argument, its shape and the expected one."""
 
 from __future__ import annotations
 

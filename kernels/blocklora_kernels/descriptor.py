@@ -1,4 +1,4 @@
-"""Where the factors of one adapter lie in the arena, and how their blocks run.
+"""Describes where the factors of one adapter lie in the arena, and how their blocks run.
 
 One *linear* is one (possibly fused) base layer on one TP rank: qkv (3 slices), gate_up (2), o or down (1).
 The local factors of an adapter on that linear are
@@ -30,7 +30,7 @@ MAX_SLICES = 3
 
 
 class Address(NamedTuple):
-    """First element of a matrix: plane (0 = K, 1 = V), arena row of the adapter, element in that row."""
+    """Where a matrix begins: plane (0 = K, 1 = V), arena row of the adapter, element in that row."""
 
     plane: int
     row: int
@@ -38,7 +38,7 @@ class Address(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Blocks along the long axis of a factor (see the module's text); dense is ``Blocks(1, size, 0)``."""
+    """How a factor is cut into blocks along its long axis (see above); dense is ``Blocks(1, size, 0)``."""
 
     count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls on blocks
     size: int
@@ -51,7 +51,7 @@ class Blocks(NamedTuple):
 
 
 class SliceDescriptor(NamedTuple):
-    """Factor B of one slice. ``rank`` is the local rank (columns of h it reads); 0 means the slice is not adapted."""
+    """Where factor B of one slice lies. ``rank`` is the local rank (columns of h it reads); 0: not adapted."""
 
     rank: int
     h_start: int
@@ -61,7 +61,7 @@ class SliceDescriptor(NamedTuple):
 
 
 class LinearDescriptor(NamedTuple):
-    """Factors of one adapter on one linear of one layer. ``h_width`` 0 means the linear is not adapted."""
+    """Where one adapter's factors on one linear of one layer lie. ``h_width`` 0 means the linear is not adapted."""
 
     h_width: int
     a_rows: int

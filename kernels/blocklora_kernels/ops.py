@@ -1,4 +1,4 @@
-"""Launch of shrink and expand for one linear of one layer."""
+"""Launches shrink and expand for one linear of one layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VECTOR_BYTES = 16
 
 
 class LoraLinear:
-    """The LoRA delta of one (possibly fused) linear for mixed batches, weights read from the arena in place.
+    """Computes the LoRA delta of one (possibly fused) linear for mixed batches, reading weights in the arena.
 
     Holds references only; the tensors belong to the caller and keep their addresses while CUDA graphs exist.
     """

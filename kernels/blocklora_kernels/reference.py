@@ -1,4 +1,4 @@
-"""Torch definition of shrink and expand: the oracle of the kernels and the CPU path."""
+"""Defines shrink and expand in torch: what the kernels are checked against, and the CPU path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from blocklora_kernels.descriptor import Address, Blocks, LinearDescriptor
 
 
 class ExpandFactor(NamedTuple):
-    """B of one slice: ``weight`` [out_s, block_rank], its place in h and in the output, and its scaling."""
+    """Factor B of one slice as a tensor: ``weight`` [out_s, block_rank], its place in h and out, its scaling."""
 
     weight: torch.Tensor
     h_start: int

@@ -1,4 +1,4 @@
-"""Tokens of a step grouped by adapter: the only metadata that change from step to step."""
+"""Groups the tokens of a batch by adapter: the only metadata that change from step to step."""
 
 from __future__ import annotations
 

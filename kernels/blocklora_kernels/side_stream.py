@@ -1,4 +1,4 @@
-"""Shrink beside the base GEMM: a second stream, ordered by events on the device."""
+"""Runs shrink beside the base model's GEMM, on a second stream that is ordered by events on the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 
 
 class SideStream:
-    """``fork`` runs its body on a second stream, after all work queued so far; ``join`` waits for it on the device.
+    """A second stream beside the current one.
+
+    ``fork`` runs its body there, after all work queued so far; ``join`` waits for it on the device.
 
         with side.fork():
             linear.shrink(x, batch)

@@ -1,4 +1,4 @@
-"""Device tables of the resident adapters: where their rows are, and how the kernels read them."""
+"""Holds, on the device, where the rows of resident adapters are and how the kernels read them."""
 
 from __future__ import annotations
 

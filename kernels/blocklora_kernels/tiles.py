@@ -1,4 +1,4 @@
-"""Choice of tiles from the host-side table: pure functions of architecture, rank, widths and tokens."""
+"""Chooses the tiles of a launch from ``tile_table.py``, by architecture, rank, widths and tokens alone."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from blocklora_kernels import tile_table
 
 
 class Step(NamedTuple):
-    """What all launches of one batch share: tokens of a tile, and parts that shrink cuts the input columns into."""
+    """Sizes that all launches of a batch share: tokens of a tile, and parts that shrink cuts its columns into."""
 
     block_tokens: int
     splits: int
 
 
 class ShrinkTile(NamedTuple):
-    """``block_n`` rows of A by ``block_k`` columns at a time; ``lanes`` programs share the chunks of h of one tile."""
+    """Sizes of one shrink launch.
+
+    ``block_n`` rows of A by ``block_k`` columns at a time; ``lanes`` programs share the chunks of h of one tile.
+    """
 
     block_n: int
     block_k: int
@@ -28,7 +31,7 @@ class ShrinkTile(NamedTuple):
 
 
 class ExpandTile(NamedTuple):
-    """``block_o`` output columns by ``block_r`` ranks at a time."""
+    """Sizes of one expand launch: ``block_o`` output columns by ``block_r`` ranks at a time."""
 
     block_o: int
     block_r: int
@@ -50,7 +53,7 @@ def _holds(limit: int | None, value: int) -> bool:
 
 @cache
 def step(arch: str, tokens: int) -> Step:
-    """For a batch of ``tokens`` tokens; the same for every batch that replays one CUDA graph."""
+    """Sizes for a batch of ``tokens`` tokens; the same for every batch that replays one CUDA graph."""
     for limit, *values in tile_table.STEPS.get(arch, tile_table.STEPS["default"]):
         if _holds(limit, tokens):
             return Step(*values)
@@ -59,7 +62,7 @@ def step(arch: str, tokens: int) -> Step:
 
 @cache
 def shrink_tile(arch: str, block_tokens: int, rank: int, in_features: int) -> ShrinkTile:
-    """``rank`` is the usual local rank of one slice: it decides speed only, any rank is served right."""
+    """Sizes for shrink. ``rank`` is the usual local rank of one slice: it decides speed, any is served right."""
     for block, max_rank, max_width, *values in tile_table.SHRINK.get(arch, tile_table.SHRINK["default"]):
         if block == block_tokens and _holds(max_rank, rank) and _holds(max_width, in_features):
             return ShrinkTile(*values)
@@ -68,7 +71,7 @@ def shrink_tile(arch: str, block_tokens: int, rank: int, in_features: int) -> Sh
 
 @cache
 def expand_tile(arch: str, block_tokens: int, rank: int, out_features: int) -> ExpandTile:
-    """See ``shrink_tile``; ``out_features`` is the width of all slices together."""
+    """Sizes for expand, as ``shrink_tile``; ``out_features`` is the width of all slices together."""
     for block, max_rank, max_width, *values in tile_table.EXPAND.get(arch, tile_table.EXPAND["default"]):
         if block == block_tokens and _holds(max_rank, rank) and _holds(max_width, out_features):
             return ExpandTile(*values)

@@ -1,4 +1,4 @@
-"""From the requests of a batch to segments of tokens."""
+"""Groups the tokens of a batch by the adapter of their request."""
 
 from __future__ import annotations
 

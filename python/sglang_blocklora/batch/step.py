@@ -1,4 +1,4 @@
-"""What adds the deltas of the current batch: the torch path and the Triton path do."""
+"""The interface that adds adapters' deltas to a forward pass; there is a torch path and a Triton path."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Step(Protocol):
-    """One lives in each TP rank's process; ``prepare`` comes before each forward pass."""
+    """Adds the deltas of one batch after another, on one TP rank; ``prepare`` comes before each forward pass."""
 
     def prepare(self, keys: Sequence[str | None], token_counts: Sequence[int] | None) -> None:
         """Set the batch: each request's adapter (None, or one that is not resident: the base model) and its tokens.

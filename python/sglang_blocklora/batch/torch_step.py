@@ -1,4 +1,4 @@
-"""The torch path (CPU): deltas of one forward pass, adapter by adapter."""
+"""Adds the deltas of a forward pass adapter by adapter, in torch: the CPU path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU path: deltas of one forward pass with one launch of shrink and one of expand for the whole mixed batch."""
+"""Adds the deltas of a forward pass with one launch each of shrink and expand a linear: the GPU path."""
 
 from __future__ import annotations
 

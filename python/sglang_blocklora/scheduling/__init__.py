@@ -1,1 +1,1 @@
-"""The order of the waiting queue: what is already there first, within an age bound and every adapter's share."""
+"""Who is next: the order of the waiting queue, and the replica of a request."""

@@ -1,4 +1,4 @@
-"""The order of the waiting queue as a pure function of plain arrays."""
+"""Sorts the waiting queue: a pure function of plain arrays."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BATCH_TOKENS_PER_SLOT = 0.5
 
 @dataclass(frozen=True)
 class Waiting:
-    """Waiting requests, one array entry each, in arrival order. An owner is an adapter, or the base model.
+    """The waiting requests, one array entry each, in arrival order. An owner is an adapter, or the base model.
 
     owner            index into the owners' ``spent`` and ``quanta``
     priority         smaller goes first

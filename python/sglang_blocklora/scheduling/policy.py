@@ -1,4 +1,4 @@
-"""What the order of the waiting queue remembers from step to step: arrivals, overtakings, tokens spent.
+"""Remembers from step to step what the order of the waiting queue needs: arrivals, overtakings, tokens spent.
 
 A step is one call of ``AffinityPolicy.order``, after which requests may leave the queue. Nothing here reads a clock.
 """
@@ -20,7 +20,7 @@ QUANTUM_CHUNKS = 16
 
 @dataclass(slots=True)
 class Ticket:
-    """A request's place: it keeps it when it is retracted and waits again.
+    """A request's place in the queue, which it keeps when it is retracted and waits again.
 
     owner            index of its adapter, or of the base model
     arrival          its number among all requests
@@ -37,7 +37,7 @@ class Ticket:
 
 
 class AffinityPolicy:
-    """Orders a waiting queue. Decisions follow from the calls alone, so all TP ranks decide alike.
+    """Orders the waiting queue, step after step. Only its calls count, so all TP ranks decide alike.
 
     A request is overtaken in a step if one that arrived later, of no higher priority, leaves the queue before it: one
     of the same adapter, or one of another whose turn was not earlier.

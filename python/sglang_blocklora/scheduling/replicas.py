@@ -1,4 +1,4 @@
-"""Which data parallel replica a request goes to: the one that holds its adapter, unless that has too much to do.
+"""Chooses the replica of a request: the one that holds its adapter, unless that has too much to do.
 
 Consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam, arXiv 1608.01350): of m requests in flight on n
 replicas none gets more than ceil(balance * m / n). Each adapter prefers replicas in an order of its own, by rendezvous
