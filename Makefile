@@ -1,11 +1,12 @@
 # Everything runs from .venv, which the first target that needs it creates. For machines without an accelerator;
 # on a GPU machine use pip install . (README).
 PYTHON ?= python3
+SEED ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo serve test test-all research-test lint bench bench-report bench-gpu clean
+.PHONY: demo serve test test-all research-test soak fuzz lint bench bench-report bench-gpu clean
 
 demo: $(VENV)/.demo  ## start a server at TP 2, ask base and every adapter the same question, stop it
 	$(BIN)/python examples/demo/demo.py
@@ -18,6 +19,12 @@ test: $(VENV)/.installed  ## everything but the whole model x TP matrix
 
 test-all: $(VENV)/.installed  ## the whole matrix too (about an hour on 2 cores)
 	$(BIN)/pytest
+
+soak: $(VENV)/.installed  ## 10 minutes of everything at once on a server at TP 2, every answer checked; SEED=1 for another
+	$(BIN)/python -m blocklora_testing.soak --seed $(SEED)
+
+fuzz: $(VENV)/.installed  ## a million random inputs to the checks, ten thousand to a server at TP 2; SEED=1 for others
+	$(BIN)/python -m blocklora_testing.fuzz --seed $(SEED)
 
 research-test: $(VENV)/.installed  ## the simulators: cases by hand, their documents, each experiment for a moment
 	$(BIN)/pytest research

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from sglang_blocklora.adapters.content_hash import content_hash, file_versions
-from sglang_blocklora.adapters.errors import AdapterError
+from sglang_blocklora.adapters.errors import AdapterError, brief
 from sglang_blocklora.adapters.shard import AdapterShard, load_shard
 from sglang_blocklora.sharding.linears import ModelSpec
 
@@ -102,7 +103,7 @@ def _digest(image: torch.Tensor) -> str:
 
 
 def _checked_folder(name: str, path: str, root: str | None) -> Path:
-    folder = Path(path).resolve()
+    folder = _real(name, Path(path))
     if root is not None and not folder.is_relative_to(root):
         raise AdapterError(
             name,
@@ -110,20 +111,31 @@ def _checked_folder(name: str, path: str, root: str | None) -> Path:
             f"a folder below --adapter-root {root}",
             "Move the adapter there; links that lead out of the root are not followed.",
         )
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises where a part is too long
         raise AdapterError(
             name, f"no folder {folder}", "a local PEFT adapter folder", "Download the adapter and give its folder."
         )
     if root is not None:
         for file in folder.iterdir():
-            if not file.resolve().is_relative_to(root):
+            real = _real(name, file)
+            if not real.is_relative_to(root):
                 raise AdapterError(
                     name,
-                    f"{file}, a link to {file.resolve()}",
+                    f"{file}, a link to {real}",
                     f"files below --adapter-root {root}",
                     "Copy the file into the adapter's folder.",
                 )
     return folder
+
+
+def _real(name: str, path: Path) -> Path:
+    """``path`` with links followed, whether or not there is something."""
+    try:
+        return path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # NUL, half a surrogate pair, a loop of links
+        raise AdapterError(
+            name, f"a path that cannot be: {brief(str(path))}", "a path of a folder", "Give another path."
+        ) from error
 
 
 def merge(outcomes: Sequence[Outcome]) -> Outcome:

@@ -48,7 +48,7 @@ def check_token_id_keys(field: str, values: Any, vocabulary: int) -> None:
 def _check_below(field: str, values: Any, size: int, what: str) -> None:
     try:
         msgspec.convert(values, _integers_below(size))
-    except msgspec.ValidationError:
+    except (msgspec.ValidationError, UnicodeEncodeError):  # the latter of half a surrogate pair, which JSON can hold
         raise BadRequest(_complaint(field, values, size, what)) from None
 
 

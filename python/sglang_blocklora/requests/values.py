@@ -38,7 +38,7 @@ def check_types(field: str, values: Any, expected: Mapping[str, Any]) -> None:
         try:
             if value is not None:
                 msgspec.convert(value, expected[name])
-        except msgspec.ValidationError as error:
+        except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter of half a surrogate pair
             raise BadRequest(f"{field}.{name} is {shown(value)}: {error}.") from None
 
 

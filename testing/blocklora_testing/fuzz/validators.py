@@ -1,0 +1,239 @@
+"""Properties of the checks by themselves: each takes random numbers, makes one case and asserts what must hold."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from sglang_blocklora.adapters.config import CONFIG_NAME, parse_config, read_config
+from sglang_blocklora.adapters.errors import AdapterError
+from sglang_blocklora.adapters.loading import attempt
+from sglang_blocklora.adapters.weights_file import WeightsFile
+from sglang_blocklora.naming.folders import AdapterFolders
+from sglang_blocklora.naming.model_names import UnknownModel, resolve_model
+from sglang_blocklora.requests.adapter_names import check_adapter_names
+from sglang_blocklora.requests.token_ids import check_text_or_token_ids, check_token_id_keys, check_token_ids
+from sglang_blocklora.requests.values import BadRequest, check_range, check_types
+
+from blocklora_testing.fuzz import cases
+from blocklora_testing.toy import ToyModel, write_adapter
+
+VOCABULARY = 151_936
+MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj")
+MESSAGE = 2000  # letters at most, whatever was found
+WORDS = (
+    "sql",
+    "legal",
+    "a b",
+    "ünï",
+    "link-in",
+    "link-out",
+    "link-loop",
+    "file",
+    ".hidden",
+    "deep",
+    "nested",
+    "outside",
+)
+UNFORESEEN = "while loading on TP rank"  # in the message of a failure that no check foresaw
+CONFIG = {
+    "peft_type": "LORA",
+    "r": 6,
+    "lora_alpha": 16,
+    "bias": "none",
+    "target_modules": ["q_proj", "o_proj"],
+    "rank_pattern": {"q_proj": 3},
+    "alpha_pattern": {"o_proj": 5},
+    "use_rslora": False,
+    "use_bdlora": {
+        "target_modules_bd_a": ["o_proj"],
+        "target_modules_bd_b": ["q_proj"],
+        "nblocks": 3,
+        "match_strict": True,
+    },
+    "modules_to_save": None,
+    "init_lora_weights": True,
+}
+
+
+class Validators:
+    """Over a folder with adapters, links and traps in it: ``properties`` by name, and the share of cases of each."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.resolve()
+        self._root = self._folder / "root"
+        self._model = ToyModel(layers=1)
+        self._spec = self._model.spec(0, 1, torch.float32)
+        self._build()
+        self.properties: dict[str, tuple[int, Callable[[Random], None]]] = {
+            "model names": (30, self.model_name),
+            "names of folders": (20, self.folder_name),
+            "paths to load": (15, self.path),
+            "adapter_config.json": (15, self.config),
+            "adapter_config.json, files": (5, self.config_file),
+            "headers of weights": (5, self.header),
+            "token ids": (15, self.token_ids),
+            "values of requests": (10, self.values),
+        }
+
+    def _build(self) -> None:
+        (self._root / "nested").mkdir(parents=True)
+        for name in ("sql", "legal", "a b", "ünï", ".hidden", "nested/deep"):
+            write_adapter(self._root / name, self._model, targets=("q_proj", "o_proj"))
+        write_adapter(self._folder / "outside", self._model, targets=("q_proj", "o_proj"))
+        (self._root / "file").write_text("")
+        (self._root / "link-in").symlink_to("sql")
+        (self._root / "link-out").symlink_to(self._folder / "outside")
+        (self._root / "link-loop").symlink_to("link-loop")
+        (self._root / "legal" / "extra").symlink_to("/etc/passwd")
+        self._scratch = self._folder / "scratch"
+        self._scratch.mkdir()
+        self._folders = AdapterFolders((self._root,))
+
+    def model_name(self, rng: Random) -> None:
+        """A name is the base model, or an adapter it names whole or behind a prefix; all else is unknown."""
+        base = rng.choice(("llama", "org/llama", "a:b", cases.text(rng) or "x"))
+        loaded = {cases.text(rng, WORDS) for _ in range(rng.randint(0, 4))}
+        known = (*WORDS, *loaded, base, "default", f"{base}:", "default:")
+        model = cases.text(rng, known)
+        try:
+            found = resolve_model(model, base, "default", loaded, self._folders)
+        except UnknownModel:
+            assert model not in (base, "default", *loaded), "a known name is unknown"
+            return
+        if found is None:
+            assert model in (base, "default"), "the base model answers for another name"
+            return
+        assert found in loaded or self._folders.find(found) is not None, "an adapter that is not there"
+        assert model in (found, f"{base}:{found}", f"default:{found}"), "an adapter of another name"
+        assert model not in loaded or found == model, "a part of a loaded name was taken for it"
+
+    def folder_name(self, rng: Random) -> None:
+        """What a name finds is a folder directly below the root, and nothing that leads out of it."""
+        name = cases.text(rng, WORDS) if rng.random() < 0.7 else cases.path(rng, WORDS)
+        found = self._folders.find(name)
+        if found is not None:
+            assert str(found).startswith(f"{self._root}/"), f"{found} is not below {self._root}"
+            assert "/" not in name
+            assert not name.startswith(".")
+            assert (found / CONFIG_NAME).is_file()
+            assert os.path.realpath(self._root / name) == str(found)
+        assert (found is not None) or name not in ("sql", "legal", "a b", "ünï", "link-in"), "not found"
+
+    def path(self, rng: Random) -> None:
+        """Only what lies below the root is read, and all else is a refusal in words."""
+        start = rng.choice((str(self._root), str(self._folder), "", f"{self._root}/sql"))
+        where = start + "/" + cases.path(rng, WORDS) if rng.random() < 0.9 else cases.path(rng, WORDS)
+        outcome = attempt("fuzzed", where, self._spec, 64, str(self._root))
+        if outcome.error is None:
+            self._inside(Path(os.path.realpath(where)))
+            return
+        assert UNFORESEEN not in outcome.error, outcome.error
+        assert "fuzzed" in outcome.error
+
+    def token_ids(self, rng: Random) -> None:
+        """What passes is a list of integers of the vocabulary; all else is refused in words that name the field."""
+        ids: Any = [rng.randrange(VOCABULARY) for _ in range(rng.randint(0, 5))]
+        for _ in range(rng.choice((0, 1, 1, 2))):
+            ids.insert(rng.randint(0, len(ids)), rng.choice((cases.number(rng), cases.value(rng))))
+        ids = cases.value(rng) if rng.random() < 0.1 else ids
+        check = rng.choice((check_token_ids, check_text_or_token_ids))
+        sound = isinstance(ids, list) and all(type(one) is int and 0 <= one < VOCABULARY for one in ids)
+        if check is check_text_or_token_ids and not sound:
+            sound = self._text_or_ids(ids)
+        assert sound == self._passes(lambda: check("field", ids, VOCABULARY)), f"{ids!r:.200} in {check.__name__}"
+
+    def _text_or_ids(self, value: Any) -> bool:
+        """By the definition: none, a text, or a list of texts and lists of ids that begins with one of them."""
+        if value is None or isinstance(value, str):
+            return True
+        if not isinstance(value, list) or not value or not isinstance(value[0], str | list):
+            return False
+        inner = [one for one in value if not isinstance(one, str)]
+        return all(
+            isinstance(one, list) and all(type(id_) is int and 0 <= id_ < VOCABULARY for id_ in one) for one in inner
+        )
+
+    def values(self, rng: Random) -> None:
+        """Names of adapters, keys of mappings and numbers: what passes has the type, and words tell what does not."""
+        value = cases.value(rng, WORDS)
+        named = value is None or (isinstance(value, str) and value != "")
+        many = isinstance(value, list) and all(one is None or (isinstance(one, str) and one) for one in value)
+        assert self._passes(lambda: check_adapter_names("field", value)) == (named or many), f"{value!r:.200}"
+        low, high = sorted((cases.number(rng), cases.number(rng)))
+        within = type(value) is int and low <= value <= high
+        assert self._passes(lambda: check_range("field", value, low, high)) == within
+        if self._passes(lambda: check_token_id_keys("field", value, VOCABULARY)):
+            assert all(0 <= int(key) < VOCABULARY for key in value)
+        self._passes(lambda: check_types("field", value, {"a": int, "sql": str | None, "default": list[int]}))
+
+    def _passes(self, check: Callable[[], None]) -> bool:
+        try:
+            check()
+        except BadRequest as error:
+            words = str(error)
+            assert "field" in words
+            assert len(words) < MESSAGE
+            words.encode()  # it can be sent
+            return False
+        return True
+
+    def config(self, rng: Random) -> None:
+        """A config is understood, with values that make sense, or refused in words."""
+        known = (*CONFIG, "use_dora", "lora_bias", "q_proj", "o_proj", "LORA", "none", "(", "[a[", "(a*)*b", ".*")
+        raw = cases.mutated(rng, CONFIG, known)
+        try:
+            found = parse_config("fuzzed", raw)
+            for module in MODULES:
+                assert found.rank_of(module) >= 1
+                assert math.isfinite(found.scaling_of(module))
+                found.structure_of("fuzzed", module)
+                found.targets.selects(module)
+        except AdapterError as error:
+            self._in_words(error)
+            return
+        assert raw["peft_type"] == "LORA"
+        assert not any(raw.get(key) for key in ("use_dora", "lora_bias", "modules_to_save")), "served as if it were not"
+
+    def config_file(self, rng: Random) -> None:
+        """The same from a file, which may be no JSON and no text."""
+        (self._scratch / CONFIG_NAME).write_bytes(cases.body(rng, CONFIG, tuple(CONFIG)))
+        try:
+            read_config("fuzzed", self._scratch)
+        except AdapterError as error:
+            self._in_words(error)
+
+    def _in_words(self, error: AdapterError) -> None:
+        words = str(error)
+        assert len(words) < MESSAGE
+        assert "fuzzed" in words
+
+    def header(self, rng: Random) -> None:
+        """A weights file is whole, and then each tensor can be read, or it is refused."""
+        tensors = {"m.lora_A.weight": {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 48]}}
+        header = cases.body(rng, tensors, ("dtype", "shape", "data_offsets", "F16", "BF16", "__metadata__", "I64"))
+        length = len(header) if rng.random() < 0.9 else abs(cases.number(rng)) % 2**64
+        file = self._scratch / "weights"
+        file.write_bytes(length.to_bytes(8, "little") + header + bytes(rng.choice((0, 47, 48, 49, 100))))
+        try:
+            weights = WeightsFile(file)
+        except (OSError, ValueError):
+            return
+        try:
+            for name, stored in weights.tensors.items():
+                assert isinstance(stored.start, int)
+                if stored.dtype in ("F32", "F16", "BF16") and len(stored.shape) == 2:
+                    assert weights.read(name, None, None).shape == stored.shape
+        finally:
+            weights.close()
+
+    def _inside(self, folder: Path) -> None:
+        real = os.path.realpath(folder)
+        assert real.startswith(f"{self._root}/"), f"{real} is not below {self._root}"
+        for entry in os.scandir(real):
+            assert os.path.realpath(entry.path).startswith(f"{self._root}/"), f"{entry.path} leads out of the root"

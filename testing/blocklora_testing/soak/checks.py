@@ -1,0 +1,51 @@
+"""What must hold when a run is over."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from blocklora_testing.server import Server
+
+KINDS_SEEN = ("load", "evict", "read", "host-evict", "failed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """name, whether it held, and what was found."""
+
+    name: str
+    held: bool
+    found: str
+
+
+def decision_logs(path: Path, ranks: int) -> list[Check]:
+    """All TP ranks wrote the same decisions, and there were some of every kind that this load is made for."""
+    logs = [Path(f"{path}.{rank}").read_text().splitlines() for rank in range(ranks)]
+    lines = Counter(json.loads(line)["decision"] for line in logs[0])
+    differ = [i for i, together in enumerate(zip(*logs, strict=False)) if len(set(together)) > 1]
+    same = len({len(log) for log in logs}) == 1 and not differ
+    where = f"first other at line {differ[0] + 1}: {[log[differ[0]] for log in logs]}" if differ else ""
+    text = ", ".join(f"{count} {kind}" for kind, count in sorted(lines.items()))
+    missing = [kind for kind in KINDS_SEEN if not lines[kind]]
+    return [
+        Check(name="TP ranks decided alike", held=same, found=where or text),
+        Check(name="memory was tight in every tier", held=not missing, found=f"never: {missing}" if missing else "yes"),
+    ]
+
+
+def log_is_clean(server: Server) -> Check:
+    """No process wrote a traceback or reported a leak."""
+    text = server.log_text()
+    found = [word for word in ("Traceback", "memory leak", "Segmentation fault") if word.lower() in text.lower()]
+    at = text.find("Traceback")
+    return Check(name="no traceback in the log", held=not found, found=text[at : at + 1500] if at >= 0 else str(found))
+
+
+def alive(server: Server) -> Check:
+    ended = server.process.poll()
+    if ended is not None:
+        return Check(name="the server lives", held=False, found=f"ended with {ended}:\n{server.log_text()[-3000:]}")
+    return Check(name="the server lives", held=server.call("/health", timeout=60)[0] == 200, found="yes")

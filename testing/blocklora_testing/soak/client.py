@@ -1,0 +1,87 @@
+"""Requests to a server under test, each with a deadline."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+ADMIN_KEY = "soak"
+
+
+class Hung(Exception):
+    """No answer before the deadline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """status, decoded body, and when the request was sent and answered (``time.monotonic``)."""
+
+    status: int
+    body: Any
+    begin: float
+    end: float
+
+
+class Client:
+    """One HTTP session."""
+
+    def __init__(self, url: str, deadline_s: float) -> None:
+        self._url, self._deadline = url, deadline_s
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(deadline_s)
+        )
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def call(self, path: str, body: Any = None, *, admin: bool = False, method: str = "POST") -> Answer:
+        """Send ``body`` as JSON, or as it is where it is bytes. ``Hung`` where no answer comes in time."""
+        begin = time.monotonic()
+        headers = _headers(admin)
+        data = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else None
+        try:
+            async with self._session.request(method, self._url + path, data=data, headers=headers) as answer:
+                text = await answer.read()
+                return Answer(status=answer.status, body=_decoded(text), begin=begin, end=time.monotonic())
+        except TimeoutError as error:
+            raise Hung(f"{method} {path}: no answer within {self._deadline:g} s") from error
+
+    async def stream(self, path: str, body: Any, leave_after: int | None = None) -> Answer:
+        """The last event of a streamed answer, or of the first ``leave_after``: then the connection is closed.
+
+        Where events are errors, status is the error's code.
+        """
+        begin, last, seen = time.monotonic(), None, 0
+        data = json.dumps({**body, "stream": True}).encode()
+        try:
+            async with self._session.post(self._url + path, data=data, headers=_headers(False)) as answer:
+                if answer.status != 200:
+                    text = await answer.read()
+                    return Answer(status=answer.status, body=_decoded(text), begin=begin, end=time.monotonic())
+                async for line in answer.content:
+                    if not line.startswith(b"data: {"):
+                        continue
+                    last, seen = json.loads(line[6:]), seen + 1
+                    if seen == leave_after:
+                        break
+        except TimeoutError as error:
+            raise Hung(f"stream of {path}: no end within {self._deadline:g} s, {seen} events") from error
+        status = last["error"]["code"] if last and "error" in last else 200
+        return Answer(status=status, body=last, begin=begin, end=time.monotonic())
+
+
+def _headers(admin: bool) -> dict[str, str]:
+    return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {ADMIN_KEY}"} if admin else {})
+
+
+def _decoded(text: bytes) -> Any:
+    if text.startswith((b"{", b"[")):
+        return json.loads(text)
+    return text.decode(errors="replace")
