@@ -1,4 +1,4 @@
-"""Running SGLang's own server, or an engine or a server of this process's own, from our launcher.
+"""Starts SGLang's own server, engine or runtime with our hooks in place.
 
 Where the settings are exported nothing starts unless the hooks are in place, here and in the processes that SGLang
 starts, and every way to a request goes through them.

@@ -1,4 +1,4 @@
-"""Everything that lets stock SGLang run on a machine without an accelerator. Nothing of it runs where there is one."""
+"""Lets stock SGLang run on a machine without an accelerator; does nothing where there is one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activating the frontend language in a user's own process: the language's hooks and nothing else."""
+"""Puts the frontend language's hooks in place, in a user's own process, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lang/api.py``: the calls that generate take ``adapter=``."""
+"""Lets the calls that generate take ``adapter=`` (``lang/api.py``)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""``lang/backend/``: a backend as one adapter sees it, made by subclassing the backend's own class.
+"""Makes, from a backend of the language, one that names an adapter in every request (``lang/backend/``).
 
-A bound backend shares everything with the one it was made from; each request it sends names its adapter.
+Such a bound backend is of a subclass of the backend's own class and shares everything with the one it was made from.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _KNOWN = "_blocklora_known_adapters"
 
 
 class Bound:
-    """Mixin of bound backends. ``unbound`` answers with the base model."""
+    """What all bound backends have: their adapter, and ``unbound``, which answers with the base model."""
 
     unbound: BaseBackend
     adapter: str

@@ -1,4 +1,4 @@
-"""``lang/interpreter.py``: each generating expression runs on the backend as its adapter sees it."""
+"""Runs each generating expression of a program under its adapter (``lang/interpreter.py``)."""
 
 from __future__ import annotations
 

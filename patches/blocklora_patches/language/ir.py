@@ -1,4 +1,4 @@
-"""``lang/ir.py``: a program's ``run`` and ``run_batch`` take ``adapter=``, the default of its calls."""
+"""Lets a program's ``run`` and ``run_batch`` take ``adapter=``, the default of its calls (``lang/ir.py``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``entrypoints/engine.py``: ``adapter=`` of ``Engine.generate``; a process with our hooks starts no stock engine."""
+"""Lets ``Engine.generate`` take ``adapter=``; no stock engine starts beside our hooks (``entrypoints/engine.py``)."""
 
 from __future__ import annotations
 

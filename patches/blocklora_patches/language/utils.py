@@ -1,4 +1,4 @@
-"""Lets a program ask for n > 1 answers: what a server sends then, as the language reads it (``utils.py``)."""
+"""Lets a program ask for n > 1 answers to one call (``utils.py``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which adapter a generation call of the frontend language asks for."""
+"""Finds the adapter that a generation call of the frontend language asks for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server reports about its adapters: facts of the scheduler's process, merged and paged in the HTTP process."""
+"""Gathers what a server tells of its adapters: in the scheduler's process, then merged and paged for HTTP."""
 
 from __future__ import annotations
 

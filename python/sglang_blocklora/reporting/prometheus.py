@@ -1,4 +1,7 @@
-"""Prometheus series per adapter. Import it only once ``PROMETHEUS_MULTIPROC_DIR`` is set, as SGLang's own metrics."""
+"""Shows facts and requests as Prometheus series per adapter.
+
+Import it only once ``PROMETHEUS_MULTIPROC_DIR`` is set, as SGLang's own metrics.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ TTFT_BUCKETS_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 6, 10, 20, 4
 
 
 class LabelBudget:
-    """A bounded number of adapters, those used first, under their own names."""
+    """Gives label values to adapters: the first ones their names, all others ``other``."""
 
     def __init__(self, size: int = MAX_LABELS) -> None:
         self._size = size
@@ -44,7 +47,7 @@ class LabelBudget:
 
 
 class RequestMetrics:
-    """What the HTTP process counts as requests go by. At most one per process: its series are global."""
+    """Counts requests and tokens in the HTTP process. At most one per process: its series are global."""
 
     def __init__(self, budget: LabelBudget) -> None:
         self._budget = budget
@@ -74,7 +77,7 @@ class RequestMetrics:
 
 
 class AdapterCollector(Collector):
-    """Series made from the scheduler's facts when they are scraped, one for each field of ``LoadCount``."""
+    """Makes series from the scheduler's facts when they are scraped, one for each field of ``LoadCount``."""
 
     def __init__(self, budget: LabelBudget) -> None:
         self._budget = budget

@@ -1,4 +1,4 @@
-"""What data parallel replicas report, as if they were one server."""
+"""Adds up what data parallel replicas tell, as if they were one server."""
 
 from __future__ import annotations
 
