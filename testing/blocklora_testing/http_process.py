@@ -43,7 +43,10 @@ def hooked(hooks: Sequence[Any]) -> Iterator[None]:
 
 
 class Scheduler:
-    """Answers at once, or, while ``holds``, only when a request is aborted. ``received`` is all that was sent to it."""
+    """Answers at once; while ``holds``, a request that wants tokens is answered only when it is aborted.
+
+    ``received`` is all that was sent to it.
+    """
 
     def __init__(self, manager: Any) -> None:
         self.received: list[Any] = []
@@ -64,9 +67,10 @@ class Scheduler:
             for facts in self.facts:
                 answer = io_struct.GetInternalStateReqOutput(internal_state=facts)
                 self._later(self._manager._result_dispatcher, answer)
-        elif not self.holds:
+        else:
             for request in _requests_of(message):
-                self._later(self._answer, request)
+                if not self.holds or request.sampling_params.max_new_tokens == 0:
+                    self._later(self._answer, request)
 
     def requests(self) -> list[Any]:
         """Every prompt that was sent, in order."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from blocklora_patches.cache import registry as cache_registry
 from blocklora_patches.hooks.apply import apply
 from blocklora_patches.http import (
+    aborts,
     adapters,
     door,
     facts,
@@ -30,6 +31,7 @@ from blocklora_patches.scheduler import (
 
 HOOKS = (
     *queue_order.HOOKS,
+    *aborts.HOOKS,
     *door.HOOKS,
     *facts.HOOKS,
     *replicas.HOOKS,

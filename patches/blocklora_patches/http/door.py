@@ -26,6 +26,7 @@ from sglang_blocklora.requests.token_ids import (
 from sglang_blocklora.requests.values import BadRequest, check_count, check_range, check_types
 
 from blocklora_patches.hooks.hook import Hook, Process
+from blocklora_patches.http import aborts
 
 # What ``normalize`` makes of the others; with ``is_normalized`` given, it would take the rest as it is.
 _MADE = {"stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len", "is_normalized"}
@@ -52,12 +53,16 @@ PER_PROMPT = (
 
 def _normalize_batch_and_arguments(self: Any) -> None:
     """The request as it was written."""
+    self.is_single = True  # read when a stream has ended, also one that is refused here
+    aborts.note(self)
     if self.lora_id is not None:
         raise BadRequest("lora_id is the server's; name the adapter in lora_path.")
     check_adapter_names("lora_path", self.lora_path)
     if getattr(self, "session_params", None):
         check_types("session_params", self.session_params, SESSION_PARAMS)
     if isinstance(self.sampling_params, list):
+        if not self.sampling_params:
+            raise BadRequest("sampling_params is an empty list. Give one value for each prompt.")
         for i, params in enumerate(self.sampling_params):
             _check_sampling_params(f"sampling_params[{i}]", params)
     elif self.sampling_params is not None:
@@ -73,19 +78,25 @@ def _check_sampling_params(field: str, params: Any) -> None:
 
 def _init_req_state(self: Any, obj: Any, request: Any = None) -> None:
     """The whole request, normalized: a batch is refused before any part of it runs."""
-    if not hasattr(obj, "is_single"):
-        return  # one part of a request, which has been here as a whole
+    if not hasattr(obj, "is_single"):  # one part of a request, which has been here as a whole
+        aborts.check(obj)
+        return
     if obj.is_single:
         if isinstance(obj.lora_path, list):
             raise BadRequest(f"lora_path is a list of {len(obj.lora_path)}, but there is one prompt, with one name.")
         _check_part(obj, "", self.model_config.vocab_size)
-        return
+    else:
+        _check_batch(obj, self.model_config.vocab_size)
+    aborts.mark(obj)
+
+
+def _check_batch(obj: Any, vocabulary: int) -> None:
     for field in PER_PROMPT:
         values = getattr(obj, field, None)
         if isinstance(values, list):
             check_count(field, len(values) // getattr(obj, "parallel_sample_num", 1), obj.batch_size)
     for i in range(obj.batch_size):
-        _check_part(obj[i], f"[{i}]", self.model_config.vocab_size)
+        _check_part(obj[i], f"[{i}]", vocabulary)
 
 
 def _check_part(obj: Any, at: str, vocabulary: int) -> None:
@@ -121,10 +132,11 @@ def _validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:
             check_positions(field, getattr(obj, field), len(input_ids or ()))
 
 
-def _create_tokenized_object(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+def _create_tokenized_object(original: Any, self: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
     """All that is sent has the type that the scheduler declares. Prompts were checked above, images are not ours."""
+    aborts.check(obj)
     try:
-        result = original(self, *args, **kwargs)
+        result = original(self, obj, *args, **kwargs)
     except re.error as error:
         raise BadRequest(f"sampling_params.stop_regex: {error}") from error
     rest = msgspec.structs.replace(result, input_ids=None, mm_inputs=None, time_stats=None)

@@ -101,6 +101,7 @@ SYMBOLS: dict[str, tuple[str, ...] | None] = {
     "sglang.srt.managers.io_struct.msgpack_encode": ("obj",),
     "sglang.srt.managers.io_struct.msgpack_decode": ("data",),
     "sglang.srt.sampling.sampling_params.SamplingParams": None,
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.abort_request": ("self", "rid", "abort_all"),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._init_req_state": ("self", "obj", "request"),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request": ("self", "obj", "input_ids"),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object": (
