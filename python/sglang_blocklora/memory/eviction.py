@@ -119,5 +119,5 @@ class CostAware:
 
 
 STRATEGIES: dict[str, Callable[[], EvictionStrategy]] = {"lru": LRU, "kv-first": KVFirst, "cost-aware": CostAware}
-# The better of the other two in every workload of benchmark/memory/simulate.py (docs/memory.md).
+# The better of the other two in every workload of research/memory.py (docs/memory.md).
 DEFAULT_STRATEGY = "cost-aware"
