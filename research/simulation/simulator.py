@@ -90,6 +90,7 @@ class Simulator:
                 upstream.SamplingParams(max_new_tokens=pages(turn.new_tokens)),
                 lora_id=adapter.lora_id,
             )
+            upstream.name_adapter(req)
             req.conversation, req.adapter, req.arrival, req.generated = conversation, adapter, when_s, 0
             resident = self.system.is_resident(adapter.lora_id)
             req.record = Record(

@@ -11,7 +11,7 @@ from benchmark.serving.workload import Session, Turn
 from research.simulation.costs import PAGE_TOKENS
 
 _MIX = np.random.default_rng(0).integers(1, 2**62, PAGE_TOKENS, dtype=np.uint64) | np.uint64(1)
-ANSWER_BIT = 1 << 60  # tells pages of answers from pages of prompts, whose keys stay below
+ANSWER_BIT = 1 << 31  # tells pages of answers from pages of prompts, whose keys stay below
 
 
 def pages(tokens: int) -> int:
@@ -20,11 +20,11 @@ def pages(tokens: int) -> int:
 
 
 def page_keys(tokens: np.ndarray) -> array[int]:
-    """One int64 key a page: equal pages of tokens have equal keys. The last page is padded."""
+    """One key of 31 bits a page: equal pages of tokens have equal keys. The last page is padded."""
     padded = np.full(pages(len(tokens)) * PAGE_TOKENS, -1, dtype=np.int64)
     padded[: len(tokens)] = tokens
     mixed = (padded.reshape(-1, PAGE_TOKENS).astype(np.uint64) * _MIX).sum(axis=1, dtype=np.uint64)
-    return array("q", (mixed >> np.uint64(4)).astype(np.int64).tolist())
+    return array("q", (mixed >> np.uint64(33)).astype(np.int64).tolist())
 
 
 @dataclass
@@ -45,7 +45,8 @@ class Conversation:
 
     def answer_key(self, page: int) -> int:
         """Key of the ``page``-th page of the answer to the last question."""
-        return ANSWER_BIT | self.index << 32 | self.asked << 16 | page
+        mixed = (self.index << 32 | self.asked << 16 | page) * 0x9E3779B97F4A7C15 % (1 << 64)  # Fibonacci hashing
+        return ANSWER_BIT | mixed >> 33
 
     def answered(self, answer: array[int]) -> Turn | None:
         """Take an answer into the history; the turn that follows, if any."""

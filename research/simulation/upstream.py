@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     import torch
     from blocklora_patches.cache.unified_radix_cache import AdapterPrefixCache
     from blocklora_patches.scheduler import queue_order as affinity_policy
+    from blocklora_patches.scheduler import request
     from blocklora_patches.scheduler.queue_order import AdapterAffinityPolicy
     from sglang.srt.lora.eviction_policy import LRUEvictionPolicy
     from sglang.srt.lora.lora_manager import LoRAManager
@@ -57,6 +58,7 @@ __all__ = [
     "affinity_policy",
     "evict_from_tree_cache",
     "maybe_cache_unfinished_req",
+    "name_adapter",
     "new_cache",
     "release_kv_cache",
     "schedule_batch",
@@ -64,6 +66,12 @@ __all__ = [
 
 torch.set_num_threads(1)  # its tensors are small
 get_context().override_server_args(device="cpu").install()  # what upstream's code reads its configuration from
+
+
+def name_adapter(req: Req) -> None:
+    """Do what the extension's hooks do to a request that SGLang has made."""
+    for hook in request.HOOKS:
+        hook.handler(None, req)
 
 
 def new_cache(cache_class: type[UnifiedRadixCache], slots: int, requests: int, longest: int) -> UnifiedRadixCache:

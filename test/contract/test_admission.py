@@ -16,6 +16,7 @@ from blocklora_testing.toy import host_only_images
 from sglang_blocklora.adapters.shard import AdapterShard
 from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.loaded import LoadedAdapter
+from sglang_blocklora.memory.prefix import split_key
 from sglang_blocklora.memory.unified_pool import UnifiedPool
 from sglang_blocklora.settings import Settings
 
@@ -99,6 +100,7 @@ class Admission:
         sampling.normalize(None)
         self.requests += 1
         request = Req(str(self.requests), "", array("q", prompt), sampling, lora_id=self.id(name))
+        schedule_batch._init(None, request)
         request.messages = []
         request.set_finish_with_abort = request.messages.append
         scheduler._init_req_max_new_tokens(self.scheduler, request)
@@ -276,7 +278,7 @@ def test_a_base_model_request_cannot_name_an_adapter_by_its_extra_key() -> None:
         extra_key = own + admission.id("a") if lora_id is None else own
         request = Req("1", "", array("q", [1]), SamplingParams(), lora_id=lora_id, extra_key=extra_key)
         schedule_batch._init(None, request)
-        assert admission.cache._split(request.extra_key)[0] == lora_id
+        assert split_key(request.extra_key) == (lora_id, extra_key or None)
 
 
 def test_two_requests_whose_adapters_do_not_fit_together_run_one_after_the_other() -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 import warnings
-from array import array
 from collections import Counter
 
 import pytest
 import torch
-from blocklora_testing.real_cache import AdapterPrefixCache, UnifiedRadixCache, digest, new_cache
+from blocklora_testing.real_cache import AdapterPrefixCache, UnifiedRadixCache, digest, key_of, new_cache
 from blocklora_testing.subscriber import Subscriber
 
 with warnings.catch_warnings():
@@ -20,6 +19,7 @@ with warnings.catch_warnings():
 POOL_TOKENS = 240
 CONTENTS = {None: None, "x": "A", "y": "B", "z": "A"}  # lora_id (short) -> contents: x and z are the same bytes
 SPACES = [(name, user, salt) for name in CONTENTS for user in (None, "u") for salt in (None, "s", "t")]
+NO_IDS = (-1, 1 << 32, 1 << 62, -(1 << 63))  # what a client can write that is no token of any vocabulary
 
 
 class Operations:
@@ -31,8 +31,7 @@ class Operations:
 
     def key(self, space: tuple, tokens: list[int]) -> RadixKey:
         name, user, salt = space
-        extra = (user or "") + (digest(name)[:32] if name else "")
-        return RadixKey(array("q", tokens), extra or None, cache_salt=salt)
+        return key_of(tokens, digest(name)[:32] if name else None, user, salt)
 
     def reserve(self, count: int):
         allocator = self.cache.token_to_kv_pool_allocator
@@ -40,8 +39,11 @@ class Operations:
             self.cache.evict(EvictParams(num_tokens=count - allocator.available_size()))
         return allocator.alloc(count)
 
-    def step(self) -> None:
-        """Insert a key (in two chunks, as chunked prefill does), evict, or rarely flush."""
+    def step(self, *, hostile: bool = False) -> None:
+        """Insert a key (in two chunks, as chunked prefill does), evict, or rarely flush.
+
+        hostile  some keys hold what is no id
+        """
         choice = self.random.random()
         if choice < 0.15:
             self.cache.evict(EvictParams(num_tokens=self.random.randint(1, 60)))
@@ -51,6 +53,8 @@ class Operations:
         else:
             space = self.random.choice(list(self.inserted))
             tokens = [self.random.randint(0, 1) for _ in range(self.random.randint(1, 5) * self.page_size)]
+            if hostile and self.random.random() < 0.2:
+                tokens[self.random.randrange(len(tokens))] = self.random.choice(NO_IDS)
             self.insert(space, tokens, self.random.randint(0, len(tokens) // self.page_size) * self.page_size)
 
     def insert(self, space: tuple, tokens: list[int], middle: int) -> None:
@@ -65,11 +69,14 @@ class Operations:
         values = torch.cat([matched, own])
         for end in sorted({max(middle, len(matched)), len(tokens)}):
             params = InsertParams(key=self.key(space, tokens[:end]), value=values[:end], prev_prefix_len=len(matched))
-            self.cache.insert(params)
+            if self.cache.insert(params).rotation_tail_declined:
+                assert set(tokens[:end]) & set(NO_IDS)
+                self.cache.token_to_kv_pool_allocator.free(values[len(matched) :])
+                break
             found = self.cache.match_prefix(MatchPrefixParams(key=self.key(space, tokens[:end]))).device_indices
             values[:end], matched = found, found
         self.cache.dec_lock_ref(match.last_device_node, receipt)
-        self.inserted[space].add(tuple(tokens))
+        self.inserted[space].add(tuple(tokens[: len(matched)]))
 
     def truth(self) -> Counter:
         """(adapter's number, salt, token path) of all cached blocks, asked of the tree; users' keys are not told."""
@@ -94,7 +101,7 @@ def test_a_subscriber_knows_what_is_cached(page_size: int, seed: int) -> None:
     operations, subscriber = Operations(cache, page_size, seed), Subscriber(page_size)
     most = 0
     for step in range(300):
-        operations.step()
+        operations.step(hostile=True)
         if step % 7 == 0:
             subscriber.replay(cache.take_events())
             assert Counter(subscriber.blocks.values()) == operations.truth()

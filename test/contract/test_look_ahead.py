@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from array import array
 from types import SimpleNamespace
 
 import pytest
 import torch
-from blocklora_testing.real_cache import digest, new_cache
+from blocklora_testing.real_cache import digest, key_of, new_cache
 from blocklora_testing.toy import host_only_images
 from sglang_blocklora.adapters.shard import AdapterShard
 from sglang_blocklora.memory.decisions import DecisionLog
@@ -22,7 +21,6 @@ with warnings.catch_warnings():
     from blocklora_patches.scheduler.look_ahead import ARENA_HEAD_REQUESTS, _get_new_batch_prefill
     from blocklora_patches.scheduler.queue_order import AdapterAffinityPolicy
     from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
-    from sglang.srt.mem_cache.radix_cache import RadixKey
 
 SLOTS = {"a": 60, "b": 80, "c": 100, "d": 30}
 POOL_TOKENS = 240
@@ -58,7 +56,7 @@ class Look:
 
     def request(self, name: str | None, tokens: tuple[int, ...] = (1,)) -> SimpleNamespace:
         """A waiting request that was matched."""
-        key = RadixKey(array("q", tokens), self.id(name))
+        key = key_of(tokens, self.id(name))
         node = self.cache.match_prefix(MatchPrefixParams(key=key)).last_device_node
         return SimpleNamespace(lora_id=self.id(name), last_node=node)
 
@@ -102,10 +100,10 @@ def test_what_another_waiting_request_needs_stays(other: str | None, place: int)
     look = Look()
     prompt = tuple(range(60))
     slots = look.cache.token_to_kv_pool_allocator.alloc(len(prompt))
-    look.cache.insert(InsertParams(key=RadixKey(array("q", prompt), look.id(other)), value=slots))
+    look.cache.insert(InsertParams(key=key_of(prompt, look.id(other)), value=slots))
     others = [look.request(other, prompt), look.request("b")]
     assert look.ahead(*others[:place], look.request("c"), *others[place:]) == {"a", "b"}
-    found = look.cache.match_prefix(MatchPrefixParams(key=RadixKey(array("q", prompt), look.id(other))))
+    found = look.cache.match_prefix(MatchPrefixParams(key=key_of(prompt, look.id(other))))
     assert len(found.device_indices) == len(prompt)
     assert look.cache.protected_size() == SLOTS["a"], "a lock was left behind"
     look.request("b"), look.request(other, prompt)  # used last, so that without locks they would still go for c

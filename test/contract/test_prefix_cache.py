@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
-
 import pytest
 from blocklora_testing.cache_machine import (
     POOL_TOKENS,
@@ -12,9 +10,8 @@ from blocklora_testing.cache_machine import (
     EvictParams,
     InsertParams,
     MatchPrefixParams,
-    RadixKey,
 )
-from blocklora_testing.real_cache import AdapterPrefixCache, digest
+from blocklora_testing.real_cache import AdapterPrefixCache, digest, key_of
 from hypothesis import settings
 from sglang_blocklora.memory.eviction import CostAware, KVFirst
 
@@ -59,13 +56,13 @@ def three_adapters_with_kv(page_size: int, eviction_policy: str = "lru") -> tupl
     """A, B and C of 32 slots each, asked for in this order, each with 16 slots of KV behind it; the ids of each."""
     machine = CacheMachine()
     machine.make(page_size, eviction_policy=eviction_policy)
-    ids = {contents: digest(contents)[:32] for contents in "ABC"}
+    ids = {contents: digest(f"{contents} of 32")[:32] for contents in "ABC"}
     for contents, lora_id in ids.items():
-        machine.cache.know(lora_id, digest(contents), 32)
-        machine.adapters[lora_id] = contents
+        machine.cache.know(lora_id, digest(f"{contents} of 32"), 32)
+        machine.adapters[lora_id] = f"{contents} of 32"
         assert machine.make_resident(lora_id)
         own = machine.allocate(16)
-        machine.cache.insert(InsertParams(key=RadixKey(array("q", range(16)), lora_id), value=own))
+        machine.cache.insert(InsertParams(key=key_of(range(16), lora_id), value=own))
     return machine, ids
 
 
@@ -80,7 +77,7 @@ def test_kv_first_gives_up_all_kv_and_then_adapters_by_last_use(page_size: int, 
     cache = machine.cache
     cache.strategy = KVFirst()
     for contents in "CAB":
-        cache.arrived(ids[contents], RadixKey(array("q", [1]), ids[contents]))
+        cache.arrived(ids[contents], key_of([1], ids[contents]))
     found = []
     for count in (48, 1, 32, 1):
         evicted = cache.evict(EvictParams(num_tokens=count)).num_tokens_evicted
@@ -103,7 +100,7 @@ def test_cost_aware_weighs_adapters_against_kv(copy_tokens_per_slot: float, left
     machine, ids = three_adapters_with_kv(1)
     machine.cache.strategy = CostAware(copy_tokens_per_slot)
     for lora_id in ids.values():
-        key = RadixKey(array("q", range(16)), lora_id)
+        key = key_of(range(16), lora_id)
         assert machine.cache.cached_tokens(key) == 16
         machine.cache.arrived(lora_id, key)
     machine.cache.evict(EvictParams(num_tokens=17))
@@ -118,22 +115,23 @@ TestCache.settings = settings(max_examples=80, stateful_step_count=40, deadline=
 def test_reloading_the_same_bytes_hits_and_other_bytes_do_not(page_size: int) -> None:
     machine = CacheMachine()
     machine.make(page_size)
-    tokens = array("q", range(3, 3 + 40))
+    tokens = range(3, 3 + 40)
     ids = [digest(str(i))[:32] for i in range(3)]
-    for lora_id, contents in zip(ids, "AAB", strict=True):
+    for lora_id, contents in zip(ids, "PPQ", strict=True):
         machine.cache.know(lora_id, digest(contents), 20)
         machine.adapters[lora_id] = contents
     assert machine.make_resident(ids[0])
     own = machine.allocate(-(-40 // page_size) * page_size)
     aligned = 40 // page_size * page_size
-    machine.cache.insert(InsertParams(key=RadixKey(tokens, ids[0]).page_aligned(page_size), value=own[:aligned]))
+    machine.cache.insert(InsertParams(key=key_of(tokens, ids[0]).page_aligned(page_size), value=own[:aligned]))
     machine.cache.token_to_kv_pool_allocator.free(own[aligned:])
 
-    def hit(extra_key: str | None) -> int:
-        return len(machine.cache.match_prefix(MatchPrefixParams(key=RadixKey(tokens, extra_key))).device_indices)
+    def hit(lora_id: str | None, user: str | None = None) -> int:
+        found = machine.cache.match_prefix(MatchPrefixParams(key=key_of(tokens, lora_id, user)))
+        return len(found.device_indices)
 
     assert hit(ids[0]) == hit(ids[1]) == aligned, "the same bytes under another id"
-    assert hit("user" + ids[0]) == 0
+    assert hit(ids[0], "user") == 0
     assert machine.make_resident(ids[2])
     assert hit(ids[2]) == 0, "other bytes"
     assert hit(None) == 0, "the base model"

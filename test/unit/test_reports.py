@@ -8,7 +8,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from sglang_blocklora.memory.accounting import SlotCounts, SlotOwners
+from sglang_blocklora.memory.accounting import FORGOTTEN, SlotCounts, SlotOwners
 from sglang_blocklora.memory.counts import LoadCount, LoadCounts
 from sglang_blocklora.reporting.facts import (
     AdapterFacts,
@@ -206,7 +206,8 @@ class Shared:
     )
 
     def slot_counts(self) -> SlotCounts:
-        return SlotCounts(100, 20, 10, {"S": 8, "X": 4}, {None: 30, "S": 16, "X": 2, "T": 10})
+        kv = {None: 30, "S": 16, "X": 2, "T": 10}
+        return SlotCounts(total=100, free=20, in_use=10, adapters={"S": 8, "X": 4}, kv=kv)
 
 
 def test_slots_of_all_owners_add_up() -> None:
@@ -223,9 +224,23 @@ def test_slots_of_all_owners_add_up() -> None:
 
 def test_owners_of_slots_are_those_who_wrote_last() -> None:
     owners = SlotOwners(12, "cpu")
-    owners.wrote("A", torch.tensor([1, 2, 3, 4]))
-    owners.wrote(None, torch.tensor([4, 5]))
-    owners.wrote("B", torch.tensor([2, 9]))
-    assert owners.count(torch.tensor([1, 2, 3, 4, 5, 9])) == {"A": 2, None: 2, "B": 2}
-    assert owners.count(torch.tensor([2, 9])) == {"B": 2}
-    assert owners.count(torch.empty(0, dtype=torch.int64)) == {}
+    owners.wrote_weights("A", torch.tensor([1, 2, 3, 4]))
+    owners.wrote_kv(None, torch.tensor([4, 5]))
+    owners.wrote_kv("B", torch.tensor([2, 9]))
+    assert owners.count(torch.tensor([1, 2, 3, 4, 5, 9])) == ({"A": 2}, {None: 2, "B": 2})
+    assert owners.count(torch.tensor([2, 9])) == ({}, {"B": 2})
+    assert owners.count(torch.empty(0, dtype=torch.int64)) == ({}, {})
+
+
+def test_an_owners_number_is_used_again_and_what_it_left_is_nobodys() -> None:
+    owners = SlotOwners(12, "cpu")
+    owners.wrote_weights("A", torch.tensor([1, 2]))
+    owners.wrote_kv("A", torch.tensor([3]))
+    owners.forget("A")
+    assert owners.count(torch.tensor([1, 2, 3])) == ({FORGOTTEN: 2}, {FORGOTTEN: 1})
+    for i in range(10_000):
+        owners.wrote_weights(f"{i}", torch.tensor([1, 2]))
+        owners.forget(f"{i}")
+    owners.wrote_kv("B", torch.tensor([3]))
+    assert owners.count(torch.tensor([3])) == ({}, {"B": 1})
+    assert len(owners._numbers) + len(owners._unused) <= 3

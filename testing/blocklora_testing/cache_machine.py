@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from array import array
 from collections import Counter
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from sglang_blocklora.memory.eviction import STRATEGIES
 
-from blocklora_testing.real_cache import digest, new_cache
+from blocklora_testing.real_cache import digest, key_of, new_cache
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
@@ -24,23 +23,30 @@ POOL_TOKENS = 192
 MAX_RUNNING = 4
 STEPS_BETWEEN_FLUSHES = 15
 # Conversations that begin alike or not, so that whole pages match.
-PROMPTS = st.builds(
+ORDINARY = st.builds(
     lambda kind, length, tail: ([kind] * 20 + [kind, 0, 1] * 14)[:length] + tail,
     st.integers(0, 2),
     st.integers(1, 60),
     st.lists(st.integers(0, 2), max_size=4),
 )
+# What a client could send to be taken for someone else: the marks of an adapter, which count from 0, and any int64.
+COUNTING = st.builds(lambda slots, tail: [*range(slots), *tail], st.integers(1, 50), st.lists(st.integers(0, 2)))
+ANY_ID = st.sampled_from([-1, 1 << 32, 1 << 62, 1 << 62 | 1, -(1 << 63)]) | st.integers(-(1 << 63), (1 << 63) - 1)
+PROMPTS = ORDINARY | COUNTING | st.builds(lambda tokens, bad: [*tokens, bad], ORDINARY, ANY_ID)
+# Extra keys and salts: some of the client's own, and what the cache uses itself.
+CLIENTS = [None, "u", "s", digest("A"), digest("id0")[:32], "32:" + digest("id0")[:32], ":", "|"]
 
 
 @dataclass
 class Running:
     """A request that holds a lock: its tokens, what the tree holds of them, and the slots it allocated itself.
 
-    space is what its KV is written as: contents, user's key and salt.
+    user   the client's own extra key
+    space  what its KV is written as: contents, user's key and salt
     """
 
     tokens: list[int]
-    extra_key: str | None
+    user: str | None
     salt: str | None
     contents: str
     space: str
@@ -52,7 +58,7 @@ class Running:
 
     @property
     def key(self) -> RadixKey:
-        return RadixKey(array("q", self.tokens), self.extra_key, cache_salt=self.salt)
+        return key_of(self.tokens, self.adapter, self.user, self.salt)
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -71,10 +77,11 @@ class CacheMachine(RuleBasedStateMachine):
         page_size=st.sampled_from([1, 16]),
         strategy=st.sampled_from(sorted(STRATEGIES)),
         eviction_policy=st.sampled_from(RADIX_EVICTION_POLICY_CHOICES),
+        core=st.sampled_from(["rust", "python"]),
     )
-    def make(self, page_size: int, strategy: str = "lru", eviction_policy: str = "lru") -> None:
+    def make(self, page_size: int, strategy: str = "lru", eviction_policy: str = "lru", core: str = "rust") -> None:
         self.page_size = page_size
-        self.cache = new_cache(page_size, POOL_TOKENS, policy=eviction_policy)
+        self.cache = new_cache(page_size, POOL_TOKENS, policy=eviction_policy, core=core)
         self.strategy, self.cache.strategy = strategy, STRATEGIES[strategy]()
         self.moves: Counter[str] = Counter()  # content hash -> times published, less times evicted
         self.cache.on_evicted = lambda content_hash: self.moves.update({content_hash: -1})
@@ -113,7 +120,10 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.adapters)
     @rule(data=st.data(), what=st.sampled_from(["pin", "unpin", "unload"]))
     def manage(self, data, what: str) -> None:
-        """Pin or unpin an adapter, or take its name away: the tree keeps what is cached until it is evicted."""
+        """Pin or unpin an adapter, or take its name away: the tree keeps what is cached until it is evicted.
+
+        Requests with it may go on for a while.
+        """
         lora_id = data.draw(st.sampled_from(sorted(self.adapters)))
         if what == "pin":
             if self.make_resident(lora_id):
@@ -123,13 +133,14 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.unpin_adapter(lora_id)
         self.pinned.pop(lora_id, None)
         if what == "unload":
+            self.cache.forget(lora_id)
             del self.adapters[lora_id]
 
     @rule(
         data=st.data(),
         prompts=st.lists(PROMPTS, min_size=1, max_size=4),
-        user=st.sampled_from([None, "u"]),
-        salt=st.sampled_from([None, "s"]),
+        user=st.sampled_from(CLIENTS),
+        salt=st.sampled_from(CLIENTS),
     )
     def serve(self, data, prompts: list[list[int]], user: str | None, salt: str | None) -> None:
         """Whole requests, one after the other, so that there is always something cached."""
@@ -143,16 +154,15 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         tokens=PROMPTS,
-        user=st.sampled_from([None, "u"]),
-        salt=st.sampled_from([None, "s", "t"]),
+        user=st.sampled_from(CLIENTS),
+        salt=st.sampled_from(CLIENTS),
     )
     def start(self, data, tokens: list[int], user: str | None, salt: str | None) -> None:
         self.admit(data.draw(st.sampled_from([*sorted(self.adapters), None])), tokens, user, salt)
 
     def admit(self, lora_id: str | None, tokens: list[int], user: str | None, salt: str | None) -> None:
         """Adapter, match, lock, then slots for what did not match; nothing where there is no room."""
-        extra_key = ((user or "") + (lora_id or "")) or None
-        key = RadixKey(array("q", tokens), extra_key, cache_salt=salt)
+        key = key_of(tokens, lora_id, user, salt)
         contents = self.adapters[lora_id] if lora_id else "base"
         self.cache.arrived(lora_id, key)
         if lora_id and self.cache.slots_of(lora_id) is None:
@@ -165,14 +175,14 @@ class CacheMachine(RuleBasedStateMachine):
         found = self.cache.match_prefix(MatchPrefixParams(key=key))
         matched = found.device_indices
         assert len(matched) == expected == found.full_kv_hit_length
-        space = f"{contents}|{user}|{salt}"
+        space = f"{contents}|{user!r}|{salt!r}"
         receipt = self.cache.inc_lock_ref(found.last_device_node).to_dec_params()
         own = self.allocate(len(tokens) - len(matched))
         if own is None:
             self.cache.dec_lock_ref(found.last_device_node, receipt)
             return
         request = Running(
-            list(tokens), extra_key, salt, contents, space, lora_id, matched, own, found.last_device_node, receipt
+            list(tokens), user, salt, contents, space, lora_id, matched, own, found.last_device_node, receipt
         )
         self.write(request)
         self.running.append(request)
@@ -194,7 +204,7 @@ class CacheMachine(RuleBasedStateMachine):
         return self.allocator.alloc(count)
 
     @precondition(lambda self: self.running)
-    @rule(data=st.data(), more=st.lists(st.integers(0, 2), max_size=20), chunked=st.booleans())
+    @rule(data=st.data(), more=st.lists(st.integers(0, 2) | ANY_ID, max_size=20), chunked=st.booleans())
     def go_on(self, data, more: list[int], chunked: bool) -> None:
         """A chunk of prefill or some decoding: the request grows, its KV goes into the tree and its lock moves on."""
         request = self.running[data.draw(st.integers(0, len(self.running) - 1))]
@@ -205,7 +215,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.write(request)
         values = torch.cat([request.matched, request.own])
         key = request.key.page_aligned(self.page_size)
-        self.insert(key, values[: len(key)], request, chunked)
+        if not self.insert(key, values[: len(key)], request, chunked):
+            return
         found = self.cache.match_prefix(MatchPrefixParams(key=key))
         assert len(found.device_indices) == len(key), "what was just inserted does not match"
         receipt = self.cache.inc_lock_ref(found.last_device_node).to_dec_params()
@@ -213,10 +224,16 @@ class CacheMachine(RuleBasedStateMachine):
         request.matched, request.own = found.device_indices, values[len(key) :]
         request.node, request.receipt = found.last_device_node, receipt
 
-    def insert(self, key: RadixKey, value: torch.Tensor, request: Running, chunked: bool = False) -> None:
+    def insert(self, key: RadixKey, value: torch.Tensor, request: Running, chunked: bool = False) -> bool:
+        """Whether the tree took the slots: it must where no one else's tokens or adapter can be meant."""
         params = InsertParams(key=key, value=value, prev_prefix_len=len(request.matched), chunked=chunked)
-        prefix = self.cache.insert(params).prefix_len
-        assert len(request.matched) <= prefix <= len(key)
+        result = self.cache.insert(params)
+        ordinary = all(0 <= token < 1 << 32 for token in key.token_ids)
+        assert result.rotation_tail_declined != (ordinary and request.adapter in {None, *self.adapters})
+        if result.rotation_tail_declined:
+            return False
+        assert len(request.matched) <= result.prefix_len <= len(key)
+        return True
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), keep=st.booleans())
@@ -227,8 +244,7 @@ class CacheMachine(RuleBasedStateMachine):
     def end(self, request: Running, keep: bool) -> None:
         values = torch.cat([request.matched, request.own])
         key = request.key.page_aligned(self.page_size)
-        if keep:
-            self.insert(key, values[: len(key)], request)
+        if keep and self.insert(key, values[: len(key)], request):
             self.allocator.free(values[len(key) :])
         else:
             self.allocator.free(request.own)
@@ -262,7 +278,7 @@ class CacheMachine(RuleBasedStateMachine):
     def resident(self) -> dict[str, list[int]]:
         """Slots of resident contents, by the cache's own account."""
         names = {digest(contents): contents for contents in self.sizes}
-        return {names[key]: adapter.slots.tolist() for key, adapter in self.cache._resident.items()}
+        return {names[key]: entry.slots.tolist() for key, entry in self.cache._entries.resident.items()}
 
     @invariant()
     def sound(self) -> None:
@@ -278,7 +294,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert sorted(own + cached + free) == list(every), "free + cached + in use is not the pool"
         self.cache.check_slots(in_use=len(own))
         resident = self.resident()
-        assert +self.moves == Counter(self.cache._resident.keys()), "an eviction was not told, or told twice"
+        assert +self.moves == Counter(self.cache._entries.resident.keys()), "an eviction was not told, or told twice"
         weights = {f"weights {contents} {row}" for contents, slots in resident.items() for row in range(len(slots))}
         kv: Counter[str] = Counter()
         for slot in cached:

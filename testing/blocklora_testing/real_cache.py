@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from array import array
+from collections.abc import Iterable
 
 import torch
 
@@ -12,11 +14,15 @@ os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
     from blocklora_patches.cache.unified_radix_cache import AdapterPrefixCache
+    from blocklora_patches.scheduler import request
+    from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+    from sglang.srt.mem_cache.radix_cache import RadixKey
     from sglang.srt.mem_cache.unified_cache.components import ComponentType
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+    from sglang.srt.sampling.sampling_params import SamplingParams
 
 
 def new_cache(
@@ -25,9 +31,14 @@ def new_cache(
     *,
     events: bool = False,
     policy: str = "lru",
+    core: str = "rust",
     kind: type[UnifiedRadixCache] = AdapterPrefixCache,
 ) -> AdapterPrefixCache:
-    """A cache over a pool of ``pool_tokens`` slots, as SGLang's registry builds it; ``kind`` may be upstream's own."""
+    """A cache over a pool of ``pool_tokens`` slots, as SGLang's registry builds it.
+
+    core  which of upstream's trees: ``rust``, or ``python``, which it falls back to
+    kind  may be upstream's own cache
+    """
     arguments = (torch.float32, "cpu", None, False)
     if page_size == 1:
         allocator = TokenToKVPoolAllocator(pool_tokens, *arguments)
@@ -41,9 +52,30 @@ def new_cache(
         page_size=page_size,
         eviction_policy=policy,
         enable_kv_cache_events=events,
+        tree_core_backend=core,
         tree_components=(ComponentType.FULL,),
     )
     return kind(params)
+
+
+def request_of(
+    tokens: Iterable[int], lora_id: str | None = None, own_extra: str | None = None, salt: str | None = None
+) -> Req:
+    """A request as the scheduler makes it of what a client sends, hooks and all."""
+    made = Req(
+        "1", "", array("q", tokens), SamplingParams(), lora_id=lora_id, extra_key=own_extra or None, cache_salt=salt
+    )
+    for hook in request.HOOKS:
+        hook.handler(None, made)
+    return made
+
+
+def key_of(
+    tokens: Iterable[int], lora_id: str | None = None, own_extra: str | None = None, salt: str | None = None
+) -> RadixKey:
+    """The key with which SGLang looks such a request up."""
+    made = request_of(tokens, lora_id, own_extra, salt)
+    return RadixKey(made.origin_input_ids, made.extra_key, cache_salt=made.cache_salt)
 
 
 def digest(text: str) -> str:

@@ -1,6 +1,6 @@
 """``mem_cache/events.py``: what subscribers (``--kv-events-config``) learn of a tree with adapters in it.
 
-Upstream's tree would publish the pseudo tokens of adapters' slots, and its hashes have no room for them (32 bits a
+Upstream's tree would publish the marks of adapters' slots, and its hashes have no room for them (32 bits a
 token). So the tree's own recording stays off and blocks are recorded here: KV only, with its own tokens, and the first
 block behind an adapter without a parent.
 """

@@ -1,13 +1,17 @@
 """``mem_cache/unified_radix_cache.py``: adapters as prefixes of the radix tree, their weights in its slots.
 
-An adapter that needs S slots is inserted as S pseudo tokens whose values are the slots that hold its weights. The key
-of every request with that adapter is the pseudo tokens followed by its own tokens. So SGLang's locks keep an adapter
-while a request runs, leaves-first eviction drops KV before its adapter, and all of upstream's accounting counts it.
+An adapter that needs S slots is inserted as S marks whose values are the slots that hold its weights. The key of every
+request with that adapter is the marks followed by its own tokens. So SGLang's locks keep an adapter while a request
+runs, leaves-first eviction drops KV before its adapter, and all of upstream's accounting counts it.
+
+Each adapter has a namespace of the tree to itself, in which no key without its marks is ever looked up or inserted:
+``sglang_blocklora/memory/prefix.py``. A request whose key could not be told apart is served, and nothing of it cached.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,35 +32,27 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
-from sglang_blocklora.memory.accounting import SlotCounts, SlotOwners
+from sglang_blocklora.memory.accounting import IntegrityError, SlotCounts, SlotOwners
 from sglang_blocklora.memory.decisions import DecisionLog
+from sglang_blocklora.memory.entries import Entries, Entry
 from sglang_blocklora.memory.eviction import LRU, EvictionStrategy
-from sglang_blocklora.memory.prefix import pseudo_tokens, salted_tokens
+from sglang_blocklora.memory.prefix import are_token_ids, salted_tokens, split_key
 
 from blocklora_patches.cache.events import KVEvents, Namespace
 
-LORA_ID_LENGTH = 32  # hex digits that upstream appends to a request's extra key
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class AdapterPrefix:
-    """An adapter's contents, and its slots: a multiple of the page size."""
+@dataclass(slots=True)
+class Place:
+    """Where a request's KV lies in the tree: behind its adapter's weights (None: the base model), under ``key``.
 
-    content_hash: str
-    slots: int
+    own_extra  the extra key that the client sent
+    """
 
-    @property
-    def tokens(self) -> array[int]:
-        """Pseudo tokens of the slots; not kept here, since prefixes stay known for good."""
-        return pseudo_tokens(self.content_hash, self.slots)
-
-
-@dataclass(frozen=True)
-class ResidentAdapter:
-    """The tree's node of an adapter (upstream never uses a number again) and its slots, int64 on their device."""
-
-    node: int
-    slots: torch.Tensor
+    entry: Entry | None
+    own_extra: str | None
+    key: RadixKey
 
 
 class AdapterPrefixCache(UnifiedRadixCache):
@@ -70,9 +66,7 @@ class AdapterPrefixCache(UnifiedRadixCache):
         self.decisions = DecisionLog(None, 0)  # replaced, as is the strategy, when bound to a server's adapters
         self.strategy: EvictionStrategy = LRU()
         self.on_evicted: Callable[[str], None] = lambda content_hash: None
-        self._prefixes: dict[str, AdapterPrefix] = {}
-        self._resident: dict[str, ResidentAdapter] = {}  # by content hash, in order of loading
-        self._pins: dict[str, int] = {}
+        self._entries = Entries()
         self._events = KVEvents(params.page_size) if params.enable_kv_cache_events else None
         allocator = params.token_to_kv_pool_allocator
         self._owners = SlotOwners(allocator.size + params.page_size, allocator.device)
@@ -80,17 +74,20 @@ class AdapterPrefixCache(UnifiedRadixCache):
 
     def reset(self) -> None:
         """Everything is dropped, adapters too, pinned ones among them; upstream calls it to flush an idle server."""
-        for content_hash in self._resident:
-            self.on_evicted(content_hash)
-        self._resident.clear()
-        self._pins.clear()
+        for entry in list(self._entries.resident.values()):
+            self._went(entry)
         super().reset()
         if self._events is not None:
             self._events.cleared()
 
     def know(self, lora_id: str, content_hash: str, slots: int) -> None:
-        """Tell how keys of ``lora_id`` look; for good, since a request may outlive its adapter's name by a step."""
-        self._prefixes[lora_id] = AdapterPrefix(content_hash, self.slots_needed(slots))
+        """Tell what requests with ``lora_id`` use, until ``forget``."""
+        self._entries.know(lora_id, content_hash, self.slots_needed(slots))
+
+    def forget(self, lora_id: str) -> None:
+        """No request with ``lora_id`` runs any more or comes again; what is cached of its contents stays."""
+        self.unpin_adapter(lora_id)
+        self._entries.forget(lora_id)
 
     def slots_needed(self, slots: int) -> int:
         """``slots`` rounded up to whole pages."""
@@ -98,89 +95,110 @@ class AdapterPrefixCache(UnifiedRadixCache):
 
     def slots_of(self, lora_id: str) -> torch.Tensor | None:
         """Slots (int64, on the allocator's device) of an adapter that is resident, else None. Asking is not a use."""
-        resident = self._resident.get(self._prefixes[lora_id].content_hash)
-        return resident.slots if resident is not None else None
+        return self._entries[lora_id].slots
 
     def nodes_of(self, lora_ids: Iterable[str | None]) -> list[int]:
         """The tree's nodes of those adapters that are resident."""
-        known = [self._resident.get(self._prefixes[key].content_hash) for key in lora_ids if key in self._prefixes]
-        return [adapter.node for adapter in known if adapter is not None]
+        entries = (self._entries.get(lora_id) for lora_id in lora_ids)
+        return [entry.node for entry in entries if entry is not None and entry.node is not None]
 
     def arrived(self, lora_id: str | None, key: RadixKey) -> None:
         """Tell the strategy of a request that came, once each. ``key`` is as a match would have it."""
-        content_hash = self._prefixes[lora_id].content_hash if lora_id in self._prefixes else None
-        self.strategy.arrived(content_hash, lambda: self.cached_tokens(key))
+        entry = self._entries.get(lora_id)
+        self.strategy.arrived(None if entry is None else entry.content_hash, lambda: self.cached_tokens(key))
 
     def cached_tokens(self, key: RadixKey) -> int:
         """How many tokens of ``key`` a match would find. Unlike a match it counts as no use."""
-        lora_id, own_extra = self._split(key.extra_key)
-        if lora_id is None:
-            return self.tree_core.match_full_device_prefix(key)[0]
-        prefix = self._prefixes[lora_id]
-        found = self.tree_core.match_full_device_prefix(self._behind(prefix, key, own_extra))[0]
-        return max(found - prefix.slots, 0)
+        place = self._place(key)
+        if place is None:
+            return 0
+        found = self.tree_core.match_full_device_prefix(place.key)[0]
+        return found if place.entry is None else max(found - len(place.entry.marks), 0)
 
     def can_admit(self, lora_id: str | None) -> bool:
         """Whether a request would find its adapter resident; the base model's (None) needs none."""
-        return lora_id not in self._prefixes or self.slots_of(lora_id) is not None
+        entry = self._entries.get(lora_id)
+        return entry is None or entry.slots is not None
 
     def slots_held_for(self, lora_id: str | None) -> int:
         """Slots that cannot be freed while a request of ``lora_id`` runs: its adapter's and those of pinned ones."""
-        held = [self._prefixes[key] for key in (*self._pins, lora_id) if key in self._prefixes]
-        return sum({prefix.content_hash: prefix.slots for prefix in held}.values())
+        entry = self._entries.get(lora_id)
+        return self._entries.pinned_slots + (len(entry.marks) if entry is not None and not entry.pins else 0)
 
     def has_room(self, lora_id: str, spare: int = 0) -> bool:
         """Whether an adapter's slots and ``spare`` more are free, or are once everything not in use is evicted."""
-        shortfall = self._prefixes[lora_id].slots + spare - self.token_to_kv_pool_allocator.available_size()
+        shortfall = len(self._entries[lora_id].marks) + spare - self.token_to_kv_pool_allocator.available_size()
         return shortfall <= self.evictable_size()
 
     def reserve(self, lora_id: str) -> torch.Tensor | None:
         """Take free slots for an adapter, evicting what is not in use; None where that is not enough.
 
-        The caller writes the weights to them and then calls ``publish``.
+        The caller writes the weights to them and then calls ``publish`` or ``give_back``.
         """
-        allocator, needed = self.token_to_kv_pool_allocator, self._prefixes[lora_id].slots
+        allocator, needed = self.token_to_kv_pool_allocator, len(self._entries[lora_id].marks)
         if not self.has_room(lora_id):
             return None
         if (shortfall := needed - allocator.available_size()) > 0:
             self.evict(EvictParams(num_tokens=shortfall))
         return allocator.alloc(needed)
 
+    def give_back(self, slots: torch.Tensor) -> None:
+        """Free slots that ``reserve`` gave and ``publish`` did not take."""
+        self.token_to_kv_pool_allocator.free(slots)
+
     def publish(self, lora_id: str, slots: torch.Tensor) -> None:
-        """Insert an adapter whose weights lie in ``slots``; from now on the tree owns them."""
-        prefix, slots = self._prefixes[lora_id], slots.to(torch.int64)
-        inserted = super().insert(InsertParams(key=RadixKey(prefix.tokens), value=slots))
-        self._owners.wrote(prefix.content_hash, slots)
-        self._resident[prefix.content_hash] = ResidentAdapter(inserted.last_device_node, slots)
+        """Insert an adapter whose weights lie in ``slots``; from now on the tree owns them.
+
+        ``IntegrityError``, and nothing is inserted, where the tree has anything of the adapter already.
+        """
+        entry, slots = self._entries[lora_id], slots.to(torch.int64)
+        key = RadixKey(entry.marks, entry.content_hash)
+        found = self.tree_core.match_full_device_prefix(key)[0]
+        if entry.slots is not None or found or len(slots) != len(key):
+            raise IntegrityError(
+                f"adapter {lora_id} cannot be published in {len(slots)} slots: it has {len(key)}, {found} of which are "
+                f"in the tree already, and is {'not ' if entry.slots is None else ''}resident"
+            )
+        inserted = super().insert(InsertParams(key=key, value=slots))
+        self._owners.wrote_weights(entry.content_hash, slots)
+        self._entries.came(entry, inserted.last_device_node, slots)
 
     def slot_counts(self) -> SlotCounts:
         """Who has the pool's slots; walks the tree and waits for the device, so it is for reports and checks."""
         allocator, cached = self.token_to_kv_pool_allocator, self.all_values_flatten()
-        adapters = {content_hash: len(adapter.slots) for content_hash, adapter in self._resident.items()}
-        kv = {owner: count - adapters.get(owner, 0) for owner, count in self._owners.count(cached).items()}
+        weights, kv = self._owners.count(cached)
         total, free = allocator.size, allocator.available_size()
-        return SlotCounts(total, free, total - free - len(cached), adapters, {o: c for o, c in kv.items() if c})
+        return SlotCounts(total=total, free=free, in_use=total - free - len(cached), adapters=weights, kv=kv)
 
     def check_slots(self, in_use: int) -> None:
-        """``AssertionError`` unless every slot has exactly one owner, ``in_use`` of them requests outside the tree."""
+        """``IntegrityError`` unless every slot has exactly one owner, ``in_use`` of them requests outside the tree."""
         counts, cached = self.slot_counts(), self.all_values_flatten()
-        assert len(cached) == len(cached.unique()), "a slot is in the tree twice"
-        assert counts.in_use == in_use, f"slots leaked or freed twice: {counts}, {in_use} expected in use"
-        assert len(cached) == self.evictable_size() + self.protected_size(), "the tree's sizes are wrong"
-        assert counts.invalid_kv == 0, f"KV without its adapter: {counts}"
-        for adapter in self._resident.values():
-            assert torch.isin(adapter.slots, cached).all(), "the tree lost slots of a resident adapter"
+        resident = self._entries.resident
+        wrong = {
+            "a slot is in the tree twice": len(cached) != len(cached.unique()),
+            f"slots leaked or were freed twice, {in_use} expected in use": counts.in_use != in_use,
+            "the tree's sizes are wrong": len(cached) != self.evictable_size() + self.protected_size(),
+            "KV without its adapter": counts.invalid_kv != 0,
+            "weights of adapters that are not resident, or not all of them": counts.adapters
+            != {content_hash: len(entry.marks) for content_hash, entry in resident.items()},
+            "the tree lost slots of a resident adapter": any(
+                entry.slots is None or not torch.isin(entry.slots, cached).all() for entry in resident.values()
+            ),
+            "pinned slots are miscounted": self._entries.pinned_slots
+            != sum(len(entry.marks) for entry in resident.values() if entry.pins),
+        }
+        if any(wrong.values()):
+            raise IntegrityError(f"{'; '.join(what for what, is_so in wrong.items() if is_so)}: {counts}")
 
     def pin_adapter(self, lora_id: str) -> None:
         """Lock a resident adapter until ``unpin_adapter`` or a flush."""
-        if lora_id not in self._pins:
-            self._pins[lora_id] = node = self._resident[self._prefixes[lora_id].content_hash].node
+        if (node := self._entries.pin(lora_id)) is not None:
             self.tree_core.inc_full_pin(node)
 
     def unpin_adapter(self, lora_id: str) -> None:
         """Undo ``pin_adapter``; nothing where the adapter is not pinned."""
-        if lora_id in self._pins:
-            self.tree_core.dec_full_pin(self._pins.pop(lora_id))
+        if (node := self._entries.unpin(lora_id)) is not None:
+            self.tree_core.dec_full_pin(node)
 
     @contextmanager
     def keeping(self, nodes: Iterable[int]) -> Iterator[None]:
@@ -202,9 +220,10 @@ class AdapterPrefixCache(UnifiedRadixCache):
 
     def _evict_by_strategy(self, evict: Callable[[EvictParams], EvictResult], params: EvictParams) -> EvictResult:
         """Evict in upstream's order, with the adapters that the strategy holds locked until it gives them up."""
-        sizes = {content_hash: len(adapter.slots) for content_hash, adapter in self._resident.items()}
+        resident = self._entries.resident
+        sizes = {content_hash: len(entry.marks) for content_hash, entry in resident.items()}
         kv_slots = self.evictable_size() + self.protected_size() - sum(sizes.values())
-        held = [self._resident[content_hash].node for content_hash in self.strategy.held(sizes, kv_slots)]
+        held = [resident[content_hash].node for content_hash in self.strategy.held(sizes, kv_slots)]
         for node in held:
             self.tree_core.inc_full_pin(node)
         given_up = 0
@@ -226,59 +245,80 @@ class AdapterPrefixCache(UnifiedRadixCache):
 
     def _forget_evicted(self) -> list[str]:
         """Content hashes of adapters that the tree no longer has."""
-        evicted = [content_hash for content_hash, adapter in self._resident.items() if self._is_gone(adapter.node)]
-        for content_hash in evicted:
-            del self._resident[content_hash]
-            self.on_evicted(content_hash)
-        return evicted
+        evicted = [entry for entry in self._entries.resident.values() if self._is_gone(entry.node)]
+        for entry in evicted:
+            self._went(entry)
+        return [entry.content_hash for entry in evicted]
 
-    def _is_gone(self, node: int) -> bool:
+    def _went(self, entry: Entry) -> None:
+        self._owners.forget(entry.content_hash)
+        self._entries.went(entry)
+        self.on_evicted(entry.content_hash)
+
+    def _is_gone(self, node: int | None) -> bool:
         try:
-            return self.tree_core.is_full_device_evicted(node)
+            return node is None or self.tree_core.is_full_device_evicted(node)
         except KeyError:
             return True
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
-        lora_id, own_extra = self._split(params.key.extra_key)
-        if lora_id is None:
+        place = self._place(params.key)
+        if place is None:
+            return super().match_prefix(dataclasses.replace(params, key=RadixKey(array("q"))))
+        if place.entry is None:
             return super().match_prefix(params)
-        prefix = self._prefixes[lora_id]
-        key = self._behind(prefix, params.key, own_extra)
-        result = super().match_prefix(dataclasses.replace(params, key=key))
-        if len(result.device_indices) < prefix.slots:
+        weights = len(place.entry.marks)
+        result = super().match_prefix(dataclasses.replace(params, key=place.key))
+        if len(result.device_indices) < weights:
             return zero_match_result(self, result)
         return result._replace(
-            device_indices=result.device_indices[prefix.slots :],
-            full_kv_hit_length=max(result.full_kv_hit_length - prefix.slots, 0),
+            device_indices=result.device_indices[weights:],
+            full_kv_hit_length=max(result.full_kv_hit_length - weights, 0),
         )
 
     def insert(self, params: InsertParams) -> InsertResult:
-        lora_id, own_extra = self._split(params.key.extra_key)
-        result = super().insert(params) if lora_id is None else self._insert_behind(lora_id, own_extra, params)
-        content_hash = None if lora_id is None else self._prefixes[lora_id].content_hash
-        self._owners.wrote(content_hash, params.value[params.prev_prefix_len :])
+        place = self._place(params.key)
+        if place is not None and place.entry is not None and self._is_gone(place.entry.node):
+            logger.error("KV of adapter contents %s without their weights is not kept", place.entry.content_hash)
+            place = None
+        if place is None or not are_token_ids(params.key.raw_token_ids()):
+            # Upstream's word for an insert that kept nothing: the request keeps its slots and frees them in the end.
+            return InsertResult(prefix_len=0, last_device_node=self.root_node_handle(), rotation_tail_declined=True)
+        result = super().insert(params) if place.entry is None else self._insert_behind(place.entry, place.key, params)
+        content_hash = None if place.entry is None else place.entry.content_hash
+        self._owners.wrote_kv(content_hash, params.value[params.prev_prefix_len :])
         if self._events is not None:
-            namespace = Namespace(content_hash, own_extra or None, params.key.cache_salt)
+            namespace = Namespace(content_hash, place.own_extra, params.key.cache_salt)
             known = min(params.prev_prefix_len, result.prefix_len)
             tokens = params.key.raw_token_ids()
             self._events.stored(namespace, tokens, params.value, known, result.prefix_len, params.session_id)
         return result
 
-    def _insert_behind(self, lora_id: str, own_extra: str | None, params: InsertParams) -> InsertResult:
-        prefix, slots = self._prefixes[lora_id], self.slots_of(lora_id)
-        if slots is None:
-            raise RuntimeError(f"KV of adapter {lora_id} without its weights: its prefix was not locked")
+    def _insert_behind(self, entry: Entry, key: RadixKey, params: InsertParams) -> InsertResult:
+        """Insert a request's KV behind its adapter's weights.
+
+        Ranges of ``key``, where S = slots of the adapter, k = tokens that the request has locked in the tree already
+        (``prev_prefix_len``), p = tokens that the tree turns out to have (``prefix_len``, k <= p), n = tokens:
+
+        | range          | whose slots are passed     | what becomes of them                                       |
+        |----------------|----------------------------|------------------------------------------------------------|
+        | [0, S)         | the adapter's, the tree's  | nothing                                                    |
+        | [S, S + k)     | the tree's                 | nothing                                                    |
+        | [S + k, S + p) | the request's              | freed by upstream: others have inserted these tokens       |
+        | [S + p, S + n) | the request's              | the tree's from now on                                     |
+
+        Upstream frees nothing before ``prev_prefix_len``: it is S + k, so that weights are never taken for duplicates.
+        """
+        weights = len(entry.marks)
         result = super().insert(
             dataclasses.replace(
                 params,
-                key=self._behind(prefix, params.key, own_extra),
-                value=torch.cat([slots, params.value]),
-                prev_prefix_len=params.prev_prefix_len + prefix.slots,
+                key=key,
+                value=torch.cat([entry.slots, params.value]),
+                prev_prefix_len=weights + params.prev_prefix_len,
             )
         )
-        return dataclasses.replace(
-            result, prefix_len=result.prefix_len - prefix.slots, total_len=result.total_len - prefix.slots
-        )
+        return dataclasses.replace(result, prefix_len=result.prefix_len - weights, total_len=result.total_len - weights)
 
     def take_events(self) -> list[Any]:
         """KV events since the last call; none where they are off."""
@@ -290,13 +330,22 @@ class AdapterPrefixCache(UnifiedRadixCache):
                 self._events.removed(slots)
         super()._drain_device_frees(device_frees)
 
-    def _split(self, extra_key: str | None) -> tuple[str | None, str | None]:
-        """The adapter and the user's own part of an extra key (upstream appends the adapter's id to it)."""
-        lora_id = (extra_key or "")[-LORA_ID_LENGTH:]
-        if lora_id not in self._prefixes:
-            return None, extra_key
-        return lora_id, (extra_key or "")[:-LORA_ID_LENGTH]
+    def _place(self, key: RadixKey) -> Place | None:
+        """Where the KV of a request's key lies; None where its adapter is not in the tree, or not known (any more).
 
-    def _behind(self, prefix: AdapterPrefix, key: RadixKey, own_extra: str | None) -> RadixKey:
-        tokens = array("q", key.raw_token_ids())
-        return RadixKey(prefix.tokens + salted_tokens(tokens, own_extra, key.cache_salt))
+        With an id that is none of a vocabulary, and could pass for a salted one, a request has its adapter and nothing
+        else of the tree. Without an adapter nothing is salted, and what ``insert`` does not keep is not found.
+        """
+        try:
+            lora_id, own_extra = split_key(key.extra_key)
+        except ValueError:
+            return None
+        if lora_id is None:
+            return Place(None, own_extra, key)
+        entry = self._entries.get(lora_id)
+        if entry is None or entry.slots is None:
+            return None
+        tokens, behind = key.raw_token_ids(), entry.marks
+        if are_token_ids(tokens):
+            behind = behind + salted_tokens(tokens, own_extra, key.cache_salt)
+        return Place(entry, own_extra, RadixKey(behind, entry.content_hash))

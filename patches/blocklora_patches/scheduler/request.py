@@ -1,20 +1,19 @@
-"""``managers/schedule_batch.py``: a request without an adapter cannot name one by its extra key."""
+"""``managers/schedule_batch.py``: the extra key of a request says which adapter it has, and nothing else can."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
+from sglang_blocklora.memory.prefix import request_key
 
 from blocklora_patches.hooks.hook import Hook, Process
 
-# Ends the extra key of base-model requests; an adapter's id, hex digits that upstream appends, cannot end so.
-BASE_MARK = "|"
-
 
 def _init(_: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    if self.lora_id is None and self.extra_key:
-        self.extra_key += BASE_MARK
+    """Join the adapter and the client's own extra key so that they can be told apart; upstream just appends the id."""
+    own = self.extra_key or ""
+    self.extra_key = request_key(self.lora_id, own.removesuffix(self.lora_id or ""))
 
 
 HOOKS = (

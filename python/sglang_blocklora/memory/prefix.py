@@ -1,40 +1,76 @@
-"""An adapter as a prefix: the pseudo tokens that stand for its slots in the radix tree's keys."""
+"""Keys of the radix tree: whose a request's tokens are, so that nothing a client writes can be taken for ours.
+
+A key of the tree is a namespace (a string that SGLang's tree compares at every node) and tokens (int64). Three kinds:
+
+| whose                     | namespace                                     | tokens                                  |
+|---------------------------|-----------------------------------------------|-----------------------------------------|
+| the base model            | none, or ``:`` and the client's ``extra_key`` | the request's                           |
+| an adapter's weights      | its content hash in hex, without a ``:``      | S marks, 0 to S - 1                     |
+| a request with an adapter | the same                                      | the S marks, then the request's, salted |
+
+What a client sends is behind the colon, or behind the marks, or in a hash that is marked by a bit no token has.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from functools import lru_cache
 
-# Bit 62 marks pseudo tokens: no token of a vocabulary, salted or not, reaches it.
-PSEUDO_BIT = 1 << 62
-INDEX_BITS = 20  # slots of one adapter: fewer than a million
-HASH_BITS = 42
-SALT_SHIFT = 32  # above every token of a vocabulary
+import numpy as np
+
+TOKEN_BITS = 32  # of ids that are cached; every vocabulary is smaller
+SALTED = 1 << 62  # set in salted tokens and no others
+_SALT_BITS = 30  # of each token, between the id and SALTED; eight tokens in a row tell 240 bits of a salt
 
 
-@lru_cache(maxsize=1024)
-def pseudo_tokens(content_hash: str, slots: int) -> array[int]:
-    """Keys (int64) of an adapter's ``slots`` slots: distinct ones, and others for other contents. Not to be changed.
+def request_key(lora_id: str | None, own_extra: str | None) -> str | None:
+    """The extra key of a request in SGLang: its adapter (None: the base model) and what the client sent as its own.
 
-    content_hash  sha256 in hex; its pieces are spread over the tokens, so four slots tell 168 bits of it apart
-    ``ValueError`` for more slots than an index can count.
+    Other pairs give other keys, whatever the strings hold, except that an empty ``own_extra`` is none.
     """
-    if slots >= 1 << INDEX_BITS:
-        raise ValueError(f"an adapter of {slots} slots; at most {(1 << INDEX_BITS) - 1} can be told apart")
-    value = int(content_hash, 16)
-    pieces = [value >> (i * HASH_BITS) & ((1 << HASH_BITS) - 1) for i in range(4)]
-    return array("q", [PSEUDO_BIT | pieces[i % 4] << INDEX_BITS | i for i in range(slots)])
+    if lora_id is None:
+        return f":{own_extra}" if own_extra else None
+    return f"{len(lora_id)}:{lora_id}{own_extra or ''}"
 
 
-def salted_tokens(tokens: array[int], extra_key: str | None, cache_salt: str | None) -> array[int]:
-    """Keys of a request's own tokens: as they are, or with a hash of its extra key and salt in their high bits.
+def split_key(extra_key: str | None) -> tuple[str | None, str | None]:
+    """The pair that ``request_key`` joined. ``ValueError`` for a string that it did not make."""
+    if extra_key is None:
+        return None, None
+    length, colon, rest = extra_key.partition(":")
+    if not colon or (length and not (length.isascii() and length.isdigit() and int(length) <= len(rest))):
+        raise ValueError(f"{extra_key!r} is no extra key of a request")
+    if not length:
+        return None, rest or None
+    return rest[: int(length)], rest[int(length) :] or None
 
-    So KV of different salts stands apart behind one copy of the adapter's weights.
+
+def are_token_ids(tokens: array[int]) -> bool:
+    """Whether all are in [0, 2**32): others are no ids of any vocabulary and could be taken for salted ones."""
+    return bool(np.maximum.reduce(np.frombuffer(tokens, np.uint64), initial=0) < 1 << TOKEN_BITS)
+
+
+def salted_tokens(tokens: array[int], own_extra: str | None, cache_salt: str | None) -> array[int]:
+    """Tokens of a request behind its adapter's marks: as they are, or with a hash of its extra key and salt above them.
+
+    tokens  ids, for which ``are_token_ids`` holds
+
+    So KV of different salts stands apart behind one copy of the adapter's weights. Which bits of the hash a token
+    gets depends on its place only: a longer key begins as a shorter one.
     """
-    if not extra_key and not cache_salt:
+    if not own_extra and not cache_salt:
         return tokens
-    text = f"{len(extra_key or '')}:{extra_key or ''}{cache_salt or ''}"
-    digest = hashlib.sha256(text.encode()).digest()
-    salt = (int.from_bytes(digest[:4], "little") >> 3 | 1) << SALT_SHIFT  # 29 bits, never zero, below PSEUDO_BIT
-    return array("q", [token | salt for token in tokens])
+    own_extra = own_extra or ""
+    text = f"sglang-blocklora-salt-v1\0{len(own_extra)}:{own_extra}{cache_salt or ''}"
+    words = np.frombuffer(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), "<u4")
+    salts = (words & ((1 << _SALT_BITS) - 1)).astype(np.int64) << TOKEN_BITS | SALTED
+    rows = -(-len(tokens) // len(salts))
+    salted = np.zeros((rows, len(salts)), np.int64)
+    salted.reshape(-1)[: len(tokens)] = np.frombuffer(tokens, np.int64)
+    salted |= salts
+    return array("q", salted.tobytes()[: 8 * len(tokens)])
+
+
+def marks(slots: int) -> array[int]:
+    """Keys (int64) of an adapter's ``slots`` slots, which stand first in its namespace and nowhere else."""
+    return array("q", range(slots))

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from sglang_blocklora.memory.accounting import SlotCounts
+from sglang_blocklora.memory.accounting import IntegrityError, SlotCounts
 from sglang_blocklora.memory.counts import LoadCounts
 from sglang_blocklora.memory.images import ImageStore
 from sglang_blocklora.memory.loaded import LoadedAdapter, Resident
@@ -192,14 +192,20 @@ class AdapterPool:
         adapters: Counter[str] = Counter()
         for resident in self.resident.values():
             adapters[resident.adapter.content_hash] += len(resident.slots)
-        return SlotCounts(self.arena.total_slots, self.arena.free_slots, 0, adapters, {})
+        total, free = self.arena.total_slots, self.arena.free_slots
+        return SlotCounts(total=total, free=free, in_use=0, adapters=adapters, kv={})
 
     def check_integrity(self, in_use: int = 0) -> None:
-        """``AssertionError`` unless every slot has exactly one owner and only loaded adapters are resident.
+        """``IntegrityError`` unless every slot has exactly one owner and only loaded adapters are resident.
 
         ``in_use`` counts slots of requests, of which this arena has none.
         """
         owned = [slot for resident in self.resident.values() for slot in resident.slots.tolist()]
-        assert len(owned) == len(set(owned)), "two adapters own one slot"
-        assert len(owned) + self.arena.free_slots == self.arena.total_slots, "a slot leaked"
-        assert set(self.resident) <= set(self.loaded), "an unloaded adapter is resident"
+        if len(owned) != len(set(owned)):
+            raise IntegrityError("two adapters own one slot")
+        if len(owned) + self.arena.free_slots != self.arena.total_slots:
+            raise IntegrityError(
+                f"of {self.arena.total_slots} slots {self.arena.free_slots} are free, {len(owned)} owned"
+            )
+        if not set(self.resident) <= set(self.loaded):
+            raise IntegrityError(f"unloaded adapters are resident: {sorted(set(self.resident) - set(self.loaded))}")

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from sglang_blocklora.memory.accounting import SlotCounts
+from sglang_blocklora.memory.accounting import IntegrityError, SlotCounts
 from sglang_blocklora.memory.counts import LoadCounts
 from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.images import ImageStore
@@ -17,6 +17,8 @@ from sglang_blocklora.memory.transfer import Transfer
 
 # A request may run this many steps after its adapter was unloaded: an abort frees the name before the batch ends.
 LINGER_STEPS = 8
+# Of so many at most: while nothing runs no steps pass, and adapters may come and go all the same.
+LINGER_ADAPTERS = 64
 
 
 class PrefixCache(Protocol):
@@ -28,10 +30,12 @@ class PrefixCache(Protocol):
     on_evicted: Callable[[str], None]
 
     def know(self, lora_id: str, content_hash: str, slots: int) -> None: ...
+    def forget(self, lora_id: str) -> None: ...
     def slots_needed(self, slots: int) -> int: ...
     def slots_of(self, lora_id: str) -> torch.Tensor | None: ...
     def has_room(self, lora_id: str, spare: int = 0) -> bool: ...
     def reserve(self, lora_id: str) -> torch.Tensor | None: ...
+    def give_back(self, slots: torch.Tensor) -> None: ...
     def publish(self, lora_id: str, slots: torch.Tensor) -> None: ...
     def pin_adapter(self, lora_id: str) -> None: ...
     def unpin_adapter(self, lora_id: str) -> None: ...
@@ -133,6 +137,8 @@ class UnifiedPool:
         self._lingering[key] = (adapter, self._steps)
         self.images.remove(key)
         self.cache.unpin_adapter(key)
+        if len(self._lingering) > LINGER_ADAPTERS:
+            self._forget(next(iter(self._lingering)))
 
     def is_resident(self, key: str) -> bool:
         """Whether the tree holds the adapter."""
@@ -172,10 +178,7 @@ class UnifiedPool:
         """
         self._steps += 1
         for key in [k for k, (_, step) in self._lingering.items() if self._steps - step > LINGER_STEPS]:
-            del self._lingering[key]
-            if key not in self.loaded:
-                self.resident.pop(key, None)
-                self._device_slots.pop(key, None)
+            self._forget(key)
         for key in sorted(set(keys)):
             adapter = self.loaded.get(key) or (self._lingering[key][0] if key in self._lingering else None)
             if adapter is None:
@@ -189,12 +192,20 @@ class UnifiedPool:
             self._note_rows(key, adapter, slots)
         self._transfer.join()
 
+    def _forget(self, key: str) -> None:
+        """Drop what was kept of an adapter for the last requests of its name."""
+        del self._lingering[key]
+        if key not in self.loaded:
+            self.resident.pop(key, None)
+            self._device_slots.pop(key, None)
+            self.cache.forget(key)
+
     def slot_counts(self) -> SlotCounts:
         """Who has the KV pool's slots."""
         return self.cache.slot_counts()
 
     def check_integrity(self, in_use: int) -> None:
-        """``AssertionError`` unless every slot has exactly one owner, ``in_use`` of them requests outside the tree."""
+        """``IntegrityError`` unless every slot has exactly one owner, ``in_use`` of them requests outside the tree."""
         self.cache.check_slots(in_use)
 
     def _count_eviction(self, content_hash: str) -> None:
@@ -219,9 +230,14 @@ class UnifiedPool:
             if image is None or slots is None:
                 return False
             self.decisions.record("load", adapter=adapter.name, slots=len(slots))
-            with self.load_counts.measure(key, image.nbytes):
-                self._transfer.load(self.arena, slots, image)
-                self.cache.publish(key, slots)
+            try:
+                with self.load_counts.measure(key, image.nbytes):
+                    self._transfer.load(self.arena, slots, image)
+                    self.cache.publish(key, slots)
+            except IntegrityError as error:
+                self.cache.give_back(slots)
+                self.images.failures[key] = f"Adapter {adapter.name!r} cannot be served: {error}"
+                return False
         self._note_rows(key, adapter, self.cache.slots_of(key))
         return True
 
