@@ -302,7 +302,7 @@ def test_a_stream_is_refused_with_one_event(process: HTTPProcess, case: str) -> 
 def test_a_list_for_one_prompt_is_refused(process: HTTPProcess) -> None:
     for names in (["sql"], [None], ["sql", "sql"]):
         message = refused(process, "/generate", generate(lora_path=names))
-        assert message.startswith(f"lora_path is a list of {len(names)}, but there is one prompt")
+        assert message == "lora_path is a list, but there is one prompt, and no list of prompts."
         assert refused(process, "/v1/completions", {"model": MODEL, "prompt": "a", "lora_path": names}) == message
 
 
@@ -319,6 +319,7 @@ def test_names_of_adapters_are_texts(process: HTTPProcess, names: Any) -> None:
 @pytest.mark.parametrize("values", [[{}], [{}, {}, {}], []])
 def test_other_lists_have_one_value_for_each_prompt(process: HTTPProcess, values: list) -> None:
     """Upstream cut some in silence, and answered the others with a 500."""
+    assert "sampling_params" in refused(process, "/generate", generate(sampling_params=values))
     message = refused(process, "/generate", generate(input_ids=[[5], [6]], sampling_params=values))
     assert "sampling_params" in message
     for field in ("return_logprob", "top_logprobs_num", "logprob_start_len"):

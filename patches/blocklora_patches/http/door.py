@@ -82,8 +82,9 @@ def _init_req_state(self: Any, obj: Any, request: Any = None) -> None:
         aborts.check(obj)
         return
     if obj.is_single:
-        if isinstance(obj.lora_path, list):
-            raise BadRequest(f"lora_path is a list of {len(obj.lora_path)}, but there is one prompt, with one name.")
+        for field in ("lora_path", "sampling_params"):
+            if isinstance(getattr(obj, field), list):
+                raise BadRequest(f"{field} is a list, but there is one prompt, and no list of prompts.")
         _check_part(obj, "", self.model_config.vocab_size)
     else:
         _check_batch(obj, self.model_config.vocab_size)
