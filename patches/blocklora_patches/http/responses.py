@@ -18,7 +18,7 @@ _adapter: ContextVar[str | None] = ContextVar("blocklora_responses_adapter")
 
 async def _create_responses(original: Any, self: Any, request: Any, raw_request: Any = None) -> Any:
     try:
-        _adapter.set(adapter_of_model(self.tokenizer_manager, request.model))
+        _adapter.set(await adapter_of_model(self.tokenizer_manager, request.model))
     except UnknownModel as error:
         return self.create_error_response(
             message=str(error), err_type="invalid_request_error", status_code=HTTPStatus.NOT_FOUND, param="model"

@@ -1,0 +1,175 @@
+"""Every route that takes a model, over SGLang's real application: the name is resolved, or refused, never ignored."""
+
+from __future__ import annotations
+
+import typing
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+import pytest
+from blocklora_testing.http_process import HTTPProcess, hooked
+
+BASE, ADAPTER = "llama", "sql"
+CHAT = {"messages": [{"role": "user", "content": "a"}]}
+# Routes whose body or form has a model: route -> the rest of a body.
+RESOLVES: dict[str, Mapping[str, Any]] = {
+    "/v1/completions": {"prompt": "a", "max_tokens": 2},
+    "/v1/chat/completions": CHAT | {"max_tokens": 2},
+    "/invocations": CHAT | {"max_tokens": 2},
+    "/v1/responses": {"input": "a", "max_output_tokens": 2},
+    "/v1/messages": CHAT | {"max_tokens": 2},
+    "/api/chat": CHAT | {"stream": False, "options": {"num_predict": 2}},
+    "/api/generate": {"prompt": "a", "stream": False, "options": {"num_predict": 2}},
+}
+# Known names are taken and make no difference: no adapter changes the tokenizer.
+SAME_FOR_ALL: dict[str, Mapping[str, Any]] = {
+    "/v1/messages/count_tokens": CHAT,
+    "/tokenize": {"prompt": "a"},
+    "/v1/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [5]},
+    "/v1/detokenize": {"tokens": [5]},
+    "/api/show": {},
+}
+BASE_ONLY: dict[str, Mapping[str, Any]] = {
+    "/v1/classify": {"input": "a"},
+    "/v1/score": {"query": "a", "items": ["b"], "label_token_ids": [5]},
+    "/v1/decisions": {"input": "a", "questions": [{"id": "q", "type": "yes_no", "question": "b"}]},
+    "/v1/systemone": {"state": "a", "questions": {"q": {"type": "noul", "instructions": "b"}}},
+    "/v1/audio/transcriptions": {},
+}
+# Only with --is-embedding, which this process is not: named here, its resolution is tested below.
+EMBEDDING: dict[str, Mapping[str, Any]] = {"/v1/embeddings": {"input": "a"}}
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HTTPProcess]:
+    from blocklora_testing.models import build_model
+
+    model = build_model(tmp_path_factory.mktemp("names") / "model", "llama", layers=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SGLang warns while it is imported
+        from blocklora_patches.http import aborts, door, messages, model_names, ollama, responses
+        from sglang.srt.lora.lora_registry import LoRARef
+
+        modules = (aborts, door, messages, model_names, ollama, responses)
+        with hooked([hook for module in modules for hook in module.HOOKS]):
+            process = HTTPProcess(model, "--served-model-name", BASE, "--enable-lora", "--max-lora-rank", "64")
+            ref = LoRARef(lora_name=ADAPTER, lora_path="/sql")
+            process.run(process.manager.lora_registry.register(ref))
+            process.manager.lora_ref_cache[ADAPTER] = ref
+            yield process
+            process.close()
+
+
+@pytest.fixture(autouse=True)
+def fresh(process: HTTPProcess) -> Iterator[None]:
+    yield
+    process.scheduler.received.clear()
+    assert process.manager.rid_to_state == {}
+
+
+def ask(process: HTTPProcess, path: str, model: str) -> tuple[int, str]:
+    """Status and text of an answer."""
+    body = {**RESOLVES, **SAME_FOR_ALL, **BASE_ONLY, **EMBEDDING}[path] | {"model": model}
+    if path != "/v1/audio/transcriptions":
+        status, answer = process.call(path, body)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            form = process.client.post(path, data=body, files={"file": ("a.wav", b"no sound")})
+            answer = process.run(form)
+        status, answer = answer.status_code, answer.text
+    return status, answer if isinstance(answer, str) else msgspec.json.encode(answer).decode()
+
+
+def adapter_id(process: HTTPProcess) -> str:
+    return process.manager.lora_registry.get_all_adapters()[ADAPTER].lora_id
+
+
+@pytest.mark.parametrize("path", [*RESOLVES, *SAME_FOR_ALL, *BASE_ONLY, *EMBEDDING])
+@pytest.mark.parametrize("model", ["nobody", f"{BASE}:nobody", "SQL", f"{ADAPTER}:{BASE}", " "])
+def test_an_unknown_model_is_a_404_that_lists_the_known_ones(process: HTTPProcess, path: str, model: str) -> None:
+    status, text = ask(process, path, model)
+    assert status == 404, text
+    assert model in text
+    assert ADAPTER in text
+    assert BASE in text
+    assert process.scheduler.requests() == []
+
+
+@pytest.mark.parametrize("path", RESOLVES)
+@pytest.mark.parametrize("model", [BASE, ADAPTER, f"{BASE}:{ADAPTER}"])
+def test_a_model_is_answered_by_whom_it_names(process: HTTPProcess, path: str, model: str) -> None:
+    status, text = ask(process, path, model)
+    assert status == 200, text
+    wanted = None if model == BASE else adapter_id(process)
+    assert {request.lora_id for request in process.scheduler.requests()} == {wanted}
+
+
+@pytest.mark.parametrize("path", SAME_FOR_ALL)
+def test_known_models_have_one_tokenizer(process: HTTPProcess, path: str) -> None:
+    answers = {model: ask(process, path, model) for model in (BASE, ADAPTER)}
+    assert {status for status, _ in answers.values()} == {200}
+    if path != "/api/show":
+        assert answers[BASE] == answers[ADAPTER]
+
+
+@pytest.mark.parametrize("path", BASE_ONLY)
+def test_an_adapter_is_refused_where_the_base_model_answers_alone(process: HTTPProcess, path: str) -> None:
+    status, text = ask(process, path, ADAPTER)
+    assert status == 400, text
+    assert f"answered by the base model only, not by the adapter '{ADAPTER}'" in text
+    assert process.scheduler.requests() == []
+    assert "base model only" not in ask(process, path, BASE)[1]
+
+
+def test_an_embedding_of_an_adapter_is_asked_for_under_its_name(process: HTTPProcess) -> None:
+    """This model makes none, which is told only once the adapter was found."""
+    for model in (BASE, ADAPTER):
+        status, text = ask(process, "/v1/embeddings", model)
+        assert status == 400
+        assert "does not appear to be an embedding model" in text
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+def test_ollama_streams_and_names_with_its_tag(process: HTTPProcess, path: str) -> None:
+    for model, wanted in ((f"{ADAPTER}:latest", adapter_id(process)), (f"{BASE}:latest", None)):
+        process.scheduler.received.clear()
+        status, text = process.call(path, RESOLVES[path] | {"model": model, "stream": True})
+        assert status == 200
+        lines = [msgspec.json.decode(line) for line in text.splitlines()]
+        assert lines[-1]["done"]
+        assert {line["model"] for line in lines} == {ADAPTER if wanted else BASE}
+        assert [request.lora_id for request in process.scheduler.requests()] == [wanted]
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+def test_ollama_is_told_of_bad_options(process: HTTPProcess, path: str) -> None:
+    body = RESOLVES[path] | {"model": BASE, "options": {"num_predict": 2.5}}
+    status, answer = process.call(path, body)
+    assert status == 400
+    assert "max_new_tokens is 2.5" in answer["error"]
+    status, text = process.call(path, body | {"stream": True})
+    assert status == 200
+    assert "max_new_tokens is 2.5" in msgspec.json.decode(text.splitlines()[-1])["error"]
+
+
+def test_ollama_lists_adapters(process: HTTPProcess) -> None:
+    models = process.call("/api/tags")[1]["models"]
+    assert [model["name"] for model in models] == [BASE, ADAPTER]
+    assert process.call("/api/show", {"model": f"{ADAPTER}:latest"})[0] == 200
+
+
+def test_every_route_that_takes_a_model_is_known(process: HTTPProcess) -> None:
+    """A route that a release of SGLang adds is noticed here."""
+    known = {*RESOLVES, *SAME_FOR_ALL, *BASE_ONLY, *EMBEDDING, "/v1/models/{model:path}"}
+    found = set()
+    for route in process.app.routes:
+        endpoint = getattr(route, "endpoint", None)
+        hints = typing.get_type_hints(endpoint) if endpoint else {}
+        kinds = [kind for hint in hints.values() for kind in (hint, *typing.get_args(hint)) if isinstance(kind, type)]
+        if "model" in hints or any("model" in getattr(kind, "__annotations__", {}) for kind in kinds):
+            found.add(route.path)
+    assert found == known
