@@ -28,11 +28,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     adapter_memory     "unified": adapters in the KV cache's slots; "static": in an arena of their own
     adapter_memory_mb  static: MiB per TP rank of that arena
     adapter_host_memory_gb  GiB per TP rank of host memory that keeps images of adapters; below it is disk
+    adapter_read_timeout_s  seconds after which TP rank 0 gives up a read of an adapter's files
     adapter_root       adapters may only be loaded from below this folder; None: from anywhere
     route_by_adapter   data parallel replicas: a request goes to the replica that holds its adapter
     adapter_dirs       folders whose adapters are loaded when a request first names them
     adapter_kernels    "torch", "triton", or "auto": triton on a GPU, torch elsewhere
-    adapter_eviction   unified memory: a key of ``memory.eviction.STRATEGIES``
+    adapter_eviction   a key of ``memory.eviction.STRATEGIES``
     decision_log       path to which each TP rank appends its number and writes its decisions; None: off
     adapter_overlap    triton only: shrink runs on a second stream, beside the linear's own GEMM
     plain_lora_sharding  "replicate": plain adapters keep one factor of every linear whole on each TP rank and need no
@@ -46,6 +47,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     adapter_memory_mb: int = 1024
     adapter_host_memory_gb: float = 8.0
     adapter_root: str | None = None
+    adapter_read_timeout_s: float = 120.0
     adapter_kernels: Literal["auto", "torch", "triton"] = "auto"
     adapter_overlap: bool = False
     decision_log: str | None = None
@@ -153,7 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter-eviction",
         choices=list(STRATEGIES),
         default=DEFAULTS.adapter_eviction,
-        help="unified memory: which idle adapters stay while cached KV is evicted (default: %(default)s)",
+        help="which idle adapters stay when others, or unified memory's cached KV, give way (default: %(default)s)",
     )
     group.add_argument(
         "--adapter-host-memory-gb",
@@ -161,6 +163,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULTS.adapter_host_memory_gb,
         help="GiB of host memory per TP rank for loaded adapters that are not in use; what does not fit is read from "
         "its folder again, always with 0 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--adapter-read-timeout",
+        type=float,
+        default=DEFAULTS.adapter_read_timeout_s,
+        metavar="SECONDS",
+        help="give up reading an adapter's files after so long; other requests go on meanwhile (default: %(default)s)",
     )
     group.add_argument(
         "--adapter-root",
@@ -253,11 +262,8 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
         )
     if megabytes is not None and megabytes < 1:
         raise SystemExit(f"--adapter-memory-mb {megabytes} must be at least 1")
-    if arguments.adapter_memory == "static" and arguments.adapter_eviction != DEFAULT_STRATEGY:
-        raise SystemExit(
-            f"--adapter-eviction {arguments.adapter_eviction} needs --adapter-memory unified; static memory evicts "
-            "the least recently used adapter"
-        )
+    if not 0 < arguments.adapter_read_timeout < float("inf"):
+        raise SystemExit(f"--adapter-read-timeout {arguments.adapter_read_timeout} must be above 0")
     if arguments.adapter_max_wait_steps < 1:
         raise SystemExit(f"--adapter-max-wait-steps {arguments.adapter_max_wait_steps} must be at least 1")
     if not 0 <= arguments.adapter_host_memory_gb < float("inf"):
@@ -267,6 +273,7 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
         adapter_memory_mb=DEFAULTS.adapter_memory_mb if megabytes is None else megabytes,
         adapter_host_memory_gb=arguments.adapter_host_memory_gb,
         adapter_root=str(root.resolve()) if root else None,
+        adapter_read_timeout_s=arguments.adapter_read_timeout,
         adapter_kernels=arguments.adapter_kernels,
         adapter_overlap=arguments.adapter_overlap,
         decision_log=arguments.adapter_decision_log,

@@ -8,7 +8,7 @@ from typing import Protocol
 from unittest.mock import patch
 
 from sglang_blocklora.memory.decisions import DecisionLog
-from sglang_blocklora.memory.static_pool import Pool
+from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.memory.unified_pool import UnifiedPool
 from sglang_blocklora.scheduling import order
 from sglang_blocklora.scheduling.policy import QUANTUM_CHUNKS
@@ -116,7 +116,7 @@ class Affinity:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: AdapterPool,
         cache: upstream.UnifiedRadixCache,
         max_wait_steps: int = DEFAULTS.adapter_max_wait_steps,
         quantum_chunks: int = QUANTUM_CHUNKS,

@@ -14,13 +14,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from sglang_blocklora.adapters.loading import Outcome
+from blocklora_testing.ranks import HandReads
+from sglang_blocklora.adapters.loading import Found
 from sglang_blocklora.memory.decisions import DecisionLog
-from sglang_blocklora.memory.eviction import DEFAULT_STRATEGY, STRATEGIES
+from sglang_blocklora.memory.eviction import DEFAULT_STRATEGY, LRU, STRATEGIES
 from sglang_blocklora.memory.images import ImageStore
 from sglang_blocklora.memory.loaded import LoadedAdapter
 from sglang_blocklora.memory.static_arena import StaticArena
-from sglang_blocklora.memory.static_pool import AdapterPool
+from sglang_blocklora.memory.static_pool import StaticPool
 from sglang_blocklora.memory.unified_pool import UnifiedPool
 
 from research.simulation import upstream
@@ -62,7 +63,15 @@ class Adapter:
     def loaded(self) -> LoadedAdapter:
         """As our pools keep it."""
         shard = SimpleNamespace(slots=pages(self.slots))
-        return LoadedAdapter(str(self.index), "", shard, pages(self.slots), False, self.content_hash, "")  # type: ignore[arg-type]
+        return LoadedAdapter(
+            name=str(self.index),
+            path="",
+            shard=shard,  # type: ignore[arg-type]
+            slots=pages(self.slots),
+            pinned=False,
+            content_hash=self.content_hash,
+            image_digest="",
+        )
 
 
 def make_adapters(ranks: Sequence[int], count: int, costs: Costs) -> list[Adapter]:
@@ -76,10 +85,10 @@ def make_adapters(ranks: Sequence[int], count: int, costs: Costs) -> list[Adapte
 def all_in_host_memory() -> ImageStore:
     """Host memory for every adapter: nothing is read from disk again."""
 
-    def read(adapter: LoadedAdapter) -> Outcome:
+    def read(adapter: LoadedAdapter) -> Found:
         raise AssertionError(f"{adapter.name} was read again")
 
-    return ImageStore(2**62, 1, read, lambda outcome: [outcome], DecisionLog(None, 0))
+    return ImageStore(2**62, 1, read, HandReads(), DecisionLog(None, 0))  # type: ignore[arg-type]
 
 
 class System:
@@ -174,15 +183,21 @@ class Static(System):
     def __init__(self, adapters: Sequence[Adapter], total_slots: int, costs: Costs) -> None:
         arena = STOCK_SLOTS * max(a.slots for a in adapters)
         super().__init__(adapters, total_slots - arena, costs)
-        self.pool = AdapterPool(_CountedArena(self, arena // PAGE_TOKENS), OUR_ADAPTERS_PER_BATCH, all_in_host_memory())
+        self.pool = StaticPool(
+            _CountedArena(self, arena // PAGE_TOKENS),
+            OUR_ADAPTERS_PER_BATCH,
+            all_in_host_memory(),
+            DecisionLog(None, 0),
+            LRU(),
+        )
         for adapter in adapters:
             self.pool.add(adapter.lora_id, adapter.loaded(), adapter)  # type: ignore[arg-type]
 
     def fits(self, lora_ids: set[str]) -> bool:
-        return self.pool.fits(lora_ids)
+        return self.pool.bring_in(lora_ids)
 
     def prepare(self, lora_ids: Iterable[str]) -> None:
-        self.pool.make_resident(lora_ids)
+        self.pool.begin_step(lora_ids)
 
     def is_resident(self, lora_id: str) -> bool:
         return self.pool.is_resident(lora_id)
@@ -223,10 +238,10 @@ class Unified(System):
             self.pool.add(adapter.lora_id, adapter.loaded(), adapter)  # type: ignore[arg-type]
 
     def fits(self, lora_ids: set[str]) -> bool:
-        return self.pool.fits(lora_ids)
+        return self.pool.bring_in(lora_ids)
 
     def prepare(self, lora_ids: Iterable[str]) -> None:
-        self.pool.make_resident(lora_ids)
+        self.pool.begin_step(lora_ids)
 
     def is_resident(self, lora_id: str) -> bool:
         return self.pool.is_resident(lora_id)

@@ -24,7 +24,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
     from blocklora_patches.model.lora_manager import BlockLoRAManager
     from blocklora_patches.scheduler import admission as scheduler
-    from blocklora_patches.scheduler import look_ahead
     from blocklora_patches.scheduler import prefill_adder as schedule_policy
     from blocklora_patches.scheduler import request as schedule_batch
     from blocklora_patches.scheduler.queue_order import AdapterAffinityPolicy
@@ -57,13 +56,13 @@ class Admission:
         self.pool.bind_cache(self.cache)
         for name, slots in SLOTS.items():
             adapter = LoadedAdapter(
-                name,
-                "",
-                AdapterShard(name=name, rank=1, nblocks=1, slots=slots, descriptors=(), scalings=(), shares=()),
-                slots,
-                False,
-                digest(name),
-                "",
+                name=name,
+                path="",
+                shard=AdapterShard(name=name, rank=1, nblocks=1, slots=slots, descriptors=(), scalings=(), shares=()),
+                slots=slots,
+                pinned=False,
+                content_hash=digest(name),
+                image_digest="",
             )
             self.pool.add(self.id(name), adapter, torch.zeros(1, 2, slots, 8))
         manager = SimpleNamespace(unified=True, pool=self.pool, decisions=DecisionLog(None, 0))
@@ -139,12 +138,11 @@ class Admission:
         self.waiting = [request for request in self.waiting if request not in admitted]
         for request in admitted:
             self.allocate(request)
-        self.pool.make_resident(request.lora_id for request in admitted if request.lora_id)
+        self.pool.begin_step(request.lora_id for request in admitted if request.lora_id)
         self.running += admitted
         self.count_overtaken(admitted, turns)
         self.scheduler.waiting_queue = self.waiting
-        result = SimpleNamespace(running_batch=SimpleNamespace(reqs=self.running), batch_to_run=None)
-        look_ahead._get_new_batch_prefill(result, self.scheduler, None)
+        scheduler._get_new_batch_prefill(None, self.scheduler, None)
         return admitted
 
     def order(self) -> dict[str, int]:
@@ -311,8 +309,8 @@ def test_what_can_never_fit_is_refused_and_what_fits_is_shortened_until_it_runs(
     admission = Admission()
     if pinned:
         assert admission.pool.set_pinned(admission.id(pinned), True) is None
-        assert admission.pool.fits([admission.id(pinned)])
-        admission.pool.make_resident([admission.id(pinned)])
+        assert admission.pool.bring_in([admission.id(pinned)])
+        admission.pool.begin_step([admission.id(pinned)])
     request = admission.request(name, [1] * prompt, 1000)
     assert bool(request.messages) == refused, request.messages
     if refused:
@@ -342,8 +340,8 @@ def test_pins_that_shut_a_request_out_let_others_overtake_it() -> None:
     long, short = admission.request("c", [1] * 90, 20), admission.request("c", [1] * 8, 4)
     pin = admission.id("d")
     assert admission.pool.set_pinned(pin, True) is None
-    assert admission.pool.fits([pin])
-    admission.pool.make_resident([pin])
+    assert admission.pool.bring_in([pin])
+    admission.pool.begin_step([pin])
     admission.waiting = [long, short]
     assert admission.one_pass() == [short]
     admission.finish(short)

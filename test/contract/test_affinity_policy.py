@@ -31,7 +31,10 @@ class Pool:
 
     def __init__(self) -> None:
         self.loaded = {name: SimpleNamespace(name=name, slots=1000) for name in ("here", "there", "far")}
-        self.images = SimpleNamespace(host={"here", "there"})
+        self.reading: set[str] = set()
+        self.images = SimpleNamespace(
+            in_host_memory=lambda key: key in {"here", "there"}, is_being_read=self.reading.__contains__
+        )
 
     def is_resident(self, key: str) -> bool:
         return key == "here"
@@ -162,6 +165,19 @@ def test_behind_an_overdue_request_that_does_not_fit_all_wait_until_it_does(sche
     scheduler.policy.calc_priority(queue)
     assert not adapter_fits(scheduler, there, set(), lambda: False), "nothing runs, so nothing will end"
     assert adapter_fits(scheduler, base, set(), lambda: True)
+
+
+def test_nobody_else_waits_for_an_adapter_that_is_being_read(scheduler) -> None:
+    """However overdue its requests are: a read takes as long as the storage does."""
+    scheduler.tp_worker.model_runner.lora_manager.pool.reading.add("far")
+    far = request([1], "far")
+    queue = [far]
+    for i in range(4):
+        queue.append(request([10 + i]))
+        scheduler.policy.calc_priority(queue)
+        queue.pop(next(j for j, req in enumerate(queue) if req is not far))
+        assert not adapter_fits(scheduler, far, {"here"}, lambda: False)
+        assert adapter_fits(scheduler, request([30 + i]), {"here"}, lambda: True)
 
 
 def test_a_server_without_adapters_or_radix_cache_has_an_order_too(scheduler) -> None:

@@ -6,7 +6,7 @@ import warnings
 from types import SimpleNamespace
 
 import torch
-from blocklora_testing.ranks import Ranks
+from blocklora_testing.ranks import HandReads, Ranks
 from blocklora_testing.real_cache import new_cache
 from blocklora_testing.tiers import LAYERS, WIDTH, Disk, numbered
 from hypothesis import settings
@@ -46,11 +46,12 @@ class TiersMachine(RuleBasedStateMachine):
     @initialize(page_size=st.sampled_from([1, 16]))
     def make(self, page_size: int) -> None:
         self.disks = [Disk(), Disk()]
-        self.ranks = Ranks(lambda rank, exchange: Rank(page_size, self.images(rank, exchange)))
+        self.ranks = Ranks(lambda rank, reads: Rank(page_size, self.images(rank, reads)))
         self.count = 0
+        self.broken: set[str] = set()  # adapters that a disk did not have as they were, now or before
 
-    def images(self, rank: int, exchange) -> ImageStore:
-        return ImageStore(HOST_SLOTS, 1, self.disks[rank].read, exchange, DecisionLog(None, rank))
+    def images(self, rank: int, reads) -> ImageStore:
+        return ImageStore(HOST_SLOTS, 1, self.disks[rank].read, reads, DecisionLog(None, rank))
 
     def keys(self) -> list[str]:
         return sorted(self.ranks.objects[0].pool.loaded)
@@ -70,7 +71,9 @@ class TiersMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.count)
     @rule(data=st.data(), rank=st.integers(0, 1), state=st.sampled_from(["", "gone", "other"]))
     def change_disk(self, data, rank: int, state: str) -> None:
-        self.disks[rank].states[f"a{data.draw(st.integers(0, self.count - 1))}"] = state
+        name = f"a{data.draw(st.integers(0, self.count - 1))}"
+        self.disks[rank].states[name] = state
+        self.broken |= {name} if state else set()
 
     @precondition(lambda self: self.keys())
     @rule(data=st.data())
@@ -78,27 +81,36 @@ class TiersMachine(RuleBasedStateMachine):
         keys = data.draw(st.lists(st.sampled_from(self.keys()), unique=True))
         self.ranks.call(lambda rank: rank.pool.prefetch(keys))
 
+    @precondition(lambda self: self.ranks.reads[0].found)
+    @rule(data=st.data())
+    def arrive(self, data) -> None:
+        """TP rank 0 tells that some reads are done, in any order."""
+        numbers = data.draw(st.permutations(sorted(self.ranks.reads[0].found)))[: data.draw(st.integers(1, 3))]
+        self.ranks.arrive(lambda rank, decision: rank.pool.images.arrived(decision), *numbers)
+
     @precondition(lambda self: self.keys())
     @rule(data=st.data())
     def admit(self, data) -> None:
         key = data.draw(st.sampled_from(self.keys()))
         name = f"a{int(key)}"
-        states = {disk.states.get(name, "") for disk in self.disks}
-        certain = self.ranks.call(lambda rank: rank.pool.is_resident(key) or rank.pool.images.in_host_memory(key))
+        at_hand = self.ranks.call(lambda rank: rank.pool.is_resident(key) or rank.pool.images.in_host_memory(key))
         room = self.ranks.call(lambda rank: rank.pool.is_resident(key) or rank.cache.has_room(key))
-        admitted = self.ranks.call(lambda rank: rank.pool.fits([key]))
-        failures = self.ranks.call(lambda rank: rank.pool.images.take_failures())
+        admitted = self.ranks.call(lambda rank: rank.pool.bring_in([key]))
         if not room:
-            assert (admitted, failures) == (False, {})
+            assert not admitted
             return
-        assert admitted == (not failures)
-        if certain or states == {""}:
-            assert admitted, "an adapter with a sound image was refused"
+        assert admitted == at_hand, "it waited for a read, or did not take what was there"
+        if not at_hand and self.ranks.call(lambda rank: rank.pool.images.is_being_read(key)):
+            self.ranks.arrive(lambda rank, decision: rank.pool.images.arrived(decision))
+            admitted = self.ranks.call(lambda rank: rank.pool.bring_in([key]))
+        failures = self.ranks.call(lambda rank: rank.pool.images.take_failures())
+        assert {f"a{int(failed)}" for failed in failures} <= self.broken, "an adapter with a sound folder was refused"
+        assert admitted == (key not in failures)
         if not admitted:
-            assert set(failures) == {key}
+            assert name in self.broken
             assert not self.ranks.call(lambda rank: rank.pool.is_resident(key))
             return
-        self.ranks.call(lambda rank: rank.pool.make_resident([key]))
+        self.ranks.call(lambda rank: rank.pool.begin_step([key]))
         for rank in self.ranks.objects:
             assert (rank.rows(key) == float(int(key))).all(), "rows of another adapter"
 
@@ -123,13 +135,14 @@ TestTiers.settings = settings(max_examples=40, stateful_step_count=30, deadline=
 
 
 def test_requests_of_an_adapter_that_could_not_be_read_are_answered_and_no_others() -> None:
-    images = ImageStore(0, 1, Disk().read, lambda outcome: [outcome], DecisionLog(None, 0))
+    """And of the rest, the adapters are read ahead."""
+    images = ImageStore(0, 1, Disk().read, HandReads(), DecisionLog(None, 0))
     images.failures["bad"] = "adapter 'bad' is gone"
     answered: list[tuple[str, str]] = []
+    ahead: list[list[str]] = []
+    pool = SimpleNamespace(images=images, prefetch=lambda keys: ahead.append(list(keys)))
     scheduler = SimpleNamespace(
-        tp_worker=SimpleNamespace(
-            model_runner=SimpleNamespace(lora_manager=SimpleNamespace(pool=SimpleNamespace(images=images)))
-        ),
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lora_manager=SimpleNamespace(pool=pool))),
         retire_unadmitted_request=lambda req: answered.append((req.name, req.message[0])),
     )
     requests = []
@@ -144,3 +157,4 @@ def test_requests_of_an_adapter_that_could_not_be_read_are_answered_and_no_other
     assert [request.name for request in scheduler.waiting_queue] == ["2", "3"]
     _get_new_batch_prefill(None, scheduler, None)
     assert len(answered) == 2
+    assert ahead == [["good"], ["good"]]

@@ -1,19 +1,23 @@
-"""A real server at TP 2 whose host memory holds two adapters, and folders that vanish, change and break."""
+"""A real server at TP 2 whose host memory holds two adapters, and folders that vanish, change, break and hang."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from blocklora_testing import slow_launcher
 from blocklora_testing.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens
 from blocklora_testing.server import Server, running
 
 ADAPTERS = 8
 NEW_TOKENS = 6
+TIMEOUT_S = 10  # of reads, of which all but those of storage that hangs take a moment
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -38,7 +42,9 @@ def server(many, tmp_path_factory) -> Iterator[Server]:
     flags += ["--adapter-host-memory-gb", str(100_000 / 2**30), "--max-running-requests", "8"]
     flags += ["--adapter-decision-log", str(folder / "decisions")]
     paths = ["--lora-paths", *(f"{name}={path}" for name, path in adapters.items())]
-    with running(model, *flags, *paths, log=folder / "log") as server:
+    flags += ["--adapter-read-timeout", str(TIMEOUT_S), "--sleep-on-idle"]
+    script = Path(slow_launcher.__file__)
+    with running(model, *flags, *paths, log=folder / "log", module=(str(script),)) as server:
         yield server
     text = server.log_text()
     assert "memory leak" not in text.lower()
@@ -152,3 +158,64 @@ def test_it_can_be_unloaded_while_broken_and_loaded_from_elsewhere(
     assert status == 200, answer
     assert ask(server, many, "a0")[0] == 200
     assert set(all_together(server, many).values()) == {200}
+
+
+def test_while_an_adapter_is_read_all_others_go_on(server: Server, many) -> None:
+    """a3 is loaded and in no memory; its requests wait for the storage, those of other adapters do not."""
+    folder = many[1]["a3"]
+    put_out(server, many, "a3")
+    (folder / slow_launcher.HOLD).touch()
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(ask, server, many, "a3", index) for index in (0, 1)]
+        for name in ("a4", "a7", None, "a1", "a2"):
+            assert ask(server, many, name)[0] == 200
+        assert not any(one.done() for one in waiting)
+        (folder / slow_launcher.HOLD).unlink()
+        assert [one.result()[0] for one in waiting] == [200, 200]
+
+
+def test_while_an_adapter_is_loaded_all_others_go_on(server: Server, many, tmp_path: Path) -> None:
+    """Also while nothing else runs, when the scheduler sleeps."""
+    _, adapters, prompts, expected = many
+    new = shutil.copytree(adapters["a2"], tmp_path / "new")
+    (new / slow_launcher.HOLD).touch()
+    body = {"lora_name": "new", "lora_path": str(new)}
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(server.call, "/load_lora_adapter", body)
+        for name in ("a4", None, "a5", "a1"):
+            assert ask(server, many, name)[0] == 200
+        assert not loading.done()
+        (new / slow_launcher.HOLD).unlink()
+        assert loading.result()[0] == 200
+    assert server.tokens(prompts[0], "new", NEW_TOKENS) == expected["a2"][0]
+    assert server.call("/unload_lora_adapter", {"lora_name": "new"})[0] == 200
+
+
+def test_storage_that_hangs_is_a_clear_error_and_the_adapter_serves_again_later(
+    server: Server, many, tmp_path: Path
+) -> None:
+    folder = many[1]["a3"]
+    new = shutil.copytree(folder, tmp_path / "new")
+    put_out(server, many, "a3")
+    for held in (folder, new):
+        (held / slow_launcher.HOLD).touch()
+    body = {"lora_name": "new", "lora_path": str(new)}
+    for status, answer in (ask(server, many, "a3"), server.call("/load_lora_adapter", body)):
+        assert status == 400
+        assert f"could not be read within {TIMEOUT_S} s" in str(answer)
+        assert "--adapter-read-timeout" in str(answer)
+    for held in (folder, new):
+        (held / slow_launcher.HOLD).unlink()
+    assert ask(server, many, "a4")[0] == 200
+    wait_for(lambda: ask(server, many, "a3")[0] == 200)
+    wait_for(lambda: server.call("/load_lora_adapter", body)[0] == 200)
+    assert server.tokens(many[2][1], "new", NEW_TOKENS) == many[3]["a3"][1]
+    assert server.call("/unload_lora_adapter", {"lora_name": "new"})[0] == 200
+
+
+def wait_for(check: Callable[[], bool]) -> None:
+    """A read that was given up may take a moment to come back; until then its folder is refused."""
+    end = time.monotonic() + 60
+    while not check():
+        assert time.monotonic() < end
+        time.sleep(0.1)

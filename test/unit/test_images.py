@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from blocklora_testing.ranks import Ranks
@@ -12,7 +10,7 @@ from blocklora_testing.toy import ToyModel, write_adapter
 from hypothesis import given
 from hypothesis import strategies as st
 from sglang_blocklora.adapters.content_hash import content_hash
-from sglang_blocklora.adapters.loading import attempt
+from sglang_blocklora.adapters.loading import read_adapter
 from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.host_tier import HostTier
 from sglang_blocklora.memory.images import ImageStore
@@ -56,7 +54,7 @@ class Stores:
 
     def __init__(self, budget_bytes: int) -> None:
         self.disks = [Disk(), Disk()]
-        self.ranks = Ranks(lambda rank, exchange: ImageStore(budget_bytes, 1, self.disks[rank].read, exchange, NO_LOG))
+        self.ranks = Ranks(lambda rank, reads: ImageStore(budget_bytes, 1, self.disks[rank].read, reads, NO_LOG))
         self.stores = self.ranks.objects
 
     def add(self, count: int) -> None:
@@ -64,8 +62,8 @@ class Stores:
             for store in self.stores:
                 store.add(f"k{number}", *numbered(number, 10))
 
-    def get(self, number: int) -> float | None:
-        """The number in every element of the image, or None."""
+    def ask(self, number: int) -> float | None:
+        """The number in every element of the image, or None where it is not at hand now."""
 
         def ask(store: ImageStore) -> float | None:
             image = store.get(f"k{number}", numbered(number, 10)[0])
@@ -75,6 +73,17 @@ class Stores:
             return float(image.flatten()[0])
 
         return self.ranks.call(ask)
+
+    def arrive(self) -> None:
+        self.ranks.arrive(lambda store, decision: store.arrived(decision))
+
+    def get(self, number: int) -> float | None:
+        """As ``ask``, once it has been read."""
+        found = self.ask(number)
+        if found is not None:
+            return found
+        self.arrive()
+        return self.ask(number)
 
     def prefetch(self, *numbers: int) -> None:
         self.ranks.call(lambda store: store.prefetch([(f"k{number}", numbered(number, 10)[0]) for number in numbers]))
@@ -96,6 +105,38 @@ def test_without_a_host_budget_every_image_is_read_again() -> None:
     stores.prefetch(0, 1)
     assert [disk.reads for disk in stores.disks] == [["a0", "a1", "a0"]] * 2
     assert stores.stores[0].load_counts.of("k0").disk_reads == 2
+
+
+def test_an_image_that_is_not_at_hand_is_read_once_and_nobody_waits() -> None:
+    stores = Stores(10)
+    stores.add(2)
+    assert [stores.ask(0), stores.ask(0), stores.ask(1)] == [None, None, 1]
+    assert [disk.reads for disk in stores.disks] == [["a0"]] * 2
+    assert stores.ranks.call(lambda store: (store.is_being_read("k0"), store.in_host_memory("k0"))) == (True, False)
+    stores.arrive()
+    assert stores.ranks.call(lambda store: (store.is_being_read("k0"), store.in_host_memory("k0"))) == (False, True)
+    assert stores.ask(0) == 0
+
+
+def test_an_image_without_room_in_host_memory_is_kept_for_whom_it_was_read_and_no_longer() -> None:
+    stores = Stores(0)
+    stores.add(1)
+    for wanted, kept in (({"k0"}, True), (set(), False)):
+        assert stores.ask(0) is None
+        stores.arrive()
+        stores.ranks.call(lambda store, wanted=wanted: store.drop_unwanted(wanted))
+        assert stores.ranks.call(lambda store: store.in_host_memory("k0")) == kept
+        assert stores.ask(0) == (0 if kept else None)
+
+
+def test_a_read_that_ends_after_its_adapter_was_unloaded_leaves_nothing() -> None:
+    stores = Stores(20)
+    stores.add(3)
+    assert stores.ask(0) is None
+    stores.ranks.call(lambda store: store.remove("k0"))
+    stores.arrive()
+    assert stores.ranks.call(lambda store: store.in_host_memory("k0")) is False
+    assert stores.take_failures() == {}
 
 
 @pytest.mark.parametrize("state", ["gone", "other"])
@@ -132,35 +173,10 @@ def test_images_wanted_soon_are_read_ahead_within_the_budget_and_most_urgent_fir
     stores.add(5)
     assert stores.held() == ["k3", "k4"]
     stores.prefetch(4, 0, 1, 2)
-    assert stores.held() == ["k0", "k4"], "what is wanted stays, and what is beyond the budget is not begun"
-    assert stores.get(0) == 0
-    assert [disk.reads for disk in stores.disks] == [["a0"]] * 2
-    assert stores.get(4) == 4
-
-
-def test_a_read_ahead_is_waited_for_not_asked_about() -> None:
-    """One TP rank's disk is still reading when the image is needed."""
-    stores = Stores(10)
-    stores.add(2)
-    begin = threading.Event()
-    read = stores.stores[1]._read
-    stores.stores[1]._read = lambda adapter: (begin.wait(20), read(adapter))[1]
-    stores.prefetch(0)
-    assert not stores.stores[1].in_host_memory("k0")
-    threading.Timer(0.05, begin.set).start()
-    assert stores.get(0) == 0
-    assert stores.stores[1].in_host_memory("k0")
-
-
-def test_a_read_ahead_that_failed_is_tried_again_when_the_image_is_needed() -> None:
-    stores = Stores(10)
-    stores.add(2)
-    stores.disks[1].states["a0"] = "gone"
-    stores.prefetch(0)
-    stores.stores[1].host.peek("k0").result()
-    stores.disks[1].states.clear()
-    assert stores.get(0) == 0
-    assert stores.take_failures() == {}
+    assert [disk.reads for disk in stores.disks] == [["a0"]] * 2, "what is beyond the budget is not begun"
+    stores.arrive()
+    assert stores.held() == ["k0", "k4"], "what is wanted stays"
+    assert [stores.ask(0), stores.ask(4)] == [0, 4]
 
 
 def test_the_bytes_of_an_adapter_are_checked_when_it_is_read_again(tmp_path) -> None:
@@ -168,22 +184,37 @@ def test_the_bytes_of_an_adapter_are_checked_when_it_is_read_again(tmp_path) -> 
     model = ToyModel()
     spec = model.spec(0, 2, torch.float32)
     write_adapter(tmp_path, model, seed=1)
-    first = attempt("mine", str(tmp_path), spec, 64, None)
+    report, first = read_adapter("mine", str(tmp_path), spec, 64, None)
     known = LoadedAdapter(
-        "mine", str(tmp_path), first.shard, first.slots, False, first.content_hash, first.image_digest
+        name="mine",
+        path=str(tmp_path),
+        shard=first.shard,
+        slots=report.slots,
+        pinned=False,
+        content_hash=report.content_hash,
+        image_digest=first.image_digest,
     )
     assert known.content_hash == content_hash(tmp_path)
-    store = ImageStore(
-        0, 1, lambda a: attempt(a.name, a.path, spec, 64, None, hash_contents=False), lambda o: [o], NO_LOG
-    )
-    image = store.get("k", known)
-    assert image is not None
-    assert torch.equal(image, first.image)
+
+    def read_again(adapter: LoadedAdapter):
+        return read_adapter(adapter.name, adapter.path, spec, 64, None, hash_contents=False)
+
+    ranks = Ranks(lambda rank, reads: ImageStore(0, 1, read_again, reads, NO_LOG))
+    store = ranks.objects[0]
+
+    def get() -> tuple[torch.Tensor | None, ...]:
+        ranks.call(lambda store: store.get("k", known) is None)
+        ranks.arrive(lambda store, decision: store.arrived(decision))
+        ranks.call(lambda store: store.in_host_memory("k"))
+        return store.get("k", known), ranks.objects[1].get("k", known)
+
+    for image in get():
+        assert torch.equal(image, first.image)
     for changed in ({"seed": 2}, {"seed": 1, "lora_alpha": 17}, {"seed": 1, "rank": 5}):
         write_adapter(tmp_path, model, **changed)
-        assert store.get("k", known) is None
-        (message,) = store.take_failures().values()
+        assert get() == (None, None)
+        (message,) = ranks.call(lambda store: store.take_failures()).values()
         assert f"other contents in {tmp_path}" in message
         assert known.content_hash in message
     write_adapter(tmp_path, model, seed=1)
-    assert store.get("k", known) is not None
+    assert None not in get()

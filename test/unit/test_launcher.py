@@ -48,7 +48,7 @@ def test_our_schedule_policy_is_the_default_and_sglangs_can_be_chosen() -> None:
     [
         ["--adapter-root", "/nowhere"],
         ["--adapter-memory-mb", "0", "--adapter-memory", "static"],
-        ["--adapter-eviction", "kv-first", "--adapter-memory", "static"],
+        ["--adapter-read-timeout", "0"],
         ["--adapter-memory-mb", "64"],  # of no use to unified memory
         ["--adapter-max-wait-steps", "0"],
         ["--adapter-weight", "a"],

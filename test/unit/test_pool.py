@@ -10,19 +10,20 @@ from blocklora_testing.tiers import LAYERS, WIDTH, Disk, numbered
 from blocklora_testing.toy import host_only_images
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from sglang_blocklora.memory.decisions import DecisionLog
+from sglang_blocklora.memory.eviction import STRATEGIES
 from sglang_blocklora.memory.images import ImageStore
 from sglang_blocklora.memory.static_arena import StaticArena
-from sglang_blocklora.memory.static_pool import AdapterPool
+from sglang_blocklora.memory.static_pool import StaticPool
 
 SLOTS = 24
 HOST_SLOTS = 20
 
 
-def new_pool(images: ImageStore | None = None) -> AdapterPool:
+def new_pool(images: ImageStore | None = None, strategy: str = "lru") -> StaticPool:
     arena = StaticArena(LAYERS, SLOTS, WIDTH, torch.float32, torch.device("cpu"))
-    return AdapterPool(arena, 4, images or host_only_images())
+    return StaticPool(arena, 4, images or host_only_images(), DecisionLog(None, 0), STRATEGIES[strategy]())
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -30,13 +31,18 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.disks = [Disk(), Disk()]
-        self.ranks = Ranks(self.make)
-        self.pools = self.ranks.objects
         self.count = 0
+        self.broken: set[str] = set()  # adapters that a disk did not have as they were, now or before
 
-    def make(self, rank: int, exchange) -> AdapterPool:
-        return new_pool(ImageStore(HOST_SLOTS, 1, self.disks[rank].read, exchange, DecisionLog(None, rank)))
+    @initialize(strategy=st.sampled_from(sorted(STRATEGIES)))
+    def start(self, strategy: str) -> None:
+        self.disks = [Disk(), Disk()]
+        self.ranks = Ranks(lambda rank, reads: self.make(rank, reads, strategy))
+        self.pools = self.ranks.objects
+
+    def make(self, rank: int, reads, strategy: str) -> StaticPool:
+        images = ImageStore(HOST_SLOTS, 1, self.disks[rank].read, reads, DecisionLog(None, rank))
+        return new_pool(images, strategy)
 
     @rule(slots=st.integers(1, SLOTS + 4), pinned=st.booleans())
     def load(self, slots: int, pinned: bool) -> None:
@@ -57,7 +63,9 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data(), rank=st.integers(0, 1), state=st.sampled_from([None, "gone", "other"]))
     def change_disk(self, data, rank: int, state: str | None) -> None:
         """A folder vanishes, changes or comes back, as one TP rank sees it."""
-        self.disks[rank].states[f"a{data.draw(st.integers(0, self.count - 1))}"] = state or ""
+        name = f"a{data.draw(st.integers(0, self.count - 1))}"
+        self.disks[rank].states[name] = state or ""
+        self.broken |= {name} if state else set()
 
     @precondition(lambda self: self.pools[0].loaded)
     @rule(data=st.data())
@@ -67,33 +75,45 @@ class PoolMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.pools[0].loaded)
     @rule(data=st.data())
-    def look_ahead(self, data) -> None:
-        first = self.pools[0]
-        at_hand = self.ranks.call(lambda pool: [k for k in sorted(pool.loaded) if pool.images.in_host_memory(k)])
-        missing = [key for key in at_hand if not first.is_resident(key)]
-        if not missing:
-            return
-        key = data.draw(st.sampled_from(missing))
-        keep = data.draw(st.lists(st.sampled_from(sorted(first.resident)), unique=True)) if first.resident else []
-        staying = {*keep, *(k for k in first.resident if first.loaded[k].pinned)}
-        room = sum(first.loaded[k].slots for k in (*staying, key)) <= SLOTS
-        assert self.ranks.call(lambda pool: pool.load_ahead(key, keep if pool is first else reversed(keep), 0)) == room
-        assert staying <= set(first.resident)
+    def request(self, data) -> None:
+        """A request arrives, of an adapter or the base model."""
+        key = data.draw(st.sampled_from([None, *sorted(self.pools[0].loaded)]))
+        self.ranks.call(lambda pool: pool.arrived(key, None))
+
+    @precondition(lambda self: self.ranks.reads[0].found)
+    @rule(data=st.data())
+    def arrive(self, data) -> None:
+        """TP rank 0 tells that some reads are done, in any order."""
+        numbers = data.draw(st.permutations(sorted(self.ranks.reads[0].found)))
+        self.ranks.arrive(
+            lambda pool, decision: pool.images.arrived(decision), *numbers[: data.draw(st.integers(1, 3))]
+        )
 
     @precondition(lambda self: self.pools[0].loaded)
     @rule(data=st.data())
     def run(self, data) -> None:
+        """A batch asks for adapters until they are there or have failed."""
         keys = data.draw(st.lists(st.sampled_from([*sorted(self.pools[0].loaded), "unknown"]), unique=True))
-        admitted = self.ranks.call(lambda pool: pool.fits(keys if pool is self.pools[0] else reversed(keys)))
-        failures = self.ranks.call(lambda pool: pool.images.take_failures())
+        wanted = set(keys) - {"unknown"}
+        pinned = {key for key, one in self.pools[0].loaded.items() if one.pinned}
+        room = sum(self.pools[0].loaded[key].slots for key in wanted | pinned) <= SLOTS and len(wanted) <= 4
+        for _ in range(2 * len(wanted) + 1):
+            admitted = self.ranks.call(lambda pool: pool.bring_in(keys if pool is self.pools[0] else reversed(keys)))
+            failures = self.ranks.call(lambda pool: pool.images.take_failures())
+            if admitted or failures or not self.ranks.reads[0].found:
+                break
+            self.ranks.arrive(lambda pool, decision: pool.images.arrived(decision))
+        else:
+            raise AssertionError("adapters are read for ever")
         for key in failures:
-            assert not admitted
-            assert any(disk.states.get(f"a{key.removeprefix('key')}") for disk in self.disks), "a sound read failed"
+            assert f"a{key.removeprefix('key')}" in self.broken, "a sound read failed"
+        if not admitted:
+            assert failures or not room, "what fits and can be read was refused"
         if not admitted:
             return
-        self.ranks.call(lambda pool: pool.make_resident(keys))
+        self.ranks.call(lambda pool: pool.begin_step(keys))
         for pool in self.pools:
-            for key in set(keys) - {"unknown"}:
+            for key in wanted:
                 rows = pool.arena._rows[:, :, pool.resident[key].slots]
                 assert (rows == float(key.removeprefix("key"))).all(), "rows of another adapter"
 
@@ -115,13 +135,13 @@ TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=N
 def test_every_adapter_that_is_accepted_can_run_alone_beside_the_pinned_ones() -> None:
     pool = new_pool()
     pool.add("p", *numbered(0, SLOTS // 2, pinned=True))
-    assert pool.fits(["p"])
+    assert pool.bring_in(["p"])
     assert pool.reason_not_to_add(1, pinned=True) is not None
     assert pool.reason_not_to_add(SLOTS // 2 + 1, pinned=False) is not None
     assert pool.reason_not_to_add(SLOTS // 2, pinned=False) is None
     for number in (1, 2):
         pool.add(f"k{number}", *numbered(number, SLOTS // 2))
-        assert pool.fits([f"k{number}"])
+        assert pool.bring_in([f"k{number}"])
         assert set(pool.resident) == {"p", f"k{number}"}, "the pinned adapter stays, the other makes room"
 
 
@@ -129,8 +149,8 @@ def test_batch_limit_counts_adapters_not_the_base_model() -> None:
     pool = new_pool()
     for number in range(5):
         pool.add(str(number), *numbered(number, 1))
-    assert pool.fits(["0", "1", "2", "3"])
-    assert not pool.fits(["0", "1", "2", "3", "4"])
+    assert pool.bring_in(["0", "1", "2", "3"])
+    assert not pool.bring_in(["0", "1", "2", "3", "4"])
 
 
 def test_arena_prefers_a_run_and_falls_back_to_scattered_slots() -> None:

@@ -16,10 +16,18 @@ import torch
 from blocklora_testing.toy import ToyModel, write_adapter
 from safetensors.torch import load_file, save_file
 from sglang_blocklora.adapters.errors import AdapterError
-from sglang_blocklora.adapters.loading import attempt, merge
+from sglang_blocklora.adapters.loading import Report, merge, read_adapter
 from sglang_blocklora.adapters.shard import load_shard
+from sglang_blocklora.sharding.linears import ModelSpec
 
 MODEL = ToyModel()
+
+
+def read(name: str, folder: Path, spec: ModelSpec, root: str | None = None) -> Report:
+    """What a TP rank tells of an adapter."""
+    return read_adapter(name, str(folder), spec, 64, root)[0]
+
+
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 Q_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 
@@ -320,7 +328,7 @@ def test_what_may_not_be_read_is_told_so(name: str, caplog: pytest.LogCaptureFix
         (folder / "tokenizer.json").write_text("{}")
         (folder / name).chmod(0)
         with without_rights():
-            outcome = attempt("mine", str(folder), MODEL.spec(0, 1), 64, None)
+            outcome = read("mine", folder, MODEL.spec(0, 1))
         assert outcome.error is not None
         assert "that is not readable (Permission denied)" in outcome.error
         assert not caplog.records  # a refusal, not a crash of the loader
@@ -403,51 +411,65 @@ def test_root_keeps_paths_and_links_in(tmp_path: Path) -> None:
     (root / "linked-file" / "adapter_model.safetensors").unlink()
     (root / "linked-file" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
     spec = MODEL.spec(0, 1)
-    assert attempt("a", str(root / "inside"), spec, 64, str(root)).error is None
+    assert read("a", root / "inside", spec, str(root)).error is None
     for path in (outside, root / "link", root / ".." / "outside", root / "linked-file"):
-        error = attempt("a", str(path), spec, 64, str(root)).error
+        error = read("a", path, spec, str(root)).error
         assert error is not None
         assert "--adapter-root" in error
-        assert attempt("a", str(path), spec, 64, None).error is None
+        assert read("a", path, spec).error is None
 
 
 def test_a_refusal_on_one_rank_is_a_refusal_on_all(tmp_path: Path) -> None:
     """NaN in the last rows of q's B: only the last TP rank reads them."""
     write_adapter(tmp_path, MODEL, nblocks=2)
     weights(lambda tensors: tensors[Q_B].__setitem__((-1, 0), float("nan")))(tmp_path)
-    outcomes = [attempt("mine", str(tmp_path), MODEL.spec(rank, 4), 64, None) for rank in range(4)]
+    outcomes = [read("mine", tmp_path, MODEL.spec(rank, 4)) for rank in range(4)]
     assert [outcome.error is None for outcome in outcomes] == [True, True, True, False]
-    assert "NaN" in (merge(outcomes).error or "")
+    assert "NaN" in (merge("mine", "there", outcomes).error or "")
 
 
 def test_ranks_agree_on_the_largest_size(tmp_path: Path) -> None:
     """n = 3 over 2 ranks: each touches two blocks, but the row layouts need not be equal."""
     write_adapter(tmp_path, MODEL, nblocks=3)
-    outcomes = [attempt("mine", str(tmp_path), MODEL.spec(rank, 2), 64, None) for rank in range(2)]
-    assert merge(outcomes).slots == max(outcome.slots for outcome in outcomes)
+    outcomes = [read("mine", tmp_path, MODEL.spec(rank, 2)) for rank in range(2)]
+    assert merge("mine", "there", outcomes).slots == max(outcome.slots for outcome in outcomes)
 
 
 def test_what_is_missing_is_named_by_a_load_too(tmp_path: Path) -> None:
     write_adapter(tmp_path, MODEL)
     (tmp_path / "adapter_model.safetensors").unlink()
-    assert "no adapter_model.safetensors" in (attempt("mine", str(tmp_path), MODEL.spec(0, 2), 64, None).error or "")
+    assert "no adapter_model.safetensors" in (read("mine", tmp_path, MODEL.spec(0, 2)).error or "")
 
 
 def test_files_that_change_between_two_ranks_reads_are_refused(tmp_path: Path) -> None:
-    """Both ranks read a whole adapter, but not the same one: rank 0's hash would stand for other bytes on rank 1."""
+    """Both ranks read a whole adapter, but not the same one."""
     spec = [MODEL.spec(rank, 2) for rank in range(2)]
     write_adapter(tmp_path, MODEL, seed=1)
-    first = attempt("mine", str(tmp_path), spec[0], 64, None)
-    assert first.rechecked("mine", str(tmp_path)) is first
+    first = read("mine", tmp_path, spec[0])
+    assert merge("mine", "there", [first, read("mine", tmp_path, spec[1])]).error is None
     write_adapter(tmp_path, MODEL, seed=2)
-    second = attempt("mine", str(tmp_path), spec[1], 64, None)
-    assert merge([first, second]).error is None
-    error = merge([outcome.rechecked("mine", str(tmp_path)) for outcome in (first, second)]).error
+    second = read("mine", tmp_path, spec[1])
+    assert second.error is None
+    error = merge("mine", "there", [first, second]).error
     assert error is not None
     assert "'mine'" in error
+    assert "files in there that changed while they were read" in error
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_files_that_change_while_a_rank_reads_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    def load_and_change(*arguments, **options):
+        loaded = load_shard(*arguments, **options)
+        (tmp_path / file).write_bytes((tmp_path / file).read_bytes() + b" ")
+        return loaded
+
+    monkeypatch.setattr("sglang_blocklora.adapters.loading.load_shard", load_and_change)
+    write_adapter(tmp_path, MODEL)
+    error = read("mine", tmp_path, MODEL.spec(0, 1)).error
+    assert error is not None
     assert "changed while they were read" in error
-    (tmp_path / "adapter_config.json").unlink()
-    assert second.rechecked("mine", str(tmp_path)).error is not None
 
 
 def test_an_unforeseen_error_becomes_an_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,7 +480,7 @@ def test_an_unforeseen_error_becomes_an_outcome(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("sglang_blocklora.adapters.loading.load_shard", broken)
     write_adapter(tmp_path, MODEL)
-    error = attempt("mine", str(tmp_path), MODEL.spec(1, 2), 64, None).error
+    error = read("mine", tmp_path, MODEL.spec(1, 2)).error
     assert error is not None
     assert "MemoryError" in error
     assert "TP rank 1" in error

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang_blocklora.adapters.shard import load_shard
 from sglang_blocklora.batch.torch_step import TorchStep
+from sglang_blocklora.memory.decisions import DecisionLog
+from sglang_blocklora.memory.eviction import LRU
 from sglang_blocklora.memory.loaded import LoadedAdapter
 from sglang_blocklora.memory.static_arena import StaticArena
-from sglang_blocklora.memory.static_pool import AdapterPool
+from sglang_blocklora.memory.static_pool import StaticPool
 from sglang_blocklora.sharding.linears import ModelSpec
 
 TIMEOUT_S = 60
@@ -69,11 +71,18 @@ def run_rank(
     spec = spec_of(model, rank, group.size)
     arena = StaticArena(model.layers, 4096, spec.row_width, spec.dtype, torch.device("cpu"))
     arena._rows.fill_(float("nan"))
-    pool = AdapterPool(arena, 8, host_only_images())
+    pool = StaticPool(arena, 8, host_only_images(), DecisionLog(None, 0), LRU())
     for name, folder in folders.items():
         shard, image = load_shard(name, folder, spec, 64)
-        pool.add(name, LoadedAdapter(name, "", shard, shard.slots, False, "", ""), image)
-    pool.make_resident(folders)
+        pool.add(
+            name,
+            LoadedAdapter(
+                name=name, path="", shard=shard, slots=shard.slots, pinned=False, content_hash="", image_digest=""
+            ),
+            image,
+        )
+    assert pool.bring_in(folders)
+    pool.begin_step(folders)
     step = TorchStep(spec, pool, ThreadRank(group, rank))
     step.prepare(keys, None)
     deltas = []

@@ -13,9 +13,11 @@ from blocklora_testing.toy import ToyModel, host_only_images, write_adapter
 from sglang_blocklora.adapters.shard import load_shard
 from sglang_blocklora.batch.step import Step
 from sglang_blocklora.batch.torch_step import TorchStep
+from sglang_blocklora.memory.decisions import DecisionLog
+from sglang_blocklora.memory.eviction import LRU
 from sglang_blocklora.memory.loaded import LoadedAdapter
 from sglang_blocklora.memory.static_arena import StaticArena
-from sglang_blocklora.memory.static_pool import AdapterPool
+from sglang_blocklora.memory.static_pool import StaticPool
 
 MODEL = ToyModel(layers=2)
 CHOICES = {
@@ -30,12 +32,18 @@ def make(folder: Path, rank: int, size: int, step_class: type, slots: int):
     spec = MODEL.spec(rank, size, torch.float32)
     arena = StaticArena(MODEL.layers, slots, spec.row_width, spec.dtype, torch.device("cpu"))
     arena._rows.fill_(float("nan"))
-    pool = AdapterPool(arena, 3, host_only_images())
+    pool = StaticPool(arena, 3, host_only_images(), DecisionLog(None, 0), LRU())
     deltas = {}
     for seed, (name, options) in enumerate(CHOICES.items()):
         deltas[name] = write_adapter(folder / name, MODEL, seed=seed, **options)
         shard, image = load_shard(name, folder / name, spec, 64)
-        pool.add(name, LoadedAdapter(name, "", shard, shard.slots, False, "", ""), image)
+        pool.add(
+            name,
+            LoadedAdapter(
+                name=name, path="", shard=shard, slots=shard.slots, pinned=False, content_hash="", image_digest=""
+            ),
+            image,
+        )
     options = () if step_class is TorchStep else (16, torch.device("cpu"), rank == 1)  # overlapped on one rank
     step = step_class(spec, pool, *options)
     return spec, pool, step, deltas
@@ -68,7 +76,7 @@ def check_batches(folder: Path, step_class: type) -> None:
     """Prefill, decode, base only, unknown keys, adapters that come and go; on both ranks of TP 2."""
     for rank in (0, 1):
         spec, pool, step, deltas = make(folder / str(rank), rank, 2, step_class, slots=40)
-        assert not pool.fits(CHOICES), "all three fit: nothing would come and go"
+        assert not pool.bring_in(CHOICES), "all three fit: nothing would come and go"
         batches: list[tuple[list[str | None], list[int] | None]] = [
             (["plain", None, "n2", "plain"], [3, 4, 1, 6]),
             (["n3", "plain", None, "n3"], None),
@@ -79,7 +87,8 @@ def check_batches(folder: Path, step_class: type) -> None:
             (["n2", "n3"], None),
         ]
         for keys, counts in batches:
-            pool.make_resident(key for key in keys if key)
+            assert pool.bring_in(key for key in keys if key)
+            pool.begin_step(key for key in keys if key)
             check(spec, step, deltas, keys, counts)
             pool.check_integrity()
 
@@ -113,7 +122,8 @@ def check_graph_metadata(folder: Path, step_class: type) -> None:
         assert step._graph.grid_tiles == step._graph.most_tiles(size)
     buffer = step._graph._buffer
     for keys in (["plain", "n2", None], [None], ["n3", "n2", "plain", "n3"], ["plain"] * 8, ["n2"] * 9):
-        pool.make_resident(key for key in keys if key)
+        assert pool.bring_in(key for key in keys if key)
+        pool.begin_step(key for key in keys if key)
         check(spec, step, deltas, keys, None)
         adapted = {key for key in keys if key}
         if len(keys) <= 8:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from sglang_blocklora.adapters import weights_file
 from sglang_blocklora.adapters.errors import AdapterError
-from sglang_blocklora.adapters.loading import attempt
+from sglang_blocklora.adapters.loading import read_adapter
 from sglang_blocklora.adapters.shard import load_shard
 from sglang_blocklora.adapters.weights_file import DTYPES, WeightsFile
 
@@ -97,7 +97,7 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_refused_and_the_process_li
     with pytest.raises(AdapterError, match="bytes early"):
         load_shard("mine", tmp_path, MODEL.spec(0, 2), 64)
     monkeypatch.undo()
-    error = attempt("mine", str(tmp_path), MODEL.spec(1, 2), 64, None).error
+    error = read_adapter("mine", str(tmp_path), MODEL.spec(1, 2), 64, None)[0].error
     assert error is not None
     assert "adapter_model.safetensors" in error
     assert "'mine'" in error

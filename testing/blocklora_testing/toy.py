@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from sglang_blocklora.adapters.loading import Outcome
+from sglang_blocklora.adapters.loading import Found
 from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.images import ImageStore
 from sglang_blocklora.sharding.linears import Interval, LinearSpec, ModelSpec, Source
+
+from blocklora_testing.ranks import HandReads
 
 ROW_MODULES = ("o_proj", "down_proj")
 
@@ -169,7 +171,7 @@ def scaling(suffix: str, rank: int, options: dict) -> float:
 def host_only_images() -> ImageStore:
     """Images that stay in host memory: nothing is ever read again."""
 
-    def read(adapter) -> Outcome:
+    def read(adapter) -> Found:
         raise AssertionError(f"{adapter.name} was read again")
 
-    return ImageStore(2**60, 1, read, lambda outcome: [outcome], DecisionLog(None, 0))
+    return ImageStore(2**60, 1, read, HandReads(), DecisionLog(None, 0))

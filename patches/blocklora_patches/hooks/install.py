@@ -25,7 +25,6 @@ from blocklora_patches.scheduler import (
     adapter_updates,
     admission,
     control,
-    look_ahead,
     prefill_adder,
     queue_order,
     request,
@@ -44,7 +43,6 @@ HOOKS = (
     *request.HOOKS,
     *prefill_adder.HOOKS,
     *admission.HOOKS,
-    *look_ahead.HOOKS,  # behind admission's, which refuse requests whose adapter could not be read
     *control.HOOKS,
     *adapter_updates.HOOKS,
     *model_names.HOOKS,

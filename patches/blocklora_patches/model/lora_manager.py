@@ -15,18 +15,22 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.runner import get_is_capture_mode
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel
-from sglang_blocklora.adapters.loading import Outcome, attempt, merge
+from sglang_blocklora.adapters.loading import LocalShard, Report, merge, read_adapter
 from sglang_blocklora.batch.step import Step
 from sglang_blocklora.batch.torch_step import TorchStep
 from sglang_blocklora.batch.triton_step import TritonStep
 from sglang_blocklora.memory.decisions import DecisionLog
+from sglang_blocklora.memory.eviction import STRATEGIES
 from sglang_blocklora.memory.images import ImageStore
 from sglang_blocklora.memory.loaded import LoadedAdapter
+from sglang_blocklora.memory.pool import AdapterPool
+from sglang_blocklora.memory.reads import Decision, LocalBoard, Reads, StoreBoard
 from sglang_blocklora.memory.static_arena import StaticArena
-from sglang_blocklora.memory.static_pool import AdapterPool
+from sglang_blocklora.memory.static_pool import StaticPool
 from sglang_blocklora.memory.transfer import Transfer
 from sglang_blocklora.memory.unified_pool import KVArena, UnifiedPool
 from sglang_blocklora.settings import Settings
+from torch.distributed.distributed_c10d import _get_default_store
 
 from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.model.linear import AdaptedLinearMethod
@@ -37,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class BlockLoRAManager(LoRAManager):
-    """The interface of SGLang's manager over ``AdapterPool``: what the scheduler and the model runner call.
+    """The interface of SGLang's manager over an ``AdapterPool``: what the scheduler and the model runner call.
 
     One lives in each TP rank's process. Nothing of upstream's slot pool, backends or LoRA layers is used; its
     ``__init__`` is not called, because it builds them.
@@ -73,32 +77,37 @@ class BlockLoRAManager(LoRAManager):
         self._spec = build_spec(linears, base_hf_config, targets, dtype, tp_rank, tp_size, s_lora)
         self.unified = settings.adapter_memory == "unified"
         self.decisions = DecisionLog(settings.decision_log, tp_rank)
-        self.pool: AdapterPool | UnifiedPool
+        self._loading: dict[int, tuple[LoRARef, Any]] = {}  # number of a read -> whom it is for, and who asked
+        self._unloaded: set[str] = set()  # lora_ids of those that were unloaded since
+        board = StoreBoard(_get_default_store(), tp_rank, tp_size) if tp_size > 1 else LocalBoard()
+        self.reads = Reads(tp_rank, board, settings.adapter_read_timeout_s)
+        self.pool: AdapterPool
         images, transfer = self._image_store(settings), Transfer(self.device)
         if self.unified:
             self.pool = UnifiedPool(max_loras_per_batch, images, self.decisions, transfer)
         else:
             slots = settings.adapter_memory_mb * 2**20 // self.slot_bytes
             arena = StaticArena(len(linears), slots, self._spec.row_width, dtype, self.device)
-            self.pool = AdapterPool(arena, max_loras_per_batch, images, transfer)
+            strategy = STRATEGIES[settings.adapter_eviction]()
+            self.pool = StaticPool(arena, max_loras_per_batch, images, self.decisions, strategy, transfer)
             self._install_step(settings)
             logger.info("block-diagonal LoRA: %d MiB = %d slots", settings.adapter_memory_mb, slots)
         for ref in lora_paths or []:
-            result = self.load_lora_adapter(ref)
+            result = self._load_at_start(ref)
             if not result.success:
                 raise ValueError(f"--lora-paths: {result.error_message}")
 
     def _image_store(self, settings: Settings) -> ImageStore:
-        """Where images of adapters are that are not in use; ``self._attempt`` loads an adapter's part."""
+        """Where images of adapters are that are not in use; ``self._read`` reads an adapter's part."""
         pinned = self.device.type == "cuda"
-        self._attempt = partial(
-            attempt, spec=self._spec, max_rank=self._max_rank, root=settings.adapter_root, pin_memory=pinned
+        self._read = partial(
+            read_adapter, spec=self._spec, max_rank=self._max_rank, root=settings.adapter_root, pin_memory=pinned
         )
         return ImageStore(
             int(settings.adapter_host_memory_gb * 2**30),
             self.slot_bytes,
-            lambda adapter: self._attempt(adapter.name, adapter.path, hash_contents=False),
-            self._exchange,
+            lambda adapter: self._read(adapter.name, adapter.path, hash_contents=False),
+            self.reads,
             self.decisions,
             pinned=pinned,
         )
@@ -129,43 +138,60 @@ class BlockLoRAManager(LoRAManager):
         self._install_step(settings)
         logger.info("block-diagonal LoRA: adapters share the KV pool's %d slots", total_slots)
 
-    def _load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
-        """Load on every TP rank or on none: the ranks exchange what they found before any of them keeps anything."""
-        name, path = lora_ref.lora_name, lora_ref.lora_path
-        if any(adapter.name == name for adapter in self.pool.loaded.values()):
-            return self._refuse(f"adapter {name!r}: a name that is already loaded; unload it first or pick another.")
-        outcome = self._attempt(name, path)
-        agreed = merge(self._exchange(outcome))
-        if agreed.error is None:
-            agreed = merge(self._exchange(outcome.rechecked(name, path)))
-        if agreed.error is None:
-            agreed = agreed.checked(name, self.pool.reason_not_to_add(agreed.slots, bool(lora_ref.pinned)))
-        if agreed.error is not None:
-            return self._refuse(agreed.error)
-        assert outcome.shard is not None
-        assert outcome.image is not None
+    def begin_load(self, ref: LoRARef, request: Any) -> None:
+        """Start to read an adapter. ``end_load`` gives ``request`` back, in the same step on every TP rank."""
+        read = partial(self._read, ref.lora_name, ref.lora_path)
+        self._loading[self.reads.start(ref.lora_name, ref.lora_path, read)] = (ref, request)
+
+    def end_load(self, decision: Decision) -> tuple[Any, LoRAUpdateOutput] | None:
+        """Take an adapter that all TP ranks have read, or refuse it on all of them; the request and what to answer.
+
+        None where the read was not a load's, but brought a loaded adapter's image back.
+        """
+        if self.pool.images.arrived(decision):
+            return None
+        (ref, request), local = self._loading.pop(decision.number), self.reads.finish(decision)
+        if ref.lora_id in self._unloaded:
+            self._unloaded.remove(ref.lora_id)
+            return request, self._refuse(f"adapter {ref.lora_name!r} was unloaded while it was read")
+        return request, self._take(ref, decision.report, local)
+
+    def _load_at_start(self, ref: LoRARef) -> LoRAUpdateOutput:
+        """Load while no request can be waiting: the ranks wait for each other."""
+        if any(adapter.name == ref.lora_name for adapter in self.pool.loaded.values()):
+            return self._refuse(f"adapter {ref.lora_name!r}: a name that is given twice")
+        report, local = self._read(ref.lora_name, ref.lora_path)
+        reports = [report] if self._spec.tp_size == 1 else get_parallel().tp_group.all_gather_object(report)
+        return self._take(ref, merge(ref.lora_name, ref.lora_path, reports), local)
+
+    def _take(self, ref: LoRARef, agreed: Report, local: LocalShard | None) -> LoRAUpdateOutput:
+        name, pinned = ref.lora_name, bool(ref.pinned)
+        if agreed.error is not None or local is None:
+            return self._refuse(agreed.error or f"adapter {name!r}: nothing was read")
+        if reason := self.pool.reason_not_to_add(agreed.slots, pinned):
+            advice = "Start the server with a larger --adapter-memory-mb, or unload or unpin others."
+            return self._refuse(f"adapter {name!r}: {reason}. {advice}")
         adapter = LoadedAdapter(
-            name,
-            path,
-            outcome.shard,
-            agreed.slots,
-            bool(lora_ref.pinned),
-            agreed.content_hash,
-            outcome.image_digest,
+            name=name,
+            path=ref.lora_path,
+            shard=local.shard,
+            slots=agreed.slots,
+            pinned=pinned,
+            content_hash=agreed.content_hash,
+            image_digest=local.image_digest,
         )
-        self.pool.add(lora_ref.lora_id, adapter, outcome.image)
-        self.lora_refs[lora_ref.lora_id] = lora_ref
+        self.pool.add(ref.lora_id, adapter, local.image)
+        self.lora_refs[ref.lora_id] = ref
         return self.create_lora_update_result(success=True)
+
+    def _load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
+        """Upstream's load waits for the files; ``scheduler.adapter_updates`` calls ``begin_load`` in its place."""
+        raise NotImplementedError("adapters are loaded with begin_load and end_load")
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of one slot on this TP rank, over all layers and both planes."""
         return len(self._spec.layers) * 2 * self._spec.row_width * self._spec.dtype.itemsize
-
-    def _exchange(self, outcome: Outcome) -> list[Outcome]:
-        if self._spec.tp_size == 1:
-            return [outcome]
-        return get_parallel().tp_group.all_gather_object(outcome.to_tell())
 
     def _refuse(self, message: str) -> LoRAUpdateOutput:
         logger.warning("%s", message)
@@ -184,14 +210,16 @@ class BlockLoRAManager(LoRAManager):
         if lora_ref.lora_id in self.pool.loaded:
             self.pool.remove(lora_ref.lora_id)
             del self.lora_refs[lora_ref.lora_id]
+        elif any(ref.lora_id == lora_ref.lora_id for ref, _ in self._loading.values()):
+            self._unloaded.add(lora_ref.lora_id)
         return self.create_lora_update_result(success=True)
 
     def validate_lora_batch(self, lora_ids: set[str | None]) -> bool:
         """Whether these adapters can run in one batch; base-model requests (None) always fit."""
-        return self.pool.fits(key for key in lora_ids if key is not None)
+        return self.pool.bring_in(key for key in lora_ids if key is not None)
 
     def fetch_new_loras(self, new_loras: set[str | None], running_loras: set[str | None] = frozenset()) -> None:  # type: ignore[assignment]
-        self.pool.make_resident(key for key in new_loras | running_loras if key is not None)
+        self.pool.begin_step(key for key in new_loras | running_loras if key is not None)
 
     def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
         """Group the batch's tokens by adapter. Requests without one take no part."""

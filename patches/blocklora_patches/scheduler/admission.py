@@ -1,7 +1,8 @@
 """``managers/scheduler.py``: a request fits the KV pool beside its adapter and pinned ones, or is refused at once.
 
 Upstream bounds a request by the whole pool. Less is left beside adapters: a request that was let in all the same would
-wait for ever, and everything behind it too. Requests whose adapter could not be read are refused when that is known.
+wait for ever, and everything behind it too. Requests whose adapter could not be read are refused when that is known,
+and adapters that host memory lacks are read before it is their requests' turn.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from blocklora_patches.hooks.hook import Hook, Process
+from blocklora_patches.scheduler.control import note_arrival, pool_of
 from blocklora_patches.scheduler.queue_order import adapter_fits
+
+# Waiting requests whose adapters are read from disk ahead.
+HEAD_REQUESTS = 32
 
 
 def _taken_by_adapters(scheduler: Any, req: Any) -> int:
     """Slots that no eviction can free while ``req`` runs: its own adapter's and those of pinned ones."""
-    manager = scheduler.tp_worker.model_runner.lora_manager
-    if manager is None or not manager.unified:
-        return 0
-    return int(manager.pool.cache.slots_held_for(req.lora_id))
+    pool = pool_of(scheduler)
+    return 0 if pool is None else pool.slots_held_for(req.lora_id)
 
 
 def _room(scheduler: Any, req: Any) -> int:
@@ -38,14 +41,16 @@ def _init_req_max_new_tokens(self: Any, req: Any) -> None:
 
 def _add_request_to_queue(self: Any, req: Any, is_retracted: bool = False) -> None:
     taken = _taken_by_adapters(self, req)
-    if taken == 0 or req.output_ids or _room(self, req) > 0:
-        return
-    message = (
-        f"The prompt of {len(req.origin_input_ids)} tokens can never run: of the KV pool's {self.max_total_num_tokens} "
-        f"slots, its adapter and pinned ones take {taken}. Shorten it, unpin adapters or enlarge the pool."
-    )
-    req.lora_id = req.extra_key = None  # what is left of a refused request is one token, and no adapter may delay it
-    req.set_finish_with_abort(message)
+    if taken and not req.output_ids and _room(self, req) <= 0:
+        message = (
+            f"The prompt of {len(req.origin_input_ids)} tokens can never run: of the KV pool's "
+            f"{self.max_total_num_tokens} slots, its adapter and pinned ones take {taken}. Shorten it, unpin adapters "
+            "or enlarge the pool."
+        )
+        req.lora_id = req.extra_key = None  # what is left of it is one token, and no adapter may delay it
+        req.set_finish_with_abort(message)
+    elif not is_retracted:
+        note_arrival(self, req)
 
 
 def _can_schedule_lora_req(original: Any, self: Any, req: Any, running_loras: Any) -> bool:
@@ -55,6 +60,8 @@ def _can_schedule_lora_req(original: Any, self: Any, req: Any, running_loras: An
         if room <= len(req.output_ids):
             return False
         req.sampling_params.max_new_tokens = min(req.sampling_params.max_new_tokens, room)
+    if self.chunked_req is not None:  # it may pause for a while, and its adapter must not give way meanwhile
+        running_loras = running_loras | {self.chunked_req.lora_id}
     return adapter_fits(self, req, running_loras, lambda: bool(original(self, req, running_loras)))
 
 
@@ -64,16 +71,24 @@ def _get_new_batch_prefill_raw(self: Any, prefill_delayer_single_pass: Any, runn
 
 
 def _get_new_batch_prefill(result: Any, self: Any, running_batch: Any) -> None:
-    """Answer the requests that wait for an adapter that could not be read: after the pass over the waiting queue."""
-    manager = self.tp_worker.model_runner.lora_manager
-    failures = manager.pool.images.take_failures() if manager is not None else {}
-    if not failures:
+    """After the pass over the waiting queue, which now holds, in order, what was not admitted.
+
+    Requests that wait for an adapter that could not be read are answered; then the adapters of those at the head are
+    read ahead, in the background.
+    """
+    pool = pool_of(self)
+    if pool is None:
         return
-    refused = [req for req in self.waiting_queue if req.lora_id in failures]
-    self.waiting_queue = [req for req in self.waiting_queue if req.lora_id not in failures]
-    for req in refused:
-        req.set_finish_with_abort(failures[req.lora_id])
-        self.retire_unadmitted_request(req)
+    failures = pool.images.take_failures()
+    if failures:
+        refused = [req for req in self.waiting_queue if req.lora_id in failures]
+        self.waiting_queue = [req for req in self.waiting_queue if req.lora_id not in failures]
+        for req in refused:
+            req.set_finish_with_abort(failures[req.lora_id])
+            self.retire_unadmitted_request(req)
+    waiting = dict.fromkeys(req.lora_id for req in self.waiting_queue if req.lora_id is not None)
+    pool.images.drop_unwanted(waiting)
+    pool.prefetch(dict.fromkeys(r.lora_id for r in self.waiting_queue[:HEAD_REQUESTS] if r.lora_id is not None))
 
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
@@ -91,7 +106,8 @@ HOOKS = (
         _add_request_to_queue,
         HookType.BEFORE,
         process=Process.SCHEDULER,
-        why="Upstream checks a prompt against the whole pool; with its adapter in the pool too it might wait for ever.",
+        why="Upstream checks a prompt against the whole pool; with its adapter in the pool too it might wait for ever. "
+        "And it counts no hits, misses and reuse per adapter.",
         retire_when="upstream asks the cache what a request can have",
     ),
     Hook(
@@ -117,7 +133,7 @@ HOOKS = (
         _get_new_batch_prefill,
         HookType.AFTER,
         process=Process.SCHEDULER,
-        why="Upstream keeps adapters in host memory and cannot fail to load one it admitted.",
-        retire_when="upstream lets an admitted adapter fail",
+        why="Upstream keeps all adapters in host memory: it never reads one again, and never fails to.",
+        retire_when="upstream has a tier of adapters below host memory",
     ),
 )

@@ -14,6 +14,7 @@ from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.plugins.hook_registry import HookType
+from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.reporting.facts import pool_facts, tier
 
 from blocklora_patches.hooks.hook import Hook, Process
@@ -23,12 +24,24 @@ FACTS = "blocklora"
 PIN = "blocklora_pin:"
 
 
-def _manager(scheduler: Any) -> Any:
-    return scheduler.tp_worker.model_runner.lora_manager
+def pool_of(scheduler: Any) -> AdapterPool | None:
+    """The adapters of a scheduler's model, or None where it serves none."""
+    manager = scheduler.tp_worker.model_runner.lora_manager
+    return None if manager is None else manager.pool
+
+
+def note_arrival(scheduler: Any, req: Any) -> None:
+    """Count a request that came into the waiting queue, and tell the eviction strategy of it."""
+    pool = pool_of(scheduler)
+    if pool is None:
+        return
+    if req.lora_id in pool.loaded:
+        pool.load_counts.arrived(req.lora_id, tier(pool, req.lora_id))
+    pool.arrived(req.lora_id, RadixKey(req.origin_input_ids, req.extra_key, cache_salt=req.cache_salt))
 
 
 def _get_internal_state(result: Any, self: Any, recv_req: Any) -> None:
-    manager = _manager(self)
+    manager = self.tp_worker.model_runner.lora_manager
     if manager is None:
         return
     batches = (self.running_batch, self.last_batch)  # a prefill joins the running batch a step later
@@ -44,26 +57,15 @@ def _set_internal_state(original: Any, self: Any, recv_req: Any) -> Any:
     pins = {key.removeprefix(PIN): value for key, value in recv_req.server_args.items() if key.startswith(PIN)}
     if not pins:
         return original(self, recv_req)
-    pool = _manager(self).pool
+    pool = pool_of(self)
     reasons = [pool.set_pinned(key, bool(value)) for key, value in pins.items() if key in pool.loaded]
     return SetInternalStateReqOutput(updated=len(reasons) == len(pins) and not any(reasons))
 
 
-def _add_request_to_queue(self: Any, req: Any, is_retracted: bool = False) -> None:
-    manager = _manager(self)
-    if manager is None or is_retracted:
-        return
-    if req.lora_id in manager.pool.loaded:
-        manager.pool.load_counts.arrived(req.lora_id, tier(manager.pool, req.lora_id))
-    if manager.unified:
-        key = RadixKey(req.origin_input_ids, req.extra_key, cache_salt=req.cache_salt)
-        self.tree_cache.arrived(req.lora_id, key)
-
-
 def _on_idle(self: Any) -> None:
-    manager = _manager(self)
-    if manager is not None and envs.SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK.get() and self.is_fully_idle():
-        manager.pool.check_integrity(self.pool_stats_observer.session_held_tokens())
+    pool = pool_of(self)
+    if pool is not None and envs.SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK.get() and self.is_fully_idle():
+        pool.check_integrity(self.pool_stats_observer.session_held_tokens())
 
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
@@ -83,14 +85,6 @@ HOOKS = (
         process=Process.SCHEDULER,
         why="Upstream pins at load time only.",
         retire_when="upstream pins a loaded adapter",
-    ),
-    Hook(
-        f"{_SCHEDULER}._add_request_to_queue",
-        _add_request_to_queue,
-        HookType.BEFORE,
-        process=Process.SCHEDULER,
-        why="Hits, misses and reuse per adapter.",
-        retire_when="upstream counts them per adapter",
     ),
     Hook(
         f"{_SCHEDULER}.on_idle",

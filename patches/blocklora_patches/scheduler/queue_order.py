@@ -70,6 +70,8 @@ class AdapterAffinityPolicy(SchedulePolicy):
             return False
         if fits():
             return True
+        if self._manager.pool.images.is_being_read(req.lora_id):
+            return False  # that takes as long as the storage does: nobody waits for it but its own requests
         adapter = self._manager.pool.loaded.get(req.lora_id)
         fits_alone = adapter is not None and self._manager.pool.reason_not_to_add(adapter.slots, False) is None
         self._affinity.refused(req.ticket, will_fit=fits_alone and bool(running_loras))
@@ -98,8 +100,8 @@ class AdapterAffinityPolicy(SchedulePolicy):
             return 0.0
         per_slot = BATCH_TOKENS_PER_SLOT
         if not pool.is_resident(lora_id):
-            in_host_memory = lora_id in pool.images.host  # or on its way there
-            per_slot += HOST_LOAD_TOKENS_PER_SLOT if in_host_memory else DISK_LOAD_TOKENS_PER_SLOT
+            at_hand = pool.images.in_host_memory(lora_id)
+            per_slot += HOST_LOAD_TOKENS_PER_SLOT if at_hand else DISK_LOAD_TOKENS_PER_SLOT
         return pool.loaded[lora_id].slots * per_slot
 
     def _record(self, kind: str, **fields: object) -> None:

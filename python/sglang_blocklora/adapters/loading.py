@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 import os
@@ -20,54 +19,34 @@ from sglang_blocklora.sharding.linears import ModelSpec
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one TP rank, or all of them together, made of an adapter.
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a TP rank tells the others of an adapter that it read, and what all of them make of it together.
 
     error         message of a refusal, or None
     slots         rows needed
-    shard, image  stay on their rank
-    image_digest  sha256 in hex of the image, which stays on its rank too
-    content_hash  sha256 in hex of the adapter's files; TP rank 0 computes it, the only read that is not of its own part
-    versions      of the files as they were before they were read
+    content_hash  sha256 in hex of the adapter's files, where it was asked for
     """
 
-    error: str | None
-    slots: int
-    shard: AdapterShard | None = None
-    image: torch.Tensor | None = None
-    image_digest: str = ""
+    error: str | None = None
+    slots: int = 0
     content_hash: str = ""
-    versions: tuple[tuple[int, int, int], ...] = ()
-
-    def to_tell(self) -> Outcome:
-        """What the TP ranks tell each other."""
-        return dataclasses.replace(self, shard=None, image=None)
-
-    def rechecked(self, name: str, path: str) -> Outcome:
-        """The outcome, refused where the files at ``path`` are not those of before.
-
-        Asked once every TP rank has read its part: then all read the same bytes, or this refuses them.
-        """
-        try:
-            same = file_versions(Path(path).resolve()) == self.versions
-        except OSError:
-            same = False
-        if same:
-            return self
-        found = f"files in {path} that changed while they were read"
-        error = AdapterError(name, found, "an adapter that stays as it is", "Load it again once it is written.")
-        return Outcome(str(error), 0)
-
-    def checked(self, name: str, reason: str | None) -> Outcome:
-        """The outcome, refused with ``reason`` if there is one."""
-        if reason is None:
-            return self
-        advice = "Start the server with a larger --adapter-memory-mb, or unload or unpin others."
-        return Outcome(f"adapter {name!r}: {reason}. {advice}", 0)
 
 
-def attempt(
+@dataclass(frozen=True, kw_only=True)
+class LocalShard:
+    """What a TP rank read, which stays there: the shard, its packed image [layers, 2, slots, W], the image's sha256."""
+
+    shard: AdapterShard
+    image: torch.Tensor
+    image_digest: str
+
+
+# What one TP rank found: what it tells, and what it keeps where that is no refusal.
+Found = tuple[Report, LocalShard | None]
+
+
+def read_adapter(
     name: str,
     path: str,
     spec: ModelSpec,
@@ -76,26 +55,48 @@ def attempt(
     *,
     pin_memory: bool = False,
     hash_contents: bool = True,
-) -> Outcome:
-    """Load this TP rank's shard of the adapter at ``path``; every failure becomes an outcome.
+) -> Found:
+    """Read this TP rank's part of the adapter at ``path``. Never raises: every failure becomes a report.
 
     root           the folder that ``path`` must lie under once links are followed, or None
     pin_memory     whether the image lies in page-locked memory
-    hash_contents  whether TP rank 0 reads the whole adapter for its content hash; not for one that was loaded before
-    A rank that raised instead would leave the others waiting for its answer for ever.
+    hash_contents  whether the whole adapter is read for its content hash; not for one that was loaded before
+    Files that change meanwhile are a refusal. A rank that raised instead would leave the others without its answer.
     """
     try:
         folder = _checked_folder(name, path, root)
         versions = file_versions(folder)
-        known = not hash_contents
-        shard, image = load_shard(name, folder, spec, max_rank, pin_memory=pin_memory, known=known)
-        contents = content_hash(folder) if hash_contents and spec.tp_rank == 0 else ""
-        return Outcome(None, shard.slots, shard, image, _digest(image), contents, versions)
+        shard, image = load_shard(name, folder, spec, max_rank, pin_memory=pin_memory, known=not hash_contents)
+        contents = content_hash(folder) if hash_contents else ""
+        if file_versions(folder) != versions:
+            raise _changed(name, path)
+        local = LocalShard(shard=shard, image=image, image_digest=_digest(image))
+        return Report(slots=shard.slots, content_hash=contents), local
     except AdapterError as error:
-        return Outcome(str(error), 0)
+        return Report(error=str(error)), None
     except Exception as error:
         logger.exception("adapter %r: loading failed on TP rank %d", name, spec.tp_rank)
-        return Outcome(f"adapter {name!r}: {type(error).__name__} while loading on TP rank {spec.tp_rank}: {error}", 0)
+        message = f"adapter {name!r}: {type(error).__name__} while loading on TP rank {spec.tp_rank}: {error}"
+        return Report(error=message), None
+
+
+def merge(name: str, path: str, reports: Sequence[Report]) -> Report:
+    """What all TP ranks decide, given every rank's report in rank order.
+
+    The first refusal, else the largest size. Ranks that read other contents than TP rank 0 are a refusal too: the files
+    were written while they were read.
+    """
+    for report in reports:
+        if report.error is not None:
+            return report
+    if len({report.content_hash for report in reports}) > 1:
+        return Report(error=str(_changed(name, path)))
+    return Report(slots=max(report.slots for report in reports), content_hash=reports[0].content_hash)
+
+
+def _changed(name: str, path: str) -> AdapterError:
+    found = f"files in {path} that changed while they were read"
+    return AdapterError(name, found, "an adapter that stays as it is", "Load it again once it is written.")
 
 
 def _digest(image: torch.Tensor) -> str:
@@ -136,11 +137,3 @@ def _real(name: str, path: Path) -> Path:
         raise AdapterError(
             name, f"a path that cannot be: {brief(str(path))}", "a path of a folder", "Give another path."
         ) from error
-
-
-def merge(outcomes: Sequence[Outcome]) -> Outcome:
-    """What all TP ranks decide, given every rank's outcome in rank order: the first refusal, else the largest size."""
-    for outcome in outcomes:
-        if outcome.error is not None:
-            return outcome
-    return Outcome(None, max(outcome.slots for outcome in outcomes), content_hash=outcomes[0].content_hash)

@@ -12,7 +12,7 @@ from sglang_blocklora.batch.grouping import group_by_adapter
 from sglang_blocklora.batch.s_lora_step import Collectives, SplitFactors
 from sglang_blocklora.batch.step import Step
 from sglang_blocklora.memory.loaded import Resident
-from sglang_blocklora.memory.static_pool import Pool
+from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.sharding import s_lora
 from sglang_blocklora.sharding.linears import ModelSpec
 
@@ -26,7 +26,7 @@ class TorchStep(Step):
     Factors of a resident adapter are resolved once: views of the arena where its slots are adjacent.
     """
 
-    def __init__(self, spec: ModelSpec, pool: Pool, collectives: Collectives | None = None) -> None:
+    def __init__(self, spec: ModelSpec, pool: AdapterPool, collectives: Collectives | None = None) -> None:
         """
         collectives  of the TP group; needed where ``spec.s_lora`` splits plain adapters, used by nothing else
         """

@@ -17,7 +17,7 @@ from sglang_blocklora.adapters.shard import AdapterShard
 from sglang_blocklora.batch.grouping import group_by_adapter
 from sglang_blocklora.batch.step import Step
 from sglang_blocklora.memory.loaded import Resident
-from sglang_blocklora.memory.static_pool import Pool
+from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.sharding.linears import ModelSpec
 
 # Local rank of a slice that the tile table is asked for; it decides speed only.
@@ -32,7 +32,9 @@ class TritonStep(Step):
     captured decode batches and one, grown when needed, for all others. Device work is ordered by the current stream.
     """
 
-    def __init__(self, spec: ModelSpec, pool: Pool, max_rank: int, device: torch.device, overlap: bool = False) -> None:
+    def __init__(
+        self, spec: ModelSpec, pool: AdapterPool, max_rank: int, device: torch.device, overlap: bool = False
+    ) -> None:
         """
         max_rank  largest full LoRA rank that is accepted: it bounds the columns of h
         overlap   run shrink on a second stream beside the linear's own GEMM

@@ -9,7 +9,7 @@ import torch
 from sglang_blocklora.adapters.shard import AdapterShard
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadedAdapter:
     """What stays known of an adapter while it is loaded, wherever its image is.
 

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from sglang_blocklora.memory.counts import LoadCount
-from sglang_blocklora.memory.static_pool import Pool
+from sglang_blocklora.memory.pool import AdapterPool
 
 MAX_PAGE = 1000
 # Owners of slots beside the adapters' names.
@@ -84,7 +84,7 @@ class Facts(msgspec.Struct, kw_only=True, frozen=True):
 
 
 def pool_facts(
-    pool: Pool, slot_bytes: int, running: Mapping[str | None, int], waiting: Mapping[str | None, int]
+    pool: AdapterPool, slot_bytes: int, running: Mapping[str | None, int], waiting: Mapping[str | None, int]
 ) -> Facts:
     """Facts of one TP rank's pool.
 
@@ -120,14 +120,14 @@ def pool_facts(
     )
 
 
-def tier(pool: Pool, key: str) -> str:
+def tier(pool: AdapterPool, key: str) -> str:
     """Where a loaded adapter is now."""
     if pool.is_resident(key):
         return "resident"
     return "host" if pool.images.in_host_memory(key) else "disk"
 
 
-def slot_facts(pool: Pool) -> SlotFacts:
+def slot_facts(pool: AdapterPool) -> SlotFacts:
     """Slots of one TP rank by owner.
 
     Contents that have several names count under the first; those that lost their name, under ``UNLOADED``.
