@@ -1,1 +1,1 @@
-"""The only place that imports SGLang: one file per upstream module, hooks listed at each file's end."""
+"""The only place that imports SGLang. Rooms are by process and concern; a file's hooks are listed at its end."""

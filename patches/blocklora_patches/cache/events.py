@@ -1,4 +1,4 @@
-"""``mem_cache/events.py``: what subscribers (``--kv-events-config``) learn of a tree with adapters in it.
+"""Tells subscribers of KV events about a tree with adapters in it (``mem_cache/events.py``).
 
 Upstream's tree would publish the marks of adapters' slots, and its hashes have no room for them (32 bits a
 token). So the tree's own recording stays off and blocks are recorded here: KV only, with its own tokens, and the first

@@ -1,4 +1,4 @@
-"""``mem_cache/registry.py``: ``--radix-cache-backend blocklora``, the cache in which adapters are prefixes."""
+"""Builds the radix cache of ``--radix-cache-backend blocklora`` (``mem_cache/registry.py``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Putting hooks in place, and making sure that each one took and stays."""
+"""Puts hooks in place, and makes sure that each one took and stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a hook is: data, so that the list of everything we change in SGLang can be read and checked."""
+"""Defines a hook: data, so that the list of everything we change in SGLang can be read and checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``managers/communicator.py``: an answer of the scheduler reaches who asked for it, and facts are asked for once.
+"""Asks the schedulers for facts, so that each answer reaches who asked (``managers/communicator.py``).
 
 SGLang's channels to the scheduler have no request ids: whoever waits takes the next answer. So a call that was sent is
 waited for to its end, whatever becomes of its asker.
@@ -37,7 +37,7 @@ def _ended(call: asyncio.Future[Any]) -> None:
 
 
 class SchedulerFacts:
-    """What the schedulers tell of their adapters, and the last that they told."""
+    """Facts that the schedulers tell of their adapters, and the last that they told."""
 
     def __init__(self, ask: Callable[[], Awaitable[list[dict[str, Any]]]]) -> None:
         self._ask = ask

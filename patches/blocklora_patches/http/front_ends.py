@@ -1,4 +1,4 @@
-"""Runs in the launching process: ways of SGLang to take requests that go past our hooks are refused by name."""
+"""Refuses, by name, ways of SGLang to take requests past our hooks. Runs in the launching process."""
 
 from __future__ import annotations
 

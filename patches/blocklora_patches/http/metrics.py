@@ -1,4 +1,4 @@
-"""``managers/tokenizer_manager.py``: requests counted per adapter as their tokens come back."""
+"""Counts requests per adapter as their tokens come back (``managers/tokenizer_manager.py``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``layers/linear.py``: the delta joins a linear's local output, before the linear's own reduction.
+"""Adds the batch's deltas to a linear's local output, before the linear's own reduction (``layers/linear.py``).
 
 Every parallel linear of SGLang computes its local output with ``quant_method.apply`` and reduces or gathers it
 afterwards. Standing in for the quant method therefore serves column and row layers, quantised or not, and every fused
@@ -15,7 +15,7 @@ from sglang_blocklora.batch.step import Step
 
 
 class AdaptedLinearMethod(LinearMethodBase):
-    """The base layer's own quant method, plus the batch's deltas.
+    """A quant method that does what the base layer's own does, and adds the batch's deltas.
 
     It is not an instance of the base method's class, so upstream's fast paths that read ``weight`` directly (they test
     for that class) fall back to ``apply``.

@@ -1,4 +1,4 @@
-"""``model_executor/model_runner.py``: refusals before a weight is read; adapters live in the KV pool once it exists."""
+"""Refuses what cannot be served before a weight is read, and hands out the KV pool (``model_runner.py``)."""
 
 from __future__ import annotations
 

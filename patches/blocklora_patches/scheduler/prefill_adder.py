@@ -1,4 +1,4 @@
-"""``managers/schedule_policy.py``: no request is admitted without its adapter, or preempted for nothing."""
+"""Admits no request without its adapter, and preempts none for nothing (``managers/schedule_policy.py``)."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Reading and checking PEFT adapters, and cutting them for one TP rank."""
+"""From an adapter's folder to what one TP rank holds of it: read, checked, cut, or refused."""

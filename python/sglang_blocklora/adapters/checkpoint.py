@@ -1,4 +1,4 @@
-"""``adapter_model.safetensors``: names and shapes from the header, and reads of parts."""
+"""Reads an adapter's weights: names and shapes from the header of ``adapter_model.safetensors``, then parts."""
 
 from __future__ import annotations
 

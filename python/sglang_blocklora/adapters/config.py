@@ -1,4 +1,4 @@
-"""``adapter_config.json`` of PEFT: what is served, and a refusal for everything else."""
+"""Reads PEFT's ``adapter_config.json``, and refuses what cannot be served."""
 
 from __future__ import annotations
 

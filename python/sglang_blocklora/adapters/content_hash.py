@@ -1,4 +1,4 @@
-"""What makes two adapters the same: the bytes of their config and weights."""
+"""Tells whether two adapters are the same: they are when the bytes of config and weights are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one exception for everything that can be wrong with an adapter."""
+"""The one exception for everything that can be wrong with an adapter, and how its message tells it."""
 
 from __future__ import annotations
 

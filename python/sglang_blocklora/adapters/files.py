@@ -1,4 +1,4 @@
-"""Reads of an adapter's small files: bounded, and every failure is an ``AdapterError``."""
+"""Reads an adapter's small files. Reads are bounded, and every failure is an ``AdapterError``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user is told once of an adapter that is served: parts of its folder that change nothing, and what costs."""
+"""Tells a user, once, which parts of a served adapter's folder change nothing, and what costs more than it need."""
 
 from __future__ import annotations
 

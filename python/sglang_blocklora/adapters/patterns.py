@@ -1,4 +1,4 @@
-"""PEFT's regular expressions on module names, matched in bounded time whatever an adapter's config says.
+"""Matches PEFT's regular expressions on module names, in bounded time whatever an adapter's config says.
 
 ``re`` can take exponential time on an expression made for that, and holds the interpreter meanwhile: one adapter's
 config could stop the server for everybody. Here the set of positions in the name that each part of the expression

@@ -1,4 +1,4 @@
-"""What becomes of each key of PEFT's ``adapter_config.json``: one table."""
+"""Says what becomes of each key of PEFT's ``adapter_config.json``: served, unused with a note, or refused."""
 
 from __future__ import annotations
 

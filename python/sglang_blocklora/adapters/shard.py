@@ -1,4 +1,4 @@
-"""One adapter as one TP rank holds it: checked, cut, and packed in layout order."""
+"""Reads from an adapter's folder what one TP rank holds of it, and packs that in the order of the rows."""
 
 from __future__ import annotations
 

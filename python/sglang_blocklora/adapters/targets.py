@@ -1,4 +1,4 @@
-"""Which modules an adapter's config selects: PEFT's ``target_modules``, ``exclude_modules`` and layer choice."""
+"""Decides which modules an adapter's config selects, as PEFT does: targets, exclusions and choice of layers."""
 
 from __future__ import annotations
 

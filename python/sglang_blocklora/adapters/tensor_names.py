@@ -1,4 +1,4 @@
-"""Names of tensors in an adapter's weights: which factor of which module of the base model each one is."""
+"""Finds, by a tensor's name, which factor of which module of the base model it is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYER_PATH = re.compile(r"(?:(?:model|language_model)\.)*(?P<layer>layers\.\d+\.
 
 
 class FactorName(NamedTuple):
-    """``module`` is its path in the model that was trained, as PEFT names it in the config."""
+    """A factor of a linear; ``module`` is its path in the model that was trained, as PEFT names it in the config."""
 
     module: str
     factor: Factor

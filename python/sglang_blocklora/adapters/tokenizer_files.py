@@ -1,4 +1,4 @@
-"""A tokenizer that was saved beside an adapter: new tokens are refused, a chat template is not used."""
+"""Looks at a tokenizer that was saved beside an adapter: new tokens are refused, a chat template is not used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A safetensors file, read in parts with ``pread``.
+"""Reads parts of a safetensors file, with ``pread``.
 
 Not through a memory map: there a file that is cut short while it is read (a trainer that saves over it) is not an error
 but a SIGBUS, which ends the server.

@@ -1,1 +1,1 @@
-"""Where adapter weights lie: layout of rows, arenas, and which adapters are resident."""
+"""Where adapters' weights are: in the arena, in host memory or on disk, and who gives way."""

@@ -1,4 +1,4 @@
-"""How often each adapter was asked for, and brought into the arena."""
+"""Counts how often each adapter was asked for, brought into the arena and put out."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LoadCount(msgspec.Struct, kw_only=True):
 
 
 class LoadCounts:
-    """Counts for reports only: they differ between TP ranks, so nothing may be decided by them."""
+    """The counts of all adapters, for reports only: they differ between TP ranks, so nothing may be decided by them."""
 
     def __init__(self) -> None:
         self._counts: dict[str, LoadCount] = {}

@@ -1,4 +1,4 @@
-"""A record of every decision that all TP ranks must take alike, one file a rank, to be compared."""
+"""Records every decision that all TP ranks must take alike, one file a rank, so that they can be compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which idle adapters stay while KV is evicted: strategies over logical time, so that all TP ranks choose alike.
+"""Chooses which idle adapters stay while KV is evicted, over logical time, so that all TP ranks choose alike.
 
 The radix tree evicts leaves in SGLang's own order, and an adapter is a leaf once no KV stands behind it. A strategy
 only says which adapters are held back from that, and in which order they are given up where KV alone is not enough.
@@ -19,7 +19,9 @@ COPY_TOKENS_PER_SLOT = 0.13
 
 
 class EvictionStrategy(Protocol):
-    """Adapters are named by their content hash. Nothing but the order of calls and their arguments may count."""
+    """Chooses the adapters to hold. Nothing but the order of calls and their arguments may count.
+
+    Adapters are named by their content hash."""
 
     def arrived(self, adapter: str | None, kv_hit: Callable[[], int]) -> None:
         """Note one request, of ``adapter`` or the base model; ``kv_hit`` looks up how much of its KV is cached."""
@@ -33,7 +35,7 @@ class EvictionStrategy(Protocol):
 
 
 class Arrivals:
-    """Who asked, and how often of late. Time is the number of arrivals.
+    """Counts who asked, and how often of late. Time is the number of arrivals.
 
     Halving keeps counts dyadic: sums and products are exact, on every machine.
     """

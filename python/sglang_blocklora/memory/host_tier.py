@@ -1,4 +1,4 @@
-"""The host tier: what is held in host memory under a byte budget, least recently used first to go."""
+"""Keeps values in host memory within a byte budget; the least recently used goes first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Held = TypeVar("Held")
 
 
 class HostTier(Generic[Held]):
-    """Holds one value per key. Which go depends only on the order of calls and on the sizes that callers give.
+    """Values by key within the budget. Which go depends only on the order of calls and on the sizes callers give.
 
     TP ranks give sizes they agreed on, so all of them hold the same keys.
     """

@@ -1,4 +1,4 @@
-"""An arena of our own, apart from the KV cache: the memory of ``--adapter-memory-mb``."""
+"""The arena of ``--adapter-memory static``: memory of our own, apart from the KV cache."""
 
 from __future__ import annotations
 

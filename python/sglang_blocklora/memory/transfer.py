@@ -1,4 +1,4 @@
-"""Copies of images to the arena, beside the forward pass and in order with it on the device."""
+"""Copies images to the arena, beside the forward pass and in order with it on the device."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import torch
 
 
 class Rows(Protocol):
-    """What takes an image: an arena."""
+    """An arena, to which images are written."""
 
     def write(self, slots: torch.Tensor, image: torch.Tensor) -> None: ...
 
 
 class Transfer:
-    """``load`` copies on a stream of its own; ``join``, called where a forward pass begins, makes it wait for them.
+    """Copies on a stream of its own.
+
+    ``load`` copies; ``join``, called where a forward pass begins, makes that wait for all copies so far.
 
     With the overlap schedule a forward pass may still be running whose requests have ended: it reads or writes slots
     that are free again for the host. So the rows are written after all work that is queued on the stream where ``join``

@@ -1,4 +1,4 @@
-"""The adapters that a request names in ``lora_path``."""
+"""Checks the adapters that a request names in ``lora_path``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token ids that a client names are those of the model's vocabulary, wherever they stand."""
+"""Checks that token ids, wherever a client names them, are of the model's vocabulary."""
 
 from __future__ import annotations
 

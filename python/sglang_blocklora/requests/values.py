@@ -1,4 +1,4 @@
-"""Checks that every value of a request shares: its type, how many there are, and how a refusal tells it."""
+"""Checks types, counts and ranges of a request's values, and says how a refusal tells them."""
 
 from __future__ import annotations
 

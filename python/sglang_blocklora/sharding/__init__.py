@@ -1,1 +1,1 @@
-"""Which part of an adapter a TP rank needs: pure functions."""
+"""Which part of an adapter a TP rank needs, and where each matrix lies: pure functions of shapes."""

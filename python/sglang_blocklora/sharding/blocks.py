@@ -1,4 +1,4 @@
-"""Blocks of an axis that a TP rank's interval touches (DESIGN: sharding algebra)."""
+"""Finds the diagonal blocks that a TP rank's part of an axis touches."""
 
 from __future__ import annotations
 

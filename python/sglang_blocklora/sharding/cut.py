@@ -1,4 +1,4 @@
-"""Cutting the factors of one checkpoint module for one slice of a linear on one TP rank.
+"""Cuts the factors of one checkpoint module for one slice of a linear on one TP rank.
 
 One rule covers plain and block-diagonal adapters: plain is n = 1. A factor that is block-diagonal along the axis that
 tensor parallelism does not split (the wrong orientation) is made dense and served as n = 1 too.

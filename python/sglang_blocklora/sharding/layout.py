@@ -1,4 +1,4 @@
-"""Where each matrix of one layer starts in the two planes of an adapter's rows: pure arithmetic."""
+"""Gives each matrix of a layer its place in an adapter's rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ALIGNMENT_ELEMENTS = 8
 
 
 class LayerLayout(NamedTuple):
-    """``addresses[i]`` is where matrix i starts; ``rows`` is how many arena rows (slots) the layer needs."""
+    """Places in one layer: matrix i starts at ``addresses[i]``; the layer needs ``rows`` arena rows (slots)."""
 
     addresses: tuple[Address, ...]
     rows: int

@@ -1,4 +1,4 @@
-"""What an adapter can attach to: the base model's linears as one TP rank sees them. Plain data, no SGLang."""
+"""Describes the base model's linears as one TP rank sees them: what an adapter can attach to. Plain data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From checked modules to the matrices of one linear: which part of which module, and in what order."""
+"""Plans the matrices of one linear: which part of which checkpoint module, and in what order."""
 
 from __future__ import annotations
 
