@@ -250,9 +250,9 @@ def test_ten_thousand_adapters_that_came_and_went_are_forgotten() -> None:
         key = f"{number:032d}"
         made.pool.add(key, *numbered(number, SLOTS, False))
         if number % 3 == 0:
-            assert made.pool.fits([key])
+            assert made.pool.bring_in([key])
         if number % 30 == 0:
-            made.pool.make_resident([key])
+            made.pool.begin_step([key])
         made.pool.remove(key)
         if number % 100 == 99:
             sizes.append(made.sizes())
@@ -264,7 +264,7 @@ def test_ten_thousand_adapters_that_came_and_went_are_forgotten() -> None:
     assert most["owners"] <= resident + 1
     assert most["rows"] <= 2 * LINGER_ADAPTERS
     for _ in range(LINGER_STEPS + 1):
-        made.pool.make_resident([])
+        made.pool.begin_step([])
     made.cache.evict(EvictParams(num_tokens=POOL_TOKENS))
     assert made.sizes() == {"contents": 0, "ids": 0, "owners": most["owners"], "lingering": 0, "rows": 0}
 
@@ -276,8 +276,8 @@ def test_an_adapter_whose_place_is_taken_fails_alone() -> None:
     free = made.cache.token_to_kv_pool_allocator.available_size()
     spoilt = SimpleNamespace(publish=made.cache.publish)
     made.cache.publish = lambda lora_id, slots: spoilt.publish(lora_id, slots[1:])
-    assert not made.pool.fits([key])
+    assert not made.pool.bring_in([key])
     assert "cannot be served" in made.pool.images.take_failures()[key]
     assert made.cache.token_to_kv_pool_allocator.available_size() == free
     del made.cache.publish
-    assert made.pool.fits([key])
+    assert made.pool.bring_in([key])
