@@ -28,6 +28,8 @@ def run(checks: Validators, name: str, cases: int) -> None:
         "model names",
         "names of folders",
         "paths to load",
+        "extra keys",
+        "salted tokens",
         "adapter_config.json",
         "adapter_config.json, files",
         "headers of weights",

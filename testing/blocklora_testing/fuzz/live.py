@@ -15,14 +15,12 @@ from random import Random
 from typing import Any
 from urllib.parse import quote
 
-import aiohttp
-
 from blocklora_testing.fuzz import cases
 from blocklora_testing.fuzz.run import FAILURES_KEPT, Row
 from blocklora_testing.server import Server, running
 from blocklora_testing.soak import world
 from blocklora_testing.soak.checks import alive, log_is_clean
-from blocklora_testing.soak.client import ADMIN_KEY, Answer, Client, Hung
+from blocklora_testing.soak.client import ADMIN_KEY, Answer, Client, NoAnswer
 from blocklora_testing.soak.traffic import sampling
 from blocklora_testing.soak.world import CHAT, World
 
@@ -69,7 +67,7 @@ class Fuzz:
         row.cases += 1
         try:
             await self.kinds[kind][1](rng)
-        except (AssertionError, Hung, aiohttp.ClientError) as error:
+        except (AssertionError, NoAnswer) as error:
             row.failed += 1
             if len(row.failures) < FAILURES_KEPT:
                 row.failures.append(f"{kind}: {type(error).__name__}: {str(error)[:700]}")

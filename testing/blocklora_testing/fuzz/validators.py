@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -14,6 +15,7 @@ from sglang_blocklora.adapters.config import CONFIG_NAME, parse_config, read_con
 from sglang_blocklora.adapters.errors import AdapterError
 from sglang_blocklora.adapters.loading import attempt
 from sglang_blocklora.adapters.weights_file import WeightsFile
+from sglang_blocklora.memory.prefix import are_token_ids, request_key, salted_tokens, split_key
 from sglang_blocklora.naming.folders import AdapterFolders
 from sglang_blocklora.naming.model_names import UnknownModel, resolve_model
 from sglang_blocklora.requests.adapter_names import check_adapter_names
@@ -25,6 +27,7 @@ from blocklora_testing.toy import ToyModel, write_adapter
 
 VOCABULARY = 151_936
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj")
+KEYS = ("0" * 32, "32:", ":", "1:a", "-1:", "99999999999999999999:", "\u0663:abc", "00:")
 MESSAGE = 2000  # letters at most, whatever was found
 WORDS = (
     "sql",
@@ -74,6 +77,8 @@ class Validators:
             "model names": (30, self.model_name),
             "names of folders": (20, self.folder_name),
             "paths to load": (15, self.path),
+            "extra keys": (10, self.request_key),
+            "salted tokens": (10, self.prefix),
             "adapter_config.json": (15, self.config),
             "adapter_config.json, files": (5, self.config_file),
             "headers of weights": (5, self.header),
@@ -135,6 +140,35 @@ class Validators:
             return
         assert UNFORESEEN not in outcome.error, outcome.error
         assert "fuzzed" in outcome.error
+
+    def request_key(self, rng: Random) -> None:
+        """A client's extra key cannot be taken for an adapter, nor one pair of the two for another."""
+        pairs = [(rng.choice((None, f"{rng.getrandbits(128):032x}")), cases.text(rng, KEYS) or None) for _ in range(2)]
+        keys = [request_key(*pair) for pair in pairs]
+        assert [split_key(key) for key in keys] == pairs
+        assert (keys[0] == keys[1]) == (pairs[0] == pairs[1])
+        text = cases.text(rng, (*KEYS, *(key for key in keys if key)))
+        try:
+            pair = split_key(text)
+        except ValueError:
+            return
+        assert request_key(*pair) == text, "a key that nobody made"
+
+    def prefix(self, rng: Random) -> None:
+        """Salted tokens keep their ids, are no ids, begin alike for longer prompts, and differ for other salts."""
+        tokens = array("q", [rng.choice((0, VOCABULARY - 1, rng.randrange(VOCABULARY))) for _ in range(20)])
+        salts = [(cases.text(rng, KEYS) or None, cases.text(rng, KEYS) or None) for _ in range(2)]
+        salted = [salted_tokens(tokens, *salt) for salt in salts]
+        for salt, keys in zip(salts, salted, strict=True):
+            assert [key & 0xFFFFFFFF for key in keys] == list(tokens), "ids were lost"
+            assert are_token_ids(keys) == (salt == (None, None)), "salted tokens that could be ids"
+            assert all(key >= 0 for key in keys)
+            cut = rng.randrange(20)
+            assert salted_tokens(tokens[:cut], *salt) == keys[:cut]
+        assert (salted[0][:8] == salted[1][:8]) == (salts[0] == salts[1]), f"two salts, one place: {salts!r:.300}"
+        wrong = cases.number(rng)
+        if not 0 <= wrong < 2**32 and -(2**63) <= wrong < 2**63:
+            assert not are_token_ids(array("q", [*tokens[:3], wrong]))
 
     def token_ids(self, rng: Random) -> None:
         """What passes is a list of integers of the vocabulary; all else is refused in words that name the field."""

@@ -41,11 +41,11 @@ def log_is_clean(server: Server) -> Check:
     text = server.log_text()
     found = [word for word in ("Traceback", "memory leak", "Segmentation fault") if word.lower() in text.lower()]
     at = text.find("Traceback")
-    return Check(name="no traceback in the log", held=not found, found=text[at : at + 1500] if at >= 0 else str(found))
+    return Check(name="no traceback in the log", held=not found, found=text[at : at + 4000] if at >= 0 else str(found))
 
 
 def alive(server: Server) -> Check:
     ended = server.process.poll()
     if ended is not None:
-        return Check(name="the server lives", held=False, found=f"ended with {ended}:\n{server.log_text()[-3000:]}")
+        return Check(name="the server lives", held=False, found=f"ended with {ended}\n{server.tail()}")
     return Check(name="the server lives", held=server.call("/health", timeout=60)[0] == 200, found="yes")

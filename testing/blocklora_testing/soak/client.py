@@ -12,8 +12,8 @@ import aiohttp
 ADMIN_KEY = "soak"
 
 
-class Hung(Exception):
-    """No answer before the deadline."""
+class NoAnswer(Exception):
+    """The server did not answer: not before the deadline, or it closed the connection."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Client:
         await self._session.close()
 
     async def call(self, path: str, body: Any = None, *, admin: bool = False, method: str = "POST") -> Answer:
-        """Send ``body`` as JSON, or as it is where it is bytes. ``Hung`` where no answer comes in time."""
+        """Send ``body`` as JSON, or as it is where it is bytes. ``NoAnswer`` where none comes in time, or at all."""
         begin = time.monotonic()
         headers = _headers(admin)
         data = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else None
@@ -51,7 +51,9 @@ class Client:
                 text = await answer.read()
                 return Answer(status=answer.status, body=_decoded(text), begin=begin, end=time.monotonic())
         except TimeoutError as error:
-            raise Hung(f"{method} {path}: no answer within {self._deadline:g} s") from error
+            raise NoAnswer(f"{method} {path} {data!r:.300}: hung for {self._deadline:g} s") from error
+        except aiohttp.ClientError as error:
+            raise NoAnswer(f"{method} {path} {data!r:.300}: {type(error).__name__} {error}") from error
 
     async def stream(self, path: str, body: Any, leave_after: int | None = None) -> Answer:
         """The last event of a streamed answer, or of the first ``leave_after``: then the connection is closed.
@@ -72,7 +74,9 @@ class Client:
                     if seen == leave_after:
                         break
         except TimeoutError as error:
-            raise Hung(f"stream of {path}: no end within {self._deadline:g} s, {seen} events") from error
+            raise NoAnswer(f"stream of {path} {data!r:.300}: hung for {self._deadline:g} s, {seen} events") from error
+        except aiohttp.ClientError as error:
+            raise NoAnswer(f"stream of {path} {data!r:.300}: {type(error).__name__} {error}") from error
         status = last["error"]["code"] if last and "error" in last else 200
         return Answer(status=status, body=last, begin=begin, end=time.monotonic())
 

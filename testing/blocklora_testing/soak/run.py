@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-import aiohttp
-
-from blocklora_testing.soak.client import Answer, Client, Hung
+from blocklora_testing.soak.client import Answer, Client, NoAnswer
 from blocklora_testing.soak.ledger import Ledger
 from blocklora_testing.soak.place import Place
 from blocklora_testing.soak.tally import Tally
@@ -95,8 +93,8 @@ class Run:
             async with self.going():
                 try:
                     await step(rng)
-                except (Hung, aiohttp.ClientError) as error:
-                    self.tally.problem(kind, f"{type(error).__name__}: {error}")
+                except NoAnswer as error:
+                    self.tally.problem(kind, str(error))
                     await asyncio.sleep(1)  # the server may have ended
 
     def judge(

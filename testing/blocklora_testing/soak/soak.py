@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import aiohttp
-
 from blocklora_testing.server import Server, running
 from blocklora_testing.soak import checks, world
 from blocklora_testing.soak.checks import Check
-from blocklora_testing.soak.client import ADMIN_KEY, Client, Hung
+from blocklora_testing.soak.client import ADMIN_KEY, Client, NoAnswer
 from blocklora_testing.soak.operators import Disk, Operator
 from blocklora_testing.soak.place import Place
 from blocklora_testing.soak.refusals import Refusals
@@ -143,7 +141,10 @@ async def _run(
         watching.cancel()
         found = [checks.alive(server)]
         if found[0].held:
-            await _sweep(run)
+            try:
+                await _sweep(run)
+            except NoAnswer as error:
+                run.tally.problem("sweep", str(error))
     found += checks.decision_logs(folder / "decisions", 2)
     found += [checks.log_is_clean(server), *_memory(watch, size)]
     enough = run.tally.requests >= size.requests
@@ -174,8 +175,8 @@ async def _weather(run: Run, weather: Weather, gap_s: float) -> None:
     while not run.over.is_set():
         try:
             await weather.one(rng, gap_s)
-        except (Hung, aiohttp.ClientError) as error:
-            run.tally.problem("weather", f"{type(error).__name__}: {error}")
+        except NoAnswer as error:
+            run.tally.problem("weather", str(error))
 
 
 async def _reports(run: Run, rng: object) -> None:
