@@ -62,9 +62,9 @@ def test_a_broken_check_is_found(checks: Validators, monkeypatch, name: str, bro
 
 def test_a_path_out_of_the_root_is_found(checks: Validators, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the root, adapters beside it load: the property sees that."""
-    attempt = validators.attempt
+    read = validators.read_adapter
     monkeypatch.setattr(
-        validators, "attempt", lambda name, path, spec, rank, root: attempt(name, path, spec, rank, None)
+        validators, "read_adapter", lambda name, path, spec, rank, root: read(name, path, spec, rank, None)
     )
     with pytest.raises(AssertionError, match="is not below"):
         run(checks, "paths to load", 20 * CASES)

@@ -37,12 +37,12 @@ def split_key(extra_key: str | None) -> tuple[str | None, str | None]:
     """The pair that ``request_key`` joined. ``ValueError`` for a string that it did not make."""
     if extra_key is None:
         return None, None
-    length, colon, rest = extra_key.partition(":")
-    if not colon or (length and not (length.isascii() and length.isdigit() and int(length) <= len(rest))):
+    length, _, rest = extra_key.partition(":")
+    size = int(length) if length.isdecimal() and len(length) < 10 else 0
+    pair = rest[:size] if length else None, rest[size:] or None
+    if request_key(*pair) != extra_key:
         raise ValueError(f"{extra_key!r} is no extra key of a request")
-    if not length:
-        return None, rest or None
-    return rest[: int(length)], rest[int(length) :] or None
+    return pair
 
 
 def are_token_ids(tokens: array[int]) -> bool:

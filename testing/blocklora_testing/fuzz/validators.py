@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from sglang_blocklora.adapters.config import CONFIG_NAME, parse_config, read_config
 from sglang_blocklora.adapters.errors import AdapterError
-from sglang_blocklora.adapters.loading import attempt
+from sglang_blocklora.adapters.loading import read_adapter
 from sglang_blocklora.adapters.weights_file import WeightsFile
 from sglang_blocklora.memory.prefix import are_token_ids, request_key, salted_tokens, split_key
 from sglang_blocklora.naming.folders import AdapterFolders
@@ -134,12 +134,12 @@ class Validators:
         """Only what lies below the root is read, and all else is a refusal in words."""
         start = rng.choice((str(self._root), str(self._folder), "", f"{self._root}/sql"))
         where = start + "/" + cases.path(rng, WORDS) if rng.random() < 0.9 else cases.path(rng, WORDS)
-        outcome = attempt("fuzzed", where, self._spec, 64, str(self._root))
-        if outcome.error is None:
+        report, _ = read_adapter("fuzzed", where, self._spec, 64, str(self._root))
+        if report.error is None:
             self._inside(Path(os.path.realpath(where)))
             return
-        assert UNFORESEEN not in outcome.error, outcome.error
-        assert "fuzzed" in outcome.error
+        assert UNFORESEEN not in report.error, report.error
+        assert "fuzzed" in report.error
 
     def request_key(self, rng: Random) -> None:
         """A client's extra key cannot be taken for an adapter, nor one pair of the two for another."""
