@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blocklora_kernels.descriptor import DESCRIPTOR_FIELDS, HEAD_FIELDS, MAX_SLICES, SLICE_FIELDS
+from blocklora_kernels.descriptor import DESCRIPTOR_FIELDS, MAX_SLICES
 
 if TYPE_CHECKING:
     from blocklora_kernels.batch import BatchMetadata
-    from blocklora_kernels.ops import LoraLinear
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -77,31 +76,3 @@ def check_activations(name: str, value: torch.Tensor, width: int, dtype: torch.d
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)} with strides {value.stride()}, expected unit stride along its rows"
         )
-
-
-def check_addresses(linear: LoraLinear, batch: BatchMetadata) -> None:
-    """Debug mode: ValueError where a matrix of one of the batch's adapters leaves its slots, or a slot the arena."""
-    arena_slots = linear.planes[0].shape[0]
-    slots, first_slots, descriptors = linear.slots.cpu(), linear.first_slots.cpu(), linear.descriptors.cpu()
-    for adapter in batch.adapters.tolist():
-        if not 0 <= adapter < len(slots):
-            raise ValueError(f"segments: adapter {adapter}, expected 0 to {len(slots) - 1}")
-        d = descriptors[adapter].tolist()
-        if d[0] > batch.h_width:
-            raise ValueError(f"descriptors[{adapter}]: h_width {d[0]}, expected at most {batch.h_width} (batch.h)")
-        sizes = [(d[3], d[4], d[1] * linear.in_features)] if d[0] else []
-        for i, (first, end) in enumerate(pairwise(linear.out_offsets)):
-            s = d[HEAD_FIELDS + i * SLICE_FIELDS :]
-            sizes += [(s[3], s[4], (end - first) * s[5])] if s[0] else []
-        for row, column, size in sizes:
-            stop = row + -(-(column + size) // linear.width)
-            if row < 0 or stop > slots.shape[1]:
-                raise ValueError(
-                    f"descriptors[{adapter}]: rows {row} to {stop}, expected within the {slots.shape[1]} of slots"
-                )
-            first_slot = int(first_slots[adapter])
-            used = slots[adapter, row:stop] if first_slot < 0 else torch.arange(row, stop) + first_slot
-            if len(used) and not 0 <= int(used.min()) <= int(used.max()) < arena_slots:
-                raise ValueError(
-                    f"slots[{adapter}]: {int(used.min())} to {int(used.max())}, expected 0 to {arena_slots - 1}"
-                )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
 from blocklora_kernels import tiles
 from blocklora_kernels.batch import BatchMetadata
-from blocklora_kernels.checks import check_activations, check_addresses, check_linear
-from blocklora_kernels.descriptor import MAX_SLICES
+from blocklora_kernels.checks import check_activations, check_linear
+from blocklora_kernels.descriptor import HEAD_FIELDS, MAX_SLICES, SLICE_FIELDS
 from blocklora_kernels.expand_kernel import expand_kernel
 from blocklora_kernels.shrink_kernel import shrink_kernel
 
@@ -61,7 +62,7 @@ class LoraLinear:
         """Partial sums of h for the batch's adapted tokens into ``batch.h``; ``x`` [batch_tokens, in_features]."""
         check_activations("x", x, self.in_features, self.planes[0].dtype, batch)
         if self.debug:
-            check_addresses(self, batch)
+            self.check_addresses(batch)
         if not batch.grid_tiles:
             return
         step = batch.step
@@ -104,7 +105,7 @@ class LoraLinear:
         """After ``shrink``: add ``scaling * h B^T`` of every slice to ``out`` [batch_tokens, outputs], in place."""
         check_activations("out", out, self.out_offsets[-1], self.planes[0].dtype, batch)
         if self.debug:
-            check_addresses(self, batch)
+            self.check_addresses(batch)
         if not batch.grid_tiles:
             return
         step = batch.step
@@ -146,3 +147,30 @@ class LoraLinear:
         """Shrink and expand on the current stream."""
         self.shrink(x, batch)
         self.expand_(out, batch)
+
+    def check_addresses(self, batch: BatchMetadata) -> None:
+        """``ValueError`` where a matrix of one of the batch's adapters leaves its slots, or a slot the arena."""
+        arena_slots = self.planes[0].shape[0]
+        slots, first_slots, descriptors = self.slots.cpu(), self.first_slots.cpu(), self.descriptors.cpu()
+        for adapter in batch.adapters.tolist():
+            if not 0 <= adapter < len(slots):
+                raise ValueError(f"segments: adapter {adapter}, expected 0 to {len(slots) - 1}")
+            d = descriptors[adapter].tolist()
+            if d[0] > batch.h_width:
+                raise ValueError(f"descriptors[{adapter}]: h_width {d[0]}, expected at most {batch.h_width} (batch.h)")
+            sizes = [(d[3], d[4], d[1] * self.in_features)] if d[0] else []
+            for i, (first, end) in enumerate(pairwise(self.out_offsets)):
+                s = d[HEAD_FIELDS + i * SLICE_FIELDS :]
+                sizes += [(s[3], s[4], (end - first) * s[5])] if s[0] else []
+            for row, column, size in sizes:
+                stop = row + -(-(column + size) // self.width)
+                if row < 0 or stop > slots.shape[1]:
+                    raise ValueError(
+                        f"descriptors[{adapter}]: rows {row} to {stop}, expected within the {slots.shape[1]} of slots"
+                    )
+                first_slot = int(first_slots[adapter])
+                used = slots[adapter, row:stop] if first_slot < 0 else torch.arange(row, stop) + first_slot
+                if len(used) and not 0 <= int(used.min()) <= int(used.max()) < arena_slots:
+                    raise ValueError(
+                        f"slots[{adapter}]: {int(used.min())} to {int(used.max())}, expected 0 to {arena_slots - 1}"
+                    )

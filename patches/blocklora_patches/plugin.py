@@ -42,7 +42,7 @@ def activate() -> None:
         from blocklora_patches.releases.contract import SYMBOLS, check
 
         check(SYMBOLS)  # before anything that imports those names
-        from blocklora_patches.hooks.install import install
+        from blocklora_patches.install import install
 
         install()
 

@@ -18,7 +18,7 @@ import json, sys
 from sglang.srt.plugins.hook_registry import HookRegistry
 import sglang.srt.lora.lora_manager as m, sglang.srt.entrypoints.openai.serving_base as s
 import sglang.srt.model_executor.model_runner as r
-install = sys.modules.get("blocklora_patches.hooks.install")
+install = sys.modules.get("blocklora_patches.install")
 print("STATE" + json.dumps({
     "patched": sorted(HookRegistry._patched),
     "missing": sorted({h.target for h in install.HOOKS} - HookRegistry._patched) if install else [],

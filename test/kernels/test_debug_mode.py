@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from blocklora_kernels.batch import BatchMetadata
-from blocklora_kernels.checks import check_addresses
 from blocklora_kernels.descriptor import Address, Blocks, LinearDescriptor, SliceDescriptor
 from blocklora_kernels.ops import LoraLinear
 from blocklora_kernels.segments import Segments
@@ -29,21 +28,25 @@ def set_up(slots: list[int], a_row: int, h_width: int = 4) -> tuple[LoraLinear, 
     return linear, batch
 
 
+def check(made: tuple[LoraLinear, BatchMetadata]) -> None:
+    made[0].check_addresses(made[1])
+
+
 @pytest.mark.parametrize("slots", [[3, 4, 5], [9, 0, 4]])
 def test_right_addresses_pass(slots):
-    check_addresses(*set_up(slots, 0))
+    check(set_up(slots, 0))
 
 
 def test_wrong_addresses_are_named():
     with pytest.raises(ValueError, match=r"descriptors\[0\]: rows 3 to 4, expected within the 3 of slots"):
-        check_addresses(*set_up([3, 4, 5], 3))
+        check(set_up([3, 4, 5], 3))
     with pytest.raises(ValueError, match=r"descriptors\[0\]: h_width 4, expected at most 3"):
-        check_addresses(*set_up([3, 4, 5], 0, h_width=3))
+        check(set_up([3, 4, 5], 0, h_width=3))
     linear, batch = set_up([9, 0, 4], 0)
     linear.slots[0, 1] = 10
     with pytest.raises(ValueError, match=r"slots\[0\]: 10 to 10, expected 0 to 9"):
-        check_addresses(linear, batch)
+        linear.check_addresses(batch)
     linear, batch = set_up([3, 4, 5], 0)
     linear.first_slots[0] = 9
     with pytest.raises(ValueError, match=r"slots\[0\]: 10 to 10, expected 0 to 9"):
-        check_addresses(linear, batch)
+        linear.check_addresses(batch)

@@ -1,1 +1,1 @@
-"""Runs in every process: what a hook is, which hooks there are, and putting them in place."""
+"""Runs in every process: what a hook is, and putting hooks in place."""
