@@ -2,28 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
-
-from sglang_blocklora import SGLANG_VERSION
-
-
-@contextmanager
-def fail_closed() -> Iterator[None]:
-    """Whatever goes wrong within it is a ``SystemExit`` that says so.
-
-    SGLang logs any other exception of a plugin, goes on, and answers without it.
-    """
-    try:
-        yield
-    except Exception as error:
-        raise SystemExit(
-            f"sglang-blocklora {_installed('sglang-blocklora')} cannot be put in place in SGLang "
-            f"{_installed('sglang')}: {type(error).__name__}: {error}\n"
-            f"It is written for SGLang {SGLANG_VERSION}. Install both again (pip install --force-reinstall "
-            f"sglang-blocklora sglang=={SGLANG_VERSION}), or start stock SGLang (python -m sglang.launch_server)."
-        ) from error
+from blocklora_patches.releases.fail_closed import fail_closed
 
 
 def activate() -> None:
@@ -45,10 +24,3 @@ def activate() -> None:
         from blocklora_patches.install import install
 
         install()
-
-
-def _installed(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "(not installed)"

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from blocklora_patches.plugin import fail_closed
+from blocklora_patches.releases.fail_closed import fail_closed
 
 from sglang_blocklora import cpu_only, settings
 

@@ -6,8 +6,8 @@ import sglang
 from sglang_blocklora.naming.choice import adapter
 
 from blocklora_patches.hooks.hook import Hook
-from blocklora_patches.plugin import fail_closed
 from blocklora_patches.releases.contract import FRONTEND_SYMBOLS, check
+from blocklora_patches.releases.fail_closed import fail_closed
 
 
 def activate() -> None:
