@@ -72,6 +72,3 @@ def api_server(api_case: Case, api_folder: Path, tmp_path_factory: pytest.TempPa
     flags += ["--lora-paths", *(f"{name}={api_case.adapters[source]}" for name, source in NAMES.items())]
     with running(api_case.model, *flags, log=log) as server:
         yield server
-        text = server.log_text()
-        assert "Traceback" not in text
-        assert "memory leak" not in text.lower()

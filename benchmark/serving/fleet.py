@@ -83,7 +83,9 @@ def fleet(model: Path, launches: Mapping[str, Launch], folder: Path) -> Iterator
             loads = folder / f"{name}.loads"
             module = (str(STOCK_FILE),) if launch.stock else OURS
             log, environment = folder / f"{name}.log", {LOADS_VARIABLE: str(loads)}
-            server = stack.enter_context(running(model, *launch.flags, log=log, environment=environment, module=module))
+            server = stack.enter_context(
+                running(model, *launch.flags, log=log, environment=environment, module=module, sound=not launch.stock)
+            )
             members[name] = Member(name, launch, server, loads)
             stack.callback(members[name].signal, signal.SIGCONT)  # a stopped process would not end politely
             members[name].signal(signal.SIGSTOP)

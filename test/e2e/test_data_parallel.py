@@ -26,9 +26,6 @@ def server(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     flags += ["--lora-paths", *(f"{name}={llama.adapters[name]}" for name in LOADED)]
     with running(llama.model, *flags, log=log) as server:
         yield server
-        text = server.log_text()
-        assert "Traceback" not in text
-        assert "memory leak" not in text.lower()
 
 
 def ask(server: Server, prompt: list[int], adapter: str | None, new_tokens: int, **options: Any) -> tuple[list, int]:

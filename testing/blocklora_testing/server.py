@@ -76,6 +76,11 @@ class Server:
         with ThreadPoolExecutor(len(requests)) as pool:
             return list(pool.map(lambda r: self.tokens(r[0], r[1], new_tokens), requests))
 
+    def check_log(self) -> None:
+        """``AssertionError`` where the server reported a traceback or a leak so far."""
+        wrong = [line for line in self.log_text().splitlines() if "Traceback" in line or "memory leak" in line.lower()]
+        assert not wrong, f"{wrong[0]}\n{self.tail()}"
+
     def log_text(self) -> str:
         return self.log.read_text(errors="replace")
 
@@ -117,11 +122,13 @@ def running(
     environment: Mapping[str, str] | None = None,
     module: tuple[str, ...] = ("-m", "sglang_blocklora.launch_server"),
     port: int = 0,
+    sound: bool = True,
     waiting: Callable[[float, Server], None] = lambda seconds, server: None,
 ) -> Iterator[Server]:
     """A server for ``model`` that answers, for the length of the block; whatever happens, its processes end with it.
 
     flags    behind defaults for tiny models, which they may replace
+    sound    whether its log is checked at the end of the block: no traceback and no leak, or ``AssertionError``
     port     0: any free one
     waiting  called about twice a second with the seconds since the start, until the server answers
     It has a process group of its own, so a Ctrl-C reaches only its parent. ``ServerFailed`` where it does not answer.
@@ -142,8 +149,17 @@ def running(
     try:
         _wait(server, waiting)
         yield server
+        if sound:
+            server.check_log()
     finally:
         stop(process)
+
+
+def same_decisions(log: Path, ranks: int = 2) -> str:
+    """What every TP rank wrote to its decision log (``--adapter-decision-log``): they must have decided alike."""
+    texts = {Path(f"{log}.{rank}").read_text() for rank in range(ranks)}
+    assert len(texts) == 1, "the TP ranks decided differently"
+    return texts.pop()
 
 
 def _wait(server: Server, waiting: Callable[[float, Server], None]) -> None:

@@ -117,7 +117,7 @@ def _server(folder: Path, size: Size, place: Place, model: Path, names: list[str
     flags += ["--adapter-root", str(place.root), "--adapter-dir", str(place.named), "--random-seed", "0"]
     flags += ["--lora-paths", *(f"{name}={place.loaded / name}" for name in names if not name.startswith("n"))]
     debug = {"SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK": "1"}  # whenever idle, every slot has exactly one owner
-    with running(model, *flags, log=folder / "log", environment=debug) as server:
+    with running(model, *flags, log=folder / "log", environment=debug, sound=False) as server:
         yield server
 
 
