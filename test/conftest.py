@@ -14,6 +14,15 @@ from sglang_blocklora import cpu_only
 cpu_only.install_shims()  # before anything imports transformers or SGLang
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For several workers (``-n 2``): tests that share a server stay together, and those that start one go first."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.path.parent.name != "e2e")
+    for item in items:
+        shared = "api_server" if "api_server" in item.fixturenames else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(shared))
+
+
 @pytest.fixture(scope="session")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Case]:
     """``case(family, kv_heads)``: base, plain and n in 1, 2, 3, 4, 8 on a tiny model of that family."""
