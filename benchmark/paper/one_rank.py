@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 from blocklora_testing.models import save_tokenizer
 from safetensors.torch import save_file
+from sglang_blocklora.sharding.architectures import MODULES, SPLIT_MODULES
 from sglang_blocklora.tools.base_model import BaseSizes
 
-from benchmark.paper.shardings import LLAMA, MODULES, matched_rank, modules_of
+from benchmark.paper.shardings import LLAMA, matched_rank, modules_of
 from benchmark.record import Recorder
 from benchmark.serving.fleet import Launch, fleet
 from benchmark.serving.runner import Variant, interleave
@@ -88,13 +89,13 @@ def save_adapter(base: BaseSizes, rank: int, folder: Path) -> Path:
     tensors = {}
     for layer in range(base.layers):
         for suffix, inputs, outputs in modules_of(base):
-            name = f"base_model.model.model.layers.{layer}.{MODULES[suffix]}.{suffix}"
+            name = f"base_model.model.model.layers.{layer}.{MODULES[suffix].parent}.{suffix}"
             for factor, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
                 values = torch.randn(shape, generator=generator) * 0.01
                 tensors[f"{name}.lora_{factor}.weight"] = values.bfloat16()
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "target_modules": list(MODULES)}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "target_modules": list(SPLIT_MODULES)}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from sglang_blocklora.sharding.architectures import SPLIT_MODULES, kind_of, suffix_of
 from sglang_blocklora.sharding.cut import ModuleShape
 from sglang_blocklora.sharding.plan import LinearPlan, plan_linear
-from sglang_blocklora.tools.base_model import BaseSizes, kind_of, standalone_spec
+from sglang_blocklora.tools.base_model import BaseSizes
 from sglang_blocklora.tools.match_rank import match_rank, plain_parameters
 
 Sharding = Literal["stock", "s-lora", "block-diagonal"]
@@ -25,15 +26,6 @@ LLAMA = {
     "Llama-3.1-70B": BaseSizes(
         hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, layers=80, vocab=128256
     ),
-}
-MODULES = {
-    "q_proj": "self_attn",
-    "k_proj": "self_attn",
-    "v_proj": "self_attn",
-    "o_proj": "self_attn",
-    "gate_proj": "mlp",
-    "up_proj": "mlp",
-    "down_proj": "mlp",
 }
 
 
@@ -57,7 +49,7 @@ class Cost:
 def modules_of(base: BaseSizes) -> list[tuple[str, int, int]]:
     """(module, in, out) of the seven linears of one layer."""
     features = base.features()
-    return [(suffix, *features[suffix]) for suffix in MODULES]
+    return [(suffix, *features[suffix]) for suffix in SPLIT_MODULES]
 
 
 def parameters(base: BaseSizes, rank: int, nblocks: int = 1) -> int:
@@ -86,11 +78,11 @@ def lora_cost(base: BaseSizes, sharding: Sharding, rank: int, tp: int, batch: in
 def _rank_cost(
     base: BaseSizes, sharding: Sharding, rank: int, tp: int, tp_rank: int, batch: int, dtype: torch.dtype
 ) -> Cost:
-    features = {f"model.layers.0.{MODULES[suffix]}.{suffix}": (i, o) for suffix, i, o in modules_of(base)}
-    spec = standalone_spec("computed", features, dtype, tp_rank, tp, base)
-    spec = dataclasses.replace(spec, s_lora=sharding == "s-lora" and tp > 1)
-    shapes = {module: _shape(sharding, module, rank, tp) for module in features}
-    plans = [plan_linear(linear, shapes, spec) for linear in spec.layers[0]]
+    spec = dataclasses.replace(base.spec(dtype, tp_rank, tp), s_lora=sharding == "s-lora" and tp > 1)
+    layer = spec.layers[0]
+    modules = [module for linear in layer for module in linear.sources if suffix_of(module) in SPLIT_MODULES]
+    shapes = {module: _shape(sharding, module, rank, tp) for module in modules}
+    plans = [plan_linear(linear, shapes, spec) for linear in layer]
     gathers = [_exchanged(plan, sharding, rank) for plan in plans if plan.linear.kind == "column"]
     reduces = [_exchanged(plan, sharding, rank) for plan in plans if plan.linear.kind == "row"]
     elements = base.layers * sum(sum(plan.sizes()) for plan in plans)

@@ -14,11 +14,14 @@ import torch
 from blocklora_testing.toy import ToyModel, write_adapter
 from safetensors.torch import load_file, save_file
 from sglang_blocklora.adapters.content_hash import content_hash
+from sglang_blocklora.adapters.errors import AdapterError
 from sglang_blocklora.adapters.shard import load_shard
 from sglang_blocklora.tools.__main__ import main
+from sglang_blocklora.tools.base_model import BaseSizes
 from sglang_blocklora.tools.match_rank import match_rank
 
 MODEL = ToyModel()
+BASE = ToyModel(kv_heads=2)  # what ``config_json`` describes
 
 
 @pytest.fixture(autouse=True)
@@ -215,6 +218,82 @@ def test_verify_passes_for_every_structure(tmp_path: Path, capsys, options: dict
     code, found = run(capsys, "verify", tmp_path, "--tp", 1, 2, 3, 8)
     assert code == 0
     assert [check["passed"] for check in found["tp"]] == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: rename(f, "layers.1.", "layers.9."), "modules of 2 decoder layers among q_proj"),
+        (lambda f: rename(f, "model.layers", "vision_tower.layers"), "other towers"),
+        (lambda f: (f / "added_tokens.json").write_text('{"<new>": 100}'), "'<new>' = 100"),
+        (lambda f: edit_config(f, some_future_option=1), "some_future_option"),
+        (lambda f: edit_config(f, target_modules=["k_proj"]), "does not select"),
+    ],
+)
+def test_inspect_refuses_what_a_server_refuses(tmp_path: Path, config_json: Path, capsys, break_it, message) -> None:
+    """With the same words as a load by the server."""
+    folder = tmp_path / "mine"
+    write_adapter(folder, BASE, rank=4, dtype=torch.float32)
+    break_it(folder)
+    code, found = run(capsys, "inspect", folder, "--base-model", config_json)
+    assert code == 1
+    assert message in found["error"]
+    spec = BaseSizes.read(config_json).spec(torch.float32, 0, 2)
+    with pytest.raises(AdapterError) as error:
+        load_shard("mine", folder, spec, 64)
+    assert str(error.value) == found["error"]
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_inspect_tells_what_a_load_tells(tmp_path: Path, config_json: Path, capsys, caplog, base: bool) -> None:
+    write_adapter(tmp_path, BASE, rank=4, dtype=torch.float32, fan_in_fan_out=True, nblocks=2, orientation="wrong")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    rename(tmp_path, "model.layers", "model.language_model.layers")
+    code, found = run(capsys, "inspect", tmp_path, *(["--base-model", config_json] if base else []))
+    assert code == 0
+    assert found["layers"] == 2
+    load_shard("mine", tmp_path, BaseSizes.read(config_json).spec(torch.float32, 0, 2), 64)
+    told = [record.getMessage().removeprefix("adapter 'mine': ") for record in caplog.records]
+    assert len(told) == 3
+    assert found["warnings"][:3] == told
+
+
+def test_inspect_names_files_that_it_cannot_check(tmp_path: Path, config_json: Path, capsys) -> None:
+    write_adapter(tmp_path, BASE, rank=4)
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": [{"id": 99, "content": "x"}]}')
+    assert any("tokenizer.json" in warning for warning in run(capsys, "inspect", tmp_path)[1]["warnings"])
+    with_base = run(capsys, "inspect", tmp_path, "--base-model", config_json)[1]["warnings"]
+    assert not any("tokenizer.json" in warning for warning in with_base)
+
+
+def test_a_base_model_that_is_not_served_is_told(tmp_path: Path, config_json: Path, capsys) -> None:
+    write_adapter(tmp_path / "a", MODEL, rank=4)
+    path = config_json / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["DeepseekV3ForCausalLM"]}))
+    code, found = run(capsys, "inspect", tmp_path / "a", "--base-model", config_json)
+    assert code == 1
+    assert "DeepseekV3ForCausalLM is not served" in found["error"]
+
+
+def test_a_converted_adapter_keeps_the_names_that_its_config_speaks_of(tmp_path: Path, capsys) -> None:
+    expression = r"model\.language_model\..*_proj"
+    write_adapter(tmp_path / "a", MODEL, rank=4, target_modules=expression)
+    rename(tmp_path / "a", "model.layers", "model.language_model.layers")
+    assert run(capsys, "convert", tmp_path / "a", tmp_path / "b", "--nblocks", 2)[0] == 0
+    assert run(capsys, "verify", tmp_path / "b", "--tp", 2)[0] == 0
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert config["target_modules"] == expression
+
+
+def rename(folder: Path, old: str, new: str) -> None:
+    """Another name in the tensors' names."""
+    path = folder / "adapter_model.safetensors"
+    save_file({name.replace(old, new): tensor for name, tensor in load_file(path).items()}, path)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_verify_fails_when_a_rank_lost_its_part(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:

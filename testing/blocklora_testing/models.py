@@ -21,6 +21,7 @@ from transformers import (  # noqa: E402
     LlamaConfig,
     MistralConfig,
     Phi3Config,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -55,8 +56,7 @@ class AdapterChoice:
     rank_pattern: Mapping[str, int] | None = None
 
 
-def build_model(
-    folder: Path,
+def family_config(
     family: str,
     *,
     heads: int = 12,
@@ -65,13 +65,11 @@ def build_model(
     layers: int = 2,
     hidden_size: int = 288,  # heads times head_dim: SGLang's Qwen2 does not read head_dim
     intermediate_size: int = 192,
-    seed: int = 0,
-) -> Path:
-    """Save a random float32 model with a byte-level tokenizer.
+) -> PreTrainedConfig:
+    """The config of a tiny model.
 
     The default widths divide by 1, 2, 3, 4 and 8, the TP sizes and block counts of the tests.
     """
-    torch.manual_seed(seed)
     extra: dict = {"tie_word_embeddings": False} | {
         "phi3": {"pad_token_id": 0},
         # hidden_act and tied embeddings as in real checkpoints; a cap so high that it does nothing, because SGLang's
@@ -83,7 +81,7 @@ def build_model(
             "tie_word_embeddings": True,
         },
     }.get(family, {})
-    config = CONFIGS[family](
+    return CONFIGS[family](
         vocab_size=VOCAB,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -98,6 +96,12 @@ def build_model(
         dtype="float32",
         **extra,
     )
+
+
+def build_model(folder: Path, family: str, *, seed: int = 0, **sizes: int) -> Path:
+    """Save a random float32 model with a byte-level tokenizer; ``sizes`` as for ``family_config``."""
+    torch.manual_seed(seed)
+    config = family_config(family, **sizes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

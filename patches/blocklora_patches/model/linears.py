@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.utils import get_layer_id
-from sglang_blocklora.sharding.layout import ALIGNMENT_ELEMENTS
-from sglang_blocklora.sharding.linears import Interval, LinearSpec, ModelSpec, Source
+from sglang_blocklora.sharding.architectures import ARCHITECTURES, LINEARS, Axes, model_spec
+from sglang_blocklora.sharding.linears import Interval, ModelSpec
 
-# Architectures whose linears were compared with PEFT token by token (test/e2e). Another one may order or gate its
-# fused outputs differently, and would then answer wrongly in silence.
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Gemma2ForCausalLM",
-    "Phi3ForCausalLM",
-)
+Linears = list[list[tuple[str, torch.nn.Module]]]
 
 
-def adaptable_linears(model: torch.nn.Module) -> list[list[tuple[str, torch.nn.Module]]]:
+def adaptable_linears(model: torch.nn.Module) -> Linears:
     """Per decoder layer, its adaptable linears (path, module) in execution order.
 
     ``ValueError`` for an architecture that is not served.
@@ -43,25 +32,8 @@ def adaptable_linears(model: torch.nn.Module) -> list[list[tuple[str, torch.nn.M
     return [layers[index] for index in sorted(layers)]
 
 
-@dataclass(frozen=True)
-class CheckpointSizes:
-    """Widths as the checkpoint has them: SGLang's CPU engine pads its own until they divide by the TP size."""
-
-    q: int
-    kv: int
-    intermediate: int
-
-    @staticmethod
-    def of(config: Any, head_dim: int) -> CheckpointSizes:
-        """From the model's config, in which upstream keeps what it replaced as ``original_...``."""
-        heads = getattr(config, "original_num_attention_heads", config.num_attention_heads)
-        kv_heads = getattr(config, "original_total_num_kv_heads", config.num_key_value_heads)
-        intermediate = getattr(config, "original_intermediate_size", config.intermediate_size)
-        return CheckpointSizes(heads * head_dim, kv_heads * head_dim, intermediate)
-
-
 def build_spec(
-    linears: list[list[tuple[str, torch.nn.Module]]],
+    linears: Linears,
     config: Any,
     targets: set[str],
     dtype: torch.dtype,
@@ -69,76 +41,48 @@ def build_spec(
     size: int,
     s_lora: bool = False,
 ) -> ModelSpec:
-    """The spec of ``linears`` on TP rank ``rank`` of ``size``; the row width is that of the model's KV cache.
+    """The spec of ``linears`` on TP rank ``rank`` of ``size``; the other arguments are ``model_spec``'s.
 
-    config   the base model's Hugging Face config
-    targets  Hugging Face module suffixes (q_proj, o_proj, ...) that adapters may have; {"all"} for every one
-    s_lora   split plain adapters S-LoRA's way; a single TP rank has nothing to split
+    config  the base model's Hugging Face config
     """
-    qkv = next(m for layer in linears for _, m in layer if isinstance(m, QKVParallelLinear))
-    sizes = CheckpointSizes.of(config, qkv.head_size)
-    whole = [[_linear(path, module, sizes) for path, module in layer] for layer in linears]
-    specs = tuple(tuple(_only(linear, targets) for linear in layer) for layer in whole)
-    row_width = -(-qkv.kv_proj_shard_size // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS
-    left_out = {
-        module
-        for layer, kept in zip(whole, specs, strict=True)
-        for linear, own in zip(layer, kept, strict=True)
-        for module in linear.sources.keys() - own.sources.keys()
-    }
-    return ModelSpec(
-        layers=specs,
-        row_width=row_width,
+    return model_spec(
+        dict(_layer(layer, config) for layer in linears),
         dtype=dtype,
         vocab_size=config.vocab_size,
         tp_rank=rank,
         tp_size=size,
-        s_lora=s_lora and size > 1,
-        left_out=frozenset(left_out),
+        targets=targets,
+        s_lora=s_lora,
     )
 
 
-def _only(linear: LinearSpec, targets: set[str]) -> LinearSpec:
-    """``linear`` with the sources that are in ``targets``."""
-    if "all" in targets:
-        return linear
-    kept = {module: source for module, source in linear.sources.items() if module.rpartition(".")[2] in targets}
-    return dataclasses.replace(linear, sources=kept)
+def _layer(linears: list[tuple[str, torch.nn.Module]], config: Any) -> tuple[str, Axes]:
+    """Path of a decoder layer, and what this TP rank holds of its axes: SGLang's modules know how they are cut.
 
-
-def _linear(path: str, module: torch.nn.Module, sizes: CheckpointSizes) -> LinearSpec:
-    parent, _, name = path.rpartition(".")
-    if isinstance(module, RowParallelLinear):
-        inputs = sizes.q if name == "o_proj" else sizes.intermediate
-        return LinearSpec(
-            name=path,
-            kind="row",
-            inputs=_share(module.input_size_per_partition, module.tp_rank, inputs),
-            outputs=(Interval(0, module.output_size, module.output_size),),
-            sources={path: Source((0,), (0,), module.output_size)},
-        )
-    if isinstance(module, QKVParallelLinear):
-        outputs = _qkv_outputs(module, sizes)
-    else:
-        outputs = tuple(_share(own, module.tp_rank, sizes.intermediate) for own in module.output_partition_sizes)
-    offsets = [sum(o.size for o in outputs[:i]) for i in range(len(outputs))]
-    sources = {f"{parent}.{part}": Source((i,), (0,), outputs[i].size) for i, part in enumerate(_parts(name))}
-    sources[path] = Source(tuple(range(len(outputs))), tuple(offsets), sum(o.size for o in outputs))
-    inputs = Interval(0, module.input_size, module.input_size)
-    return LinearSpec(name=path, kind="column", inputs=inputs, outputs=outputs, sources=sources)
-
-
-def _parts(name: str) -> tuple[str, ...]:
-    """Hugging Face's modules that SGLang fuses into ``name``."""
-    return {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}.get(name, (name,))
+    Their widths may be padded: SGLang's CPU engine makes them divide by the TP size, and keeps what the checkpoint has
+    as ``original_...`` in the config.
+    """
+    layer = linears[0][0].removesuffix(f".{LINEARS[0].path}")
+    if [path for path, _ in linears] != [f"{layer}.{linear.path}" for linear in LINEARS]:
+        raise ValueError(f"SGLang's layer {layer} has other linears than {', '.join(one.path for one in LINEARS)}")
+    qkv, o, gate_up, down = (module for _, module in linears)
+    heads = getattr(config, "original_num_attention_heads", config.num_attention_heads)
+    kv_heads = getattr(config, "original_total_num_kv_heads", config.num_key_value_heads)
+    intermediate = getattr(config, "original_intermediate_size", config.intermediate_size)
+    axes: Axes = {
+        "hidden": Interval(0, qkv.input_size, qkv.input_size),
+        "query": _share(qkv.q_proj_shard_size, qkv.tp_rank, heads * qkv.head_size),
+        # KV heads are dealt out, or replicated where there are more TP ranks than heads
+        "key_value": _share(qkv.kv_proj_shard_size, qkv.tp_rank // qkv.num_kv_head_replicas, kv_heads * qkv.head_size),
+        "intermediate": _share(gate_up.output_partition_sizes[0], gate_up.tp_rank, intermediate),
+    }
+    cut = (o.input_size_per_partition, down.input_size_per_partition, o.output_size, down.output_size)
+    expected = (axes["query"].length, axes["intermediate"].length, qkv.input_size, qkv.input_size)
+    if cut != expected:
+        raise ValueError(f"SGLang cuts {layer} in another way than it is known to: {cut}, not {expected}")
+    return layer, axes
 
 
 def _share(length: int, index: int, size: int) -> Interval:
     """Part ``index`` of an axis of ``size`` that is dealt out in parts of ``length``."""
     return Interval(length * index, length * (index + 1), size)
-
-
-def _qkv_outputs(module: QKVParallelLinear, sizes: CheckpointSizes) -> tuple[Interval, ...]:
-    """Query heads are dealt out; KV heads too, or replicated where there are more TP ranks than heads."""
-    kv = _share(module.kv_proj_shard_size, module.tp_rank // module.num_kv_head_replicas, sizes.kv)
-    return _share(module.q_proj_shard_size, module.tp_rank, sizes.q), kv, kv

@@ -18,9 +18,8 @@ from sglang.srt.runtime_context import (
     get_serving,
     get_spec,
 )
+from sglang_blocklora.sharding.architectures import ARCHITECTURES
 from sglang_blocklora.sharding.layout import ALIGNMENT_ELEMENTS
-
-from blocklora_patches.model.linears import ARCHITECTURES
 
 BACKEND_NAME = "blocklora"  # of --radix-cache-backend: the cache in which adapters are prefixes
 

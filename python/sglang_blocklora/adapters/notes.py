@@ -9,6 +9,7 @@ from sglang_blocklora.adapters.config import CONFIG_NAME, AdapterConfig
 from sglang_blocklora.adapters.errors import listed
 from sglang_blocklora.adapters.tokenizer_files import chat_template
 from sglang_blocklora.adapters.validate import AdaptedModule
+from sglang_blocklora.sharding.architectures import names_of_kind
 from sglang_blocklora.sharding.linears import ModelSpec
 
 
@@ -31,8 +32,8 @@ def notes(
     if dense:
         yield (
             f"{len(dense)} modules ({listed(dense)}) are block-diagonal in the orientation that tensor parallelism "
-            "cannot split (A-blocks belong on o_proj and down_proj, B-blocks on q, k, v, gate and up). They are served "
-            "as plain LoRA: right, but every TP rank holds and computes the whole packed factor as a dense one."
+            f"cannot split (A-blocks belong on {names_of_kind('row')}, B-blocks on {names_of_kind('column')}). They "
+            "are served as plain LoRA: right, but every TP rank holds and computes the packed factor as a dense one."
         )
 
 

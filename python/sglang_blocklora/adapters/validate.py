@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sglang_blocklora.adapters.config import AdapterConfig
 from sglang_blocklora.adapters.errors import AdapterError
 from sglang_blocklora.adapters.tensor_names import Places
+from sglang_blocklora.sharding.architectures import MODULES, suffix_of
 from sglang_blocklora.sharding.cut import Factor, ModuleShape
 from sglang_blocklora.sharding.linears import LinearSpec, ModelSpec
 
@@ -113,7 +114,8 @@ def _check_shape(
 
 
 def _unknown_module(adapter: str, module: str, spec: ModelSpec, places: Collection[str]) -> AdapterError:
-    served = sorted({place.rsplit(".", 1)[-1] for place in places})
+    names = {suffix_of(place) for place in places}
+    served = [name for name in MODULES if name in names or not names]
     if Places(spec.left_out).find(module):
         return AdapterError(
             adapter,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sglang_blocklora.adapters.errors import AdapterError
+from sglang_blocklora.sharding.architectures import SPLIT_MODULES
 from sglang_blocklora.tools.base_model import BaseSizes
 from sglang_blocklora.tools.convert import convert
 from sglang_blocklora.tools.inspect_adapter import inspect_adapter
@@ -21,7 +22,6 @@ from sglang_blocklora.tools.opened import open_adapter
 from sglang_blocklora.tools.text import conversion_text, inspection_text, match_text, verification_text
 from sglang_blocklora.tools.verify import TOLERANCE, verify
 
-LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 EXIT_CODES = """exit codes:
   0  done, and for verify: every TP size recombines
@@ -109,7 +109,12 @@ def _add_match_rank_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("--nblocks", type=positive, required=True, help="number of blocks, best the TP size")
     one.add_argument("--base-model", type=Path, help="instead of PATH: folder of the base model (its config.json)")
     one.add_argument("--rank", type=positive, help="with --base-model: rank of the plain adapter")
-    one.add_argument("--targets", nargs="+", default=list(LLAMA_TARGETS), help="with --base-model: adapted modules")
+    one.add_argument(
+        "--targets",
+        nargs="+",
+        default=list(SPLIT_MODULES),
+        help="with --base-model: adapted modules",
+    )
     one.add_argument("--parameters", type=positive, help="budget, instead of the plain adapter's parameters")
 
 

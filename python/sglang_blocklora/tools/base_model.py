@@ -1,34 +1,45 @@
-"""The base model's linears as seen from an adapter alone: for tools that run without a server or the base model.
+"""The base model's sizes for tools that run without a server: from its ``config.json``, or from an adapter alone.
 
-An adapter's config and shapes give every linear's input and output width. What they do not give is how wide a head is
-and how many KV heads there are; that comes from the base model's ``config.json`` (``BaseSizes``), where it is at hand.
+An adapter's shapes give the widths of the axes that it touches. What they do not give is how wide a head is and how
+many KV heads there are; that comes from the base model's ``config.json``, where it is at hand.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from sglang_blocklora.adapters.config import AdapterConfig
 from sglang_blocklora.adapters.errors import AdapterError
+from sglang_blocklora.sharding.architectures import (
+    ARCHITECTURES,
+    LINEARS,
+    MODULES,
+    Axes,
+    Axis,
+    model_spec,
+    suffix_of,
+)
 from sglang_blocklora.sharding.cut import Factor
-from sglang_blocklora.sharding.layout import ALIGNMENT_ELEMENTS
-from sglang_blocklora.sharding.linears import Interval, LinearSpec, ModelSpec, Source
+from sglang_blocklora.sharding.linears import Interval, ModelSpec
 
-ROW_MODULES = ("o_proj", "down_proj")
-# SGLang's fused column linears and the Hugging Face modules that feed their slices.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-MODULE_PATH = re.compile(r".*\blayers\.(?P<layer>\d+)\.(?P<rest>.+)")
 # Row width where the base model is unknown: the layout then is an example, its padding is not reported.
 ANY_ROW_WIDTH = 1024
+LAYER_NUMBER = re.compile(r".*\blayers\.(?P<number>\d+)\..+", re.DOTALL)
+# SGLang's CPU engine rounds the intermediate width of a TP rank up to a multiple of this.
+CPU_INTERMEDIATE = 32
+AXES: tuple[Axis, ...] = ("hidden", "query", "key_value", "intermediate")
 
-Features = Mapping[str, tuple[int, int]]
+Engine = Literal["gpu", "cpu"]
+Stored = Mapping[str, Mapping[Factor, tuple[int, int]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +56,15 @@ class BaseSizes:
 
     @staticmethod
     def read(path: Path) -> BaseSizes:
-        """From a model folder or its ``config.json``. ``ValueError`` if it is not there or lacks a size."""
+        """From a model folder or its ``config.json``.
+
+        ``ValueError`` if it is not there, lacks a size, or is of an architecture that is not served.
+        """
         file = path / "config.json" if path.is_dir() else path
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
             heads = raw["num_attention_heads"]
-            return BaseSizes(
+            sizes = BaseSizes(
                 hidden=raw["hidden_size"],
                 intermediate=raw["intermediate_size"],
                 heads=heads,
@@ -59,178 +73,130 @@ class BaseSizes:
                 layers=raw["num_hidden_layers"],
                 vocab=raw["vocab_size"],
             )
+            names = raw.get("architectures") or ARCHITECTURES
+            served = not set(ARCHITECTURES).isdisjoint(names)
         except OSError as error:
             raise ValueError(f"base model: cannot read {file} ({error.strerror}); give the model's folder") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"base model: {file} is not the config of a decoder ({error!r})") from error
+        if not served:
+            raise ValueError(f"base model: {', '.join(names)} is not served; {', '.join(ARCHITECTURES)} are")
+        return sizes
 
-    def features(self) -> dict[str, tuple[int, int]]:
-        """Module suffix -> (in, out) of every linear that an adapter can have."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+    @property
+    def widths(self) -> dict[Axis, int]:
         return {
-            "q_proj": (self.hidden, q),
-            "k_proj": (self.hidden, kv),
-            "v_proj": (self.hidden, kv),
-            "o_proj": (q, self.hidden),
-            "gate_proj": (self.hidden, self.intermediate),
-            "up_proj": (self.hidden, self.intermediate),
-            "down_proj": (self.intermediate, self.hidden),
-            "qkv_proj": (self.hidden, q + 2 * kv),
-            "gate_up_proj": (self.hidden, 2 * self.intermediate),
+            "hidden": self.hidden,
+            "query": self.heads * self.head_dim,
+            "key_value": self.kv_heads * self.head_dim,
+            "intermediate": self.intermediate,
         }
 
+    def features(self) -> dict[str, tuple[int, int]]:
+        """Module name -> (in, out) of every linear that an adapter can have."""
+        widths = self.widths
+        sizes = {part: (widths[one.inputs], widths[one.parts[part]]) for one in LINEARS for part in one.parts}
+        for linear in LINEARS:
+            sizes[linear.name] = (widths[linear.inputs], sum(widths[axis] for axis in linear.parts.values()))
+        return sizes
 
-def suffix_of(module: str) -> str:
-    """The last part of a module path: ``q_proj`` of ``model.layers.0.self_attn.q_proj``."""
-    return module.rpartition(".")[2]
+    def axes(self, tp_rank: int, tp_size: int, engine: Engine) -> Axes:
+        """What a TP rank holds of each axis; see ``engine_for``."""
+        if engine == "gpu":
+            heads, replicas = self.heads // tp_size, max(1, tp_size // self.kv_heads)
+            kv_heads, intermediate = max(1, self.kv_heads // tp_size), self.intermediate // tp_size
+        else:
+            kv_heads, replicas = self.kv_heads // tp_size, 1
+            heads = self.heads // tp_size
+            if self.heads % tp_size or self.kv_heads % tp_size:  # whole groups of heads on every rank
+                kv_heads = -(-self.kv_heads // tp_size)
+                heads = kv_heads * (self.heads // self.kv_heads)
+            unit = CPU_INTERMEDIATE
+            intermediate = -(-self.intermediate // (unit * tp_size)) * unit
+        widths = self.widths
+        return {
+            "hidden": Interval(0, self.hidden, self.hidden),
+            "query": _part(heads * self.head_dim, tp_rank, widths["query"]),
+            "key_value": _part(kv_heads * self.head_dim, tp_rank // replicas, widths["key_value"]),
+            "intermediate": _part(intermediate, tp_rank, self.intermediate),
+        }
 
+    def engine_for(self, tp_size: int) -> Engine:
+        """ "gpu" where a GPU can serve at ``tp_size``; elsewhere "cpu", whose engine pads until it divides."""
+        divides = not (self.heads % tp_size or self.intermediate % tp_size)
+        return "gpu" if divides and not (self.kv_heads % tp_size and tp_size % self.kv_heads) else "cpu"
 
-def kind_of(module: str) -> str:
-    """ "row" (the input is split) or "column" (the output is split)."""
-    return "row" if suffix_of(module) in ROW_MODULES else "column"
-
-
-def features_of(
-    name: str,
-    config: AdapterConfig,
-    stored: Mapping[str, Mapping[Factor, tuple[int, ...]]],
-    base: BaseSizes | None = None,
-) -> dict[str, tuple[int, int]]:
-    """(in, out) of every module's base layer: from the base model where it is known, else from the stored shapes."""
-    features = {}
-    for module, factors in stored.items():
-        suffix = suffix_of(module)
-        if MODULE_PATH.fullmatch(module) is None or suffix not in _SUFFIXES:
-            raise AdapterError(
-                name,
-                "weights for a module that cannot be adapted",
-                f"modules of decoder layers among {', '.join(_SUFFIXES)}",
-                "Train without it in target_modules.",
-                module,
-            )
-        n = config.nblocks if config.structure_of(name, module) == "block_a" else 1
-        found = (factors["A"][1] * n, factors["B"][0])
-        features[module] = base.features()[suffix] if base else found
-    return features
-
-
-_SUFFIXES = (*(part for parts in FUSED.values() for part in parts), *ROW_MODULES, *FUSED)
-
-
-def standalone_spec(
-    name: str, features: Features, dtype: torch.dtype, tp_rank: int, tp_size: int, base: BaseSizes | None = None
-) -> ModelSpec:
-    """The linears of ``features`` as TP rank ``tp_rank`` of ``tp_size`` holds them, fused as SGLang fuses them.
-
-    features  module path -> (in, out)
-    Without ``base`` the axis of K and V is cut evenly even where KV heads would be replicated.
-    """
-    share = _Shares(base, tp_rank, tp_size)
-    groups: dict[tuple[int, str], dict[str, str]] = {}
-    for module in features:
-        match = MODULE_PATH.fullmatch(module)
-        assert match is not None, "features_of has checked it"
-        parent, _, suffix = module.rpartition(".")
-        fused = next((key for key, parts in FUSED.items() if suffix in (key, *parts)), suffix)
-        groups.setdefault((int(match["layer"]), f"{parent}.{fused}"), {})[suffix] = module
-    layers: dict[int, list[LinearSpec]] = {}
-    for (layer, path), members in sorted(groups.items()):
-        layers.setdefault(layer, []).append(_linear(name, path, members, features, share))
-    kv_width = share.kv_heads_local * base.head_dim if base else ANY_ROW_WIDTH
-    row_width = -(-kv_width // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS  # as a server rounds it
-    return ModelSpec(
-        layers=tuple(tuple(layers[layer]) for layer in sorted(layers)),
-        row_width=row_width,
-        dtype=dtype,
-        vocab_size=base.vocab if base else sys.maxsize,
-        tp_rank=tp_rank,
-        tp_size=tp_size,
-    )
+    def spec(self, dtype: torch.dtype, tp_rank: int, tp_size: int) -> ModelSpec:
+        """All linears of the base model as one TP rank holds them."""
+        axes = self.axes(tp_rank, tp_size, self.engine_for(tp_size))
+        layers = {f"model.layers.{layer}": axes for layer in range(self.layers)}
+        return model_spec(layers, dtype=dtype, vocab_size=self.vocab, tp_rank=tp_rank, tp_size=tp_size)
 
 
 @dataclass(frozen=True)
-class _Shares:
-    """How a TP rank's part of an axis is found."""
+class KnownSizes:
+    """What an adapter tells of its base model: widths of axes (0 where it says nothing) and numbers of layers."""
 
-    base: BaseSizes | None
-    rank: int
-    size: int
+    widths: Mapping[Axis, int]
+    layers: tuple[str, ...]
 
-    @property
-    def kv_heads_local(self) -> int:
-        assert self.base is not None
-        return -(-self.base.kv_heads // self.size)
+    @staticmethod
+    def of(name: str, config: AdapterConfig, stored: Stored) -> KnownSizes:
+        """From the stored shapes. ``AdapterError`` where they contradict each other or leave a fused module open."""
+        widths: dict[Axis, int] = {}
+        fused = []
+        layers = set()
+        for module, factors in stored.items():
+            match, linear = LAYER_NUMBER.fullmatch(module), MODULES.get(suffix_of(module))
+            if match is None or linear is None:
+                continue  # refused when it finds no place
+            layers.add(match["number"])
+            n = config.nblocks if config.structure_of(name, module) == "block_a" else 1
+            _measure(name, module, widths, linear.inputs, factors["A"][1] * n)
+            if suffix_of(module) in linear.parts:
+                _measure(name, module, widths, linear.parts[suffix_of(module)], factors["B"][0])
+            else:
+                fused.append((module, factors["B"][0]))
+        for module, rows in fused:
+            axes = list(MODULES[suffix_of(module)].parts.values())
+            unknown = {axis for axis in axes if axis not in widths}
+            if len(unknown) > 1:
+                raise AdapterError(
+                    name,
+                    "a fused qkv_proj without o_proj",
+                    "the base model's sizes, to tell Q from K and V",
+                    "Give --base-model.",
+                    module,
+                )
+            rest = rows - sum(widths[axis] for axis in axes if axis in widths)
+            for axis in unknown:
+                _measure(name, module, widths, axis, max(rest, 0) // axes.count(axis))
+        numbers = sorted(layers, key=lambda number: (len(number), number))
+        return KnownSizes({axis: widths.get(axis, 0) for axis in AXES}, tuple(numbers))
 
-    def even(self, total: int, unit: int = 1) -> Interval:
-        """Parts of whole units, rounded up: the last TP ranks may hold padding."""
-        length = -(-total // (unit * self.size)) * unit
-        return Interval(length * self.rank, length * (self.rank + 1), total)
-
-    def query(self, total: int) -> Interval:
-        return self.even(total, self.base.head_dim if self.base else 1)
-
-    def key_value(self, total: int) -> Interval:
-        """Replicated where there are more TP ranks than KV heads."""
-        if self.base is None:
-            return self.even(total)
-        replicas = max(1, self.size // self.base.kv_heads)
-        length = self.kv_heads_local * self.base.head_dim
-        first = self.rank // replicas
-        return Interval(length * first, length * (first + 1), total)
+    def spec(self, dtype: torch.dtype, tp_rank: int, tp_size: int) -> ModelSpec:
+        """The adapted layers as one TP rank holds them; every axis is cut evenly, K and V's too."""
+        axes: dict[Axis, Interval] = {
+            axis: _part(-(-width // tp_size), tp_rank, width) for axis, width in self.widths.items()
+        }
+        axes["hidden"] = Interval(0, self.widths["hidden"], self.widths["hidden"])
+        layers = {f"model.layers.{number}": axes for number in self.layers}
+        spec = model_spec(layers, dtype=dtype, vocab_size=sys.maxsize, tp_rank=tp_rank, tp_size=tp_size)
+        return dataclasses.replace(spec, row_width=ANY_ROW_WIDTH)
 
 
-def _linear(name: str, path: str, members: Mapping[str, str], features: Features, share: _Shares) -> LinearSpec:
-    fused = suffix_of(path)
-    in_features = {features[module][0] for module in members.values()}
-    if len(in_features) > 1:
+def _measure(name: str, module: str, widths: dict[Axis, int], axis: Axis, width: int) -> None:
+    known = widths.setdefault(axis, width)
+    if known != width:
         raise AdapterError(
             name,
-            f"modules with inputs of {sorted(in_features)}",
-            "one input width, since they read the same activations",
+            f"a width of {width} where other modules have {known}",
+            "one width, since they read or write the same activations",
             "Check that adapter_config.json belongs to these weights.",
-            path,
+            module,
         )
-    (inputs,) = in_features
-    whole = Interval(0, inputs, inputs)
-    if fused not in FUSED:
-        module = members[fused]
-        out = features[module][1]
-        output = Interval(0, out, out)
-        sources = {module: Source((0,), (0,), out)}
-        return LinearSpec(name=path, kind="row", inputs=share.even(inputs), outputs=(output,), sources=sources)
-    sizes = _slice_sizes(name, path, members, features, share.base)
-    cut = (share.query, share.key_value, share.key_value) if fused == "qkv_proj" else (share.even, share.even)
-    outputs = tuple(one(size) for one, size in zip(cut, sizes, strict=True))
-    offsets = tuple(sum(sizes[:i]) for i in range(len(sizes)))
-    sources = {}
-    for suffix, module in members.items():
-        if suffix == fused:
-            sources[module] = Source(tuple(range(len(sizes))), offsets, sum(sizes))
-        else:
-            index = FUSED[fused].index(suffix)
-            sources[module] = Source((index,), (0,), sizes[index])
-    return LinearSpec(name=path, kind="column", inputs=whole, outputs=outputs, sources=sources)
 
 
-def _slice_sizes(
-    name: str, path: str, members: Mapping[str, str], features: Features, base: BaseSizes | None
-) -> list[int]:
-    """Rows of each slice of a fused linear; 0 for one that the adapter leaves alone and nothing tells about."""
-    fused = suffix_of(path)
-    if base is not None:
-        return [base.features()[part][1] for part in FUSED[fused]]
-    if fused not in members:
-        return [features[members[part]][1] if part in members else 0 for part in FUSED[fused]]
-    total = features[members[fused]][1]
-    if fused == "gate_up_proj":
-        return [total // 2, total // 2]
-    o_proj = features.get(f"{path.rpartition('.')[0]}.o_proj")
-    if o_proj is None:
-        raise AdapterError(
-            name,
-            "a fused qkv_proj without o_proj",
-            "the base model's sizes, to tell Q from K and V",
-            "Give --base-model.",
-            path,
-        )
-    return [o_proj[0], (total - o_proj[0]) // 2, (total - o_proj[0]) // 2]
+def _part(length: int, index: int, size: int) -> Interval:
+    """Part ``index`` of an axis of ``size`` in parts of ``length``: the last may hold padding."""
+    return Interval(length * index, length * (index + 1), size)

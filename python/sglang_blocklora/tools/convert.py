@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 
 from sglang_blocklora.adapters.checkpoint import WEIGHTS_NAME
 from sglang_blocklora.adapters.config import CONFIG_NAME
+from sglang_blocklora.adapters.tensor_names import PEFT_PREFIX
+from sglang_blocklora.sharding.architectures import kind_of, suffix_of
 from sglang_blocklora.sharding.cut import block_diagonal
-from sglang_blocklora.tools.base_model import kind_of, suffix_of
 from sglang_blocklora.tools.opened import OpenedAdapter, open_adapter
 
 
@@ -66,8 +67,8 @@ def convert(source: Path, target: Path, nblocks: int, rank: int | None, max_erro
             own_rank = min(rank, nblocks * old.shape.rank)
             a, b, error = _convert_module(adapter, module, nblocks, own_rank)
             losses.append(ModuleLoss(module, own_rank, error))
-            tensors[f"base_model.model.{module}.lora_A.weight"] = a
-            tensors[f"base_model.model.{module}.lora_B.weight"] = b
+            tensors[f"{PEFT_PREFIX}{old.name}.lora_A.weight"] = a
+            tensors[f"{PEFT_PREFIX}{old.name}.lora_B.weight"] = b
         worst = max(losses, key=lambda loss: loss.relative_error)
         if worst.relative_error > max_error:
             raise TooLossy(

@@ -12,9 +12,10 @@ import torch
 from sglang_blocklora.adapters.content_hash import content_hash
 from sglang_blocklora.adapters.notes import notes
 from sglang_blocklora.adapters.tokenizer_files import TOKEN_FILES
+from sglang_blocklora.sharding.architectures import kind_of, suffix_of
 from sglang_blocklora.sharding.layout import place
 from sglang_blocklora.sharding.plan import plan_linear
-from sglang_blocklora.tools.base_model import BaseSizes, kind_of, suffix_of
+from sglang_blocklora.tools.base_model import BaseSizes
 from sglang_blocklora.tools.opened import OpenedAdapter, open_adapter
 
 
@@ -68,6 +69,7 @@ def inspect_adapter(
     """Describe the adapter in ``folder``, served in ``dtype``. Raises ``AdapterError``."""
     with open_adapter(folder, base) as adapter:
         groups = _groups(adapter)
+        spec = adapter.spec(0, 1, dtype)
         costs = [_cost(adapter, size, dtype) for size in tp_sizes]
         return Inspection(
             path=str(folder),
@@ -75,7 +77,7 @@ def inspect_adapter(
             rank=max(group.rank for group in groups),
             nblocks=max(group.nblocks for group in groups),
             use_rslora=adapter.config.use_rslora,
-            layers=len(adapter.spec(0, 1, dtype).layers),
+            layers=len({spec.find()[path][0] for path in adapter.modules}),
             parameters=adapter.parameters,
             dtype=str(dtype).removeprefix("torch."),
             modules=groups,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sglang_blocklora.tools.base_model import kind_of
+from sglang_blocklora.sharding.architectures import kind_of
 
 
 @dataclass(frozen=True, kw_only=True)

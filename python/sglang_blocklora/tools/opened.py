@@ -15,7 +15,7 @@ from sglang_blocklora.adapters.tokenizer_files import check_tokens
 from sglang_blocklora.adapters.validate import AdaptedModule, check_modules
 from sglang_blocklora.sharding.cut import block_diagonal
 from sglang_blocklora.sharding.linears import ModelSpec
-from sglang_blocklora.tools.base_model import BaseSizes, features_of, standalone_spec
+from sglang_blocklora.tools.base_model import BaseSizes, KnownSizes
 
 NO_RANK_LIMIT = 2**31
 
@@ -24,8 +24,9 @@ NO_RANK_LIMIT = 2**31
 class OpenedAdapter:
     """An adapter's folder while it is open.
 
-    features  module path -> (in, out) of its base layer
-    modules   module path -> what the weights hold for it, checked against the stored tensors
+    base      the base model's sizes where they were given; sizes: those, or what the adapter tells of them
+    features  path of an adapted module -> (in, out) of its base layer
+    modules   path of an adapted module -> what the weights hold for it, checked against the stored tensors
     """
 
     name: str
@@ -33,12 +34,13 @@ class OpenedAdapter:
     config: AdapterConfig
     checkpoint: Checkpoint
     base: BaseSizes | None
+    sizes: BaseSizes | KnownSizes
     features: Mapping[str, tuple[int, int]]
     modules: Mapping[str, AdaptedModule]
 
     def spec(self, tp_rank: int, tp_size: int, dtype: torch.dtype) -> ModelSpec:
-        """The adapted linears as one TP rank holds them."""
-        return standalone_spec(self.name, self.features, dtype, tp_rank, tp_size, self.base)
+        """The base model's linears as one TP rank holds them."""
+        return self.sizes.spec(dtype, tp_rank, tp_size)
 
     def dense_factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A [r, in] and B [out, r] in float64 with packed factors made dense: PEFT's delta is scaling * B @ A."""
@@ -65,8 +67,8 @@ def open_adapter(folder: Path, base: BaseSizes | None = None) -> Iterator[Opened
     name = folder.resolve().name
     config = read_config(name, folder)
     with Checkpoint(name, folder) as checkpoint:
-        features = features_of(name, config, checkpoint.shapes, base)
-        spec = standalone_spec(name, features, torch.bfloat16, 0, 1, base)
+        sizes = base or KnownSizes.of(name, config, checkpoint.shapes)
+        spec = sizes.spec(torch.bfloat16, 0, 1)
         modules = check_modules(name, config, checkpoint.shapes, spec, NO_RANK_LIMIT)
         if base:
             check_tokens(name, folder, base.vocab)
@@ -76,6 +78,13 @@ def open_adapter(folder: Path, base: BaseSizes | None = None) -> Iterator[Opened
             config=config,
             checkpoint=checkpoint,
             base=base,
-            features=features,
+            sizes=sizes,
+            features={
+                path: (linear.inputs.size, linear.sources[path].size)
+                for layer in spec.layers
+                for linear in layer
+                for path in linear.sources
+                if path in modules
+            },
             modules=modules,
         )

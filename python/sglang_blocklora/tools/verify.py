@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 from blocklora_kernels import reference
 
 from sglang_blocklora.adapters.shard import AdapterShard, load_shard
-from sglang_blocklora.sharding.linears import LinearSpec, ModelSpec
+from sglang_blocklora.sharding.linears import LinearSpec
 from sglang_blocklora.tools.base_model import BaseSizes
 from sglang_blocklora.tools.opened import NO_RANK_LIMIT, OpenedAdapter, open_adapter
 
@@ -46,7 +46,7 @@ def _verify_at(adapter: OpenedAdapter, tp_size: int) -> Verification:
         shard, image = load_shard(adapter.name, adapter.folder, spec, NO_RANK_LIMIT, known=True)
         for layer, linears in enumerate(spec.layers):
             for index, linear in enumerate(linears):
-                _add_rank(outputs, shard, image, spec, layer, index, linear)
+                _add_rank(outputs, shard, image, layer, index, linear, adapter.modules)
     errors = {}
     for module, found in outputs.items():
         a, b = adapter.dense_factors(module)
@@ -67,10 +67,10 @@ def _add_rank(
     outputs: dict[str, torch.Tensor],
     shard: AdapterShard,
     image: torch.Tensor,
-    spec: ModelSpec,
     layer: int,
     index: int,
     linear: LinearSpec,
+    modules: Collection[str],
 ) -> None:
     """Put one TP rank's part into ``outputs`` (module -> [PROBES, out]): added on row linears, placed on others."""
     adapted = [i for i, one in enumerate(shard.descriptors[layer][index].slices) if one.rank]
@@ -90,6 +90,8 @@ def _add_rank(
         )
         reference.add_delta_(out, x, slice(None), factors)
     for module, source in linear.sources.items():
+        if module not in modules:
+            continue
         fill = 0.0 if linear.kind == "row" else float("nan")
         total = outputs.setdefault(module, torch.full((PROBES, source.size), fill, dtype=torch.float64))
         if linear.kind == "row":

@@ -1,0 +1,144 @@
+"""The one table of what is served: architectures, the linears of their decoder layers, and the modules' names.
+
+Server, tools and messages read it. TP ranks differ in what they hold of four axes; all else follows from the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Literal, NamedTuple
+
+import torch
+
+from sglang_blocklora.sharding.layout import ALIGNMENT_ELEMENTS
+from sglang_blocklora.sharding.linears import Interval, LinearSpec, ModelSpec, Source
+
+# Architectures whose linears were compared with PEFT token by token (test/e2e). Another one may order or gate its
+# fused outputs differently, and would then answer wrongly in silence.
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Gemma2ForCausalLM",
+    "Phi3ForCausalLM",
+)
+
+Axis = Literal["hidden", "query", "key_value", "intermediate"]
+# What a TP rank holds of each axis; all of "hidden", which is not split.
+Axes = Mapping[Axis, Interval]
+
+
+class Linear(NamedTuple):
+    """A linear of a decoder layer as SGLang has it.
+
+    path   below the layer; its last part is also the name of the checkpoint module that is fused like it (Phi-3)
+    parts  checkpoint modules that it is made of -> the axis of their rows, in the order of the linear's rows
+    """
+
+    path: str
+    kind: Literal["column", "row"]
+    inputs: Axis
+    parts: Mapping[str, Axis]
+
+    @property
+    def parent(self) -> str:
+        """The path without its last part, which the linear's modules share."""
+        return self.path.rpartition(".")[0]
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition(".")[2]
+
+
+# In the order in which a layer runs them.
+LINEARS = (
+    Linear("self_attn.qkv_proj", "column", "hidden", {"q_proj": "query", "k_proj": "key_value", "v_proj": "key_value"}),
+    Linear("self_attn.o_proj", "row", "query", {"o_proj": "hidden"}),
+    Linear("mlp.gate_up_proj", "column", "hidden", {"gate_proj": "intermediate", "up_proj": "intermediate"}),
+    Linear("mlp.down_proj", "row", "intermediate", {"down_proj": "hidden"}),
+)
+# Names of the modules that an adapter may have: as most checkpoints split them, and all.
+SPLIT_MODULES = tuple(part for linear in LINEARS for part in linear.parts)
+MODULES: Mapping[str, Linear] = {part: linear for linear in LINEARS for part in (*linear.parts, linear.name)}
+
+
+def suffix_of(module: str) -> str:
+    """The last part of a module path: ``q_proj`` of ``model.layers.0.self_attn.q_proj``."""
+    return module.rpartition(".")[2]
+
+
+def kind_of(module: str) -> Literal["column", "row"]:
+    """Whether the output of a module (its path or name) is split over TP ranks, or its input."""
+    return MODULES[suffix_of(module)].kind
+
+
+def names_of_kind(kind: Literal["column", "row"]) -> str:
+    """The split modules of a kind, for messages."""
+    return ", ".join(part for linear in LINEARS if linear.kind == kind for part in linear.parts)
+
+
+def linears_of(layer: str, axes: Axes) -> tuple[LinearSpec, ...]:
+    """The linears of the decoder layer at path ``layer`` on the TP rank that holds ``axes``."""
+    specs = []
+    for linear in LINEARS:
+        parent = f"{layer}.{linear.parent}"
+        outputs = tuple(axes[axis] for axis in linear.parts.values())
+        offsets = tuple(sum(one.size for one in outputs[:i]) for i in range(len(outputs)))
+        sources = {
+            f"{parent}.{part}": Source((i,), (0,), output.size)
+            for i, (part, output) in enumerate(zip(linear.parts, outputs, strict=True))
+        }
+        if len(outputs) > 1:
+            sizes = sum(one.size for one in outputs)
+            sources[f"{parent}.{linear.name}"] = Source(tuple(range(len(outputs))), offsets, sizes)
+        specs.append(
+            LinearSpec(
+                name=f"{layer}.{linear.path}",
+                kind=linear.kind,
+                inputs=axes[linear.inputs],
+                outputs=outputs,
+                sources=sources,
+            )
+        )
+    return tuple(specs)
+
+
+def model_spec(
+    layers: Mapping[str, Axes],
+    *,
+    dtype: torch.dtype,
+    vocab_size: int,
+    tp_rank: int,
+    tp_size: int,
+    targets: Collection[str] = ("all",),
+    s_lora: bool = False,
+) -> ModelSpec:
+    """The spec of a model on one TP rank.
+
+    layers   path of each decoder layer -> what the TP rank holds of its axes
+    targets  names of the modules that adapters may have; "all" for every one
+    s_lora   split plain adapters S-LoRA's way; a single TP rank has nothing to split
+    The row width is that of the model's KV cache, as a server rounds it.
+    """
+    whole = [linears_of(path, axes) for path, axes in layers.items()]
+    modules = {module for layer in whole for linear in layer for module in linear.sources}
+    kept = {module for module in modules if "all" in targets or suffix_of(module) in targets}
+    kv_width = max((axes["key_value"].length for axes in layers.values()), default=0)
+    return ModelSpec(
+        layers=tuple(tuple(_only(linear, kept) for linear in layer) for layer in whole),
+        row_width=-(-kv_width // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS,
+        dtype=dtype,
+        vocab_size=vocab_size,
+        tp_rank=tp_rank,
+        tp_size=tp_size,
+        s_lora=s_lora and tp_size > 1,
+        left_out=frozenset(modules - kept),
+    )
+
+
+def _only(linear: LinearSpec, kept: Collection[str]) -> LinearSpec:
+    """``linear`` with the sources that are in ``kept``."""
+    sources = {module: source for module, source in linear.sources.items() if module in kept}
+    return LinearSpec(name=linear.name, kind=linear.kind, inputs=linear.inputs, outputs=linear.outputs, sources=sources)

@@ -1,0 +1,157 @@
+"""The tools' linears of a TP rank are those of SGLang's real models, family by family."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from blocklora_testing.models import CONFIGS, family_config
+from sglang_blocklora.sharding.architectures import ARCHITECTURES, MODULES
+from sglang_blocklora.tools.base_model import BaseSizes
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
+    from blocklora_patches.model.linears import adaptable_linears, build_spec
+    from sglang.srt.configs.update_config import adjust_config_with_unaligned_cpu_tp
+    from sglang.srt.models import gemma2, llama, mistral, qwen2, qwen3
+    from sglang.srt.runtime_context import get_context, get_parallel
+
+FAMILIES = {
+    "llama": llama.LlamaForCausalLM,
+    "mistral": mistral.MistralForCausalLM,
+    "qwen2": qwen2.Qwen2ForCausalLM,
+    "qwen3": qwen3.Qwen3ForCausalLM,
+    "gemma2": gemma2.Gemma2ForCausalLM,
+    "phi3": llama.Phi3ForCausalLM,
+}
+LLAMA_8B = {"heads": 32, "kv_heads": 8, "head_dim": 128, "hidden_size": 4096, "intermediate_size": 14336}
+SMALL = {"heads": 12, "kv_heads": 2, "head_dim": 24, "hidden_size": 288, "intermediate_size": 192}
+ODD = {"heads": 9, "kv_heads": 3, "head_dim": 64, "hidden_size": 576, "intermediate_size": 1536}  # SmolLM2-135M
+
+
+VOCAB = 2880  # divides by every TP size of these tests
+
+
+@contextmanager
+def tp_rank(rank: int, size: int) -> Iterator[None]:
+    """SGLang as it believes to be TP rank ``rank`` of ``size``; no process group is made."""
+    alone = SimpleNamespace(world_size=1, rank_in_group=0, is_first_rank=True, is_last_rank=True)
+    group = SimpleNamespace(world_size=size, rank_in_group=rank, cpu_group=None, device_group=None)
+    with (
+        get_context().override_server_args(device="cpu", tp_size=size),
+        get_parallel().override(
+            tp_size=size,
+            tp_rank=rank,
+            tp_group=group,
+            attn_tp_size=size,
+            attn_tp_rank=rank,
+            attn_tp_group=group,
+            moe_tp_size=size,
+            moe_ep_size=1,
+            moe_dp_size=1,
+            pp_group=alone,
+        ),
+    ):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_rotary_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its class wants kernels that this machine may not have; no linear depends on it."""
+    for module in (gemma2, llama, qwen2, qwen3):
+        monkeypatch.setattr(module, "get_rope", lambda *args, **kwargs: torch.nn.Identity())
+
+
+def sglang_model(family: str, config: Any) -> torch.nn.Module:
+    config.vocab_size = VOCAB
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # upstream's, about quantisation methods that this machine cannot use
+        return FAMILIES[family](config)
+
+
+def as_read(family: str, config: Any, rank: int, size: int, targets: set[str]) -> Any:
+    with tp_rank(rank, size):
+        linears = adaptable_linears(sglang_model(family, config))
+        return build_spec(linears, config, targets, torch.bfloat16, rank, size)
+
+
+def base_sizes(config: Any) -> BaseSizes:
+    return BaseSizes(
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        layers=config.num_hidden_layers,
+        vocab=VOCAB,
+    )
+
+
+def test_every_architecture_of_the_table_is_tried() -> None:
+    assert sorted(one.__name__ for one in FAMILIES.values()) == sorted(ARCHITECTURES)
+    assert FAMILIES.keys() == CONFIGS.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tools_linears_are_sglangs(family: str) -> None:
+    """Every TP rank, KV heads dealt out and replicated, as on a GPU."""
+    for sizes, tp_sizes in ((SMALL, (1, 2, 4, 6)), (LLAMA_8B, (8, 16)), (ODD, (3,))):
+        config = family_config(family, **sizes)
+        base = base_sizes(config)
+        for size in tp_sizes:
+            assert base.engine_for(size) == "gpu"
+            for rank in range(size):
+                assert as_read(family, config, rank, size, {"all"}) == base.spec(torch.bfloat16, rank, size)
+
+
+@pytest.mark.parametrize("sizes", [SMALL, ODD], ids=["small", "odd"])
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 8])
+def test_the_tools_linears_are_those_of_the_cpu_engine(sizes: dict[str, int], size: int) -> None:
+    """It pads heads and the intermediate width until they divide; upstream's own function does it here."""
+    config = family_config("llama", **sizes)
+    base = base_sizes(config)
+    config.architectures = ["LlamaForCausalLM"]
+    model_config = SimpleNamespace(
+        hf_config=config,
+        hf_text_config=config,
+        num_attention_heads=config.num_attention_heads,
+        get_total_num_kv_heads=lambda: base.kv_heads,
+        hidden_size=config.hidden_size,
+        quantization=None,
+        model_impl="auto",
+    )
+    adjust_config_with_unaligned_cpu_tp(model_config, SimpleNamespace(), size)
+    for rank in range(size):
+        found = as_read("llama", config, rank, size, {"all"})
+        axes = base.axes(rank, size, "cpu")
+        for linear in found.layers[0]:
+            entry = MODULES[linear.name.rpartition(".")[2]]
+            assert linear.inputs == axes[entry.inputs]
+            assert linear.outputs == tuple(axes[axis] for axis in entry.parts.values())
+        if base.engine_for(size) == "cpu":
+            assert found == base.spec(torch.bfloat16, rank, size)
+
+
+def test_what_the_server_was_told_to_leave_out_is_known() -> None:
+    config = family_config("llama", layers=1)
+    found = as_read("llama", config, 1, 2, {"q_proj", "o_proj"})
+    kept = {module for linear in found.layers[0] for module in linear.sources}
+    assert kept == {f"model.layers.0.self_attn.{name}" for name in ("q_proj", "o_proj")}
+    assert found.left_out == {
+        *(f"model.layers.0.self_attn.{name}" for name in ("k_proj", "v_proj", "qkv_proj")),
+        *(f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj", "gate_up_proj")),
+    }
+
+
+def test_a_layer_with_other_linears_stops_the_server() -> None:
+    """A release that renames or reorders linears must not be served by guess."""
+    config = family_config("llama", layers=1)
+    with tp_rank(0, 1):
+        linears = adaptable_linears(sglang_model("llama", config))
+        with pytest.raises(ValueError, match="other linears than"):
+            build_spec([linears[0][::-1]], config, {"all"}, torch.bfloat16, 0, 1)
