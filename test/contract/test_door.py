@@ -326,6 +326,41 @@ def test_other_lists_have_one_value_for_each_prompt(process: HTTPProcess, values
         assert field in refused(process, "/generate", generate(input_ids=[[5], [6]]) | {field: [0] * len(values)})
 
 
+WIDTH = 288
+EMBEDDINGS = {
+    "narrow": [[0.5] * (WIDTH - 1)],
+    "ragged": [[0.5] * WIDTH, [0.5]],
+    "batch": [[[0.5] * WIDTH], [[0.5]]],
+    "empty": [],
+    "empty row": [[]],
+    "empty in a batch": [[[0.5] * WIDTH], []],
+}
+
+
+@pytest.mark.parametrize("case", EMBEDDINGS)
+def test_embeddings_have_the_width_of_the_model(process: HTTPProcess, case: str) -> None:
+    refused(process, "/generate", {"input_embeds": EMBEDDINGS[case], "sampling_params": {"max_new_tokens": 1}})
+
+
+def test_embeddings_that_fit_come_to_upstreams_own_check(process: HTTPProcess) -> None:
+    message = refused(process, "/generate", {"input_embeds": [[0.5] * WIDTH], "sampling_params": {"max_new_tokens": 1}})
+    assert "--disable-radix-cache" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"input_ids": []}),
+        ("/generate", {"text": ["a", "b"], "rid": ["a"]}),
+        ("/encode", {"input_ids": []}),
+        ("/encode", {"text": ["a"], "rid": "a"}),
+    ],
+    ids=str,
+)
+def test_shapes_that_do_not_fit_are_a_400(process: HTTPProcess, path: str, body: dict) -> None:
+    refused(process, path, body)
+
+
 def test_a_hundred_thousand_ids_take_no_time_that_counts() -> None:
     """One pass in C: compared with what the same pass costs in Python, not with a clock's limit."""
     ids = list(range(100_000))

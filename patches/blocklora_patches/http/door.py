@@ -23,7 +23,7 @@ from sglang_blocklora.requests.token_ids import (
     check_token_id_keys,
     check_token_ids,
 )
-from sglang_blocklora.requests.values import BadRequest, check_count, check_range, check_types
+from sglang_blocklora.requests.values import BadRequest, check_count, check_embeddings, check_range, check_types
 
 from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.http import aborts
@@ -51,10 +51,19 @@ PER_PROMPT = (
 )
 
 
-def _normalize_batch_and_arguments(self: Any) -> None:
-    """The request as it was written."""
+def _normalize_batch_and_arguments(original: Any, self: Any) -> None:
     self.is_single = True  # read when a stream has ended, also one that is refused here
     aborts.note(self)
+    _check_as_written(self)
+    try:
+        original(self)
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError) as error:
+        raise BadRequest(
+            f"The prompts of the request and what goes with them have no shape that fits: {error}"
+        ) from error
+
+
+def _check_as_written(self: Any) -> None:
     if self.lora_id is not None:
         raise BadRequest("lora_id is the server's; name the adapter in lora_path.")
     check_adapter_names("lora_path", self.lora_path)
@@ -85,24 +94,26 @@ def _init_req_state(self: Any, obj: Any, request: Any = None) -> None:
         for field in ("lora_path", "sampling_params"):
             if isinstance(getattr(obj, field), list):
                 raise BadRequest(f"{field} is a list, but there is one prompt, and no list of prompts.")
-        _check_part(obj, "", self.model_config.vocab_size)
+        _check_part(obj, "", self.model_config)
     else:
-        _check_batch(obj, self.model_config.vocab_size)
+        _check_batch(obj, self.model_config)
     aborts.mark(obj)
 
 
-def _check_batch(obj: Any, vocabulary: int) -> None:
+def _check_batch(obj: Any, model: Any) -> None:
     for field in PER_PROMPT:
         values = getattr(obj, field, None)
         if isinstance(values, list):
             check_count(field, len(values) // getattr(obj, "parallel_sample_num", 1), obj.batch_size)
     for i in range(obj.batch_size):
-        _check_part(obj[i], f"[{i}]", vocabulary)
+        _check_part(obj[i], f"[{i}]", model)
 
 
-def _check_part(obj: Any, at: str, vocabulary: int) -> None:
+def _check_part(obj: Any, at: str, model: Any) -> None:
     """One prompt and all that goes with it; ``at`` is its place in a batch."""
-    params = obj.sampling_params
+    params, vocabulary = obj.sampling_params, model.vocab_size
+    if obj.input_embeds is not None:
+        check_embeddings("input_embeds" + at, obj.input_embeds, model.hidden_size)
     override = getattr(obj, "embed_override_token_id", None)
     lists = {
         "input_ids" + at: obj.input_ids,
@@ -180,7 +191,7 @@ _DETOKENIZE = "entrypoints.openai.serving_tokenize.OpenAIServingDetokenize"
 HOOKS = (
     *(
         _hook(
-            f"managers.io_struct.{kind}.normalize_batch_and_arguments", _normalize_batch_and_arguments, HookType.BEFORE
+            f"managers.io_struct.{kind}.normalize_batch_and_arguments", _normalize_batch_and_arguments, HookType.AROUND
         )
         for kind in ("GenerateReqInput", "EmbeddingReqInput")
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -46,6 +46,15 @@ def check_count(field: str, given: int, prompts: int) -> None:
     """Refuse a list that has not one value for each prompt: ``given`` values for ``prompts`` prompts."""
     if given != prompts:
         raise BadRequest(f"{field} is a list of {given}, but there are {prompts} prompts. Give one value for each.")
+
+
+def check_embeddings(field: str, rows: Any, width: int) -> None:
+    """Refuse ``rows`` unless it is a list of at least one list of ``width`` numbers. Raises ``BadRequest``."""
+    row = Annotated[list[float], msgspec.Meta(min_length=width, max_length=width)]
+    try:
+        msgspec.convert(rows, Annotated[list[row], msgspec.Meta(min_length=1)])
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
+        raise BadRequest(f"{field} is {shown(rows)}: {error}; rows of {width} numbers are wanted.") from None
 
 
 def check_range(field: str, value: Any, low: int, high: int) -> None:
