@@ -7,9 +7,11 @@ import time
 import typing
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from blocklora_testing.http_process import HTTPProcess, hooked
 from pydantic import BaseModel
@@ -220,6 +222,31 @@ def test_a_tokenizer_that_knows_more_tokens_than_the_model(process: HTTPProcess)
         assert message == "token ids of text[1] is 89; a token id of this model is an integer in [0, 70)."
         refused(process, "/v1/completions", {"model": MODEL, "prompt": "z"})
         refused(process, "/v1/chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": "z"}]})
+
+
+def test_ids_that_a_processor_of_images_makes_are_its_own(process: HTTPProcess) -> None:
+    """Placeholders of images may lie beyond the vocabulary; what the client wrote was checked before."""
+    from blocklora_patches.http import door
+
+    fields = {"input_ids": None, "multi_item_delimiter_indices": None, "token_indices_to_pool": None}
+    image = SimpleNamespace(**fields, contains_mm_input=lambda: True)
+    text = SimpleNamespace(**fields, contains_mm_input=lambda: False)
+    door._validate_one_request(process.manager, image, [5, 10**6])
+    with pytest.raises(BadRequest):
+        door._validate_one_request(process.manager, text, [5, 10**6])
+
+
+@pytest.mark.parametrize("ids", [[5, 256], [5, True], [5, np.int64(5)], [5, 2**70], np.array([5, 256]), "ab", [[5], 6]])
+def test_python_callers_get_a_value_error(process: HTTPProcess, ids: Any) -> None:
+    """``Engine`` calls the same methods, with values that no body can hold."""
+    from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
+
+    for request in (GenerateReqInput(input_ids=ids), EmbeddingReqInput(input_ids=ids)):
+        with pytest.raises(ValueError, match=r"."):
+            process.run(anext(process.manager.generate_request(request)))
+    with pytest.raises(ValueError, match="label_token_ids"):
+        process.run(process.manager.score_request("a", ["b"], label_token_ids=ids))
+    assert process.scheduler.requests() == []
 
 
 # What else of a request reaches a scheduler as it was written.
