@@ -1,4 +1,4 @@
-"""The hooks of a server."""
+"""Lists all hooks of a server and puts them in place."""
 
 from __future__ import annotations
 

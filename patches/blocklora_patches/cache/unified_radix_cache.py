@@ -1,4 +1,4 @@
-"""``mem_cache/unified_radix_cache.py``: adapters as prefixes of the radix tree, their weights in its slots.
+"""Keeps adapters in the radix tree, as prefixes of their KV (``mem_cache/unified_radix_cache.py``).
 
 An adapter that needs S slots is inserted as S marks whose values are the slots that hold its weights. The key of every
 request with that adapter is the marks followed by its own tokens. So SGLang's locks keep an adapter while a request

@@ -1,4 +1,4 @@
-"""``managers/tokenizer_manager.py``: aborting a request by the id that its client gave ends all of it.
+"""Ends all parts of a request that its client aborts by the id it gave (``managers/tokenizer_manager.py``).
 
 Upstream runs a batch, and each of n answers, as requests with ids of their own, and then knows the client's no more. An
 abort that comes before a request was sent, while it waits for its adapter say, is forgotten there too.

@@ -1,4 +1,4 @@
-"""``managers/tokenizer_manager.py``: an adapter that was unloaded on request stays unloaded; errors are kept."""
+"""Makes unloading last, and keeps an adapter's last error (``managers/tokenizer_manager.py``)."""
 
 from __future__ import annotations
 

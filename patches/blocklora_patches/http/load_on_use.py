@@ -1,4 +1,4 @@
-"""``managers/tokenizer_manager.py``: adapters are loaded when a request names them (``--adapter-dir``)."""
+"""Loads an adapter when a request first names it, with ``--adapter-dir`` (``managers/tokenizer_manager.py``)."""
 
 from __future__ import annotations
 

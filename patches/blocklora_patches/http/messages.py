@@ -1,4 +1,4 @@
-"""``entrypoints/anthropic/serving.py``: an unknown model is a 404 in Anthropic's form."""
+"""Answers an unknown model on ``/v1/messages`` with a 404 in Anthropic's form (``anthropic/serving.py``)."""
 
 from __future__ import annotations
 

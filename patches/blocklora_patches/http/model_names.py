@@ -1,4 +1,4 @@
-"""``entrypoints/openai/serving_base.py``: ``model`` names an adapter, and an unknown name is a 404.
+"""Lets ``model`` name an adapter, and answers an unknown one with a 404 (``entrypoints/openai/serving_base.py``).
 
 What each route makes of ``model`` is listed in docs/api.md; ``test/contract/test_model_names.py`` knows every one.
 """

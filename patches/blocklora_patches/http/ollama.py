@@ -1,4 +1,4 @@
-"""``entrypoints/ollama/serving.py``: ``model`` names an adapter, refusals have Ollama's form."""
+"""Lets Ollama's ``model`` name an adapter, with refusals in Ollama's form (``entrypoints/ollama/serving.py``)."""
 
 from __future__ import annotations
 

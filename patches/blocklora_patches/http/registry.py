@@ -1,4 +1,4 @@
-"""``lora/lora_registry.py``: an adapter is unloaded when nothing uses it, and then for certain.
+"""Unloads an adapter when nothing uses it, and then for certain (``lora/lora_registry.py``).
 
 Upstream counts users of an adapter and loses count: a request that is refused once it was counted (a prompt that is too
 long, say) is never taken off, and one with n > 1 is taken off once too often. The next unload of that adapter then

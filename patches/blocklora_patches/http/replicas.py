@@ -1,4 +1,4 @@
-"""``managers/tokenizer_manager.py`` with ``--dp-size`` above 1: adapters on every replica, requests where theirs is.
+"""Loads adapters on all data parallel replicas, and sends requests where theirs is (``managers/tokenizer_manager.py``).
 
 The HTTP process knows every request in flight, and the data parallel controller obeys ``routed_dp_rank``, so the choice
 is made here and the controller stays as it is.

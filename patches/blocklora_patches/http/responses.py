@@ -1,4 +1,4 @@
-"""``entrypoints/openai/serving_responses.py``: the Responses API passes the adapter on."""
+"""Lets the Responses API pass the adapter on (``entrypoints/openai/serving_responses.py``)."""
 
 from __future__ import annotations
 

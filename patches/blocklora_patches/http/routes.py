@@ -1,4 +1,4 @@
-"""``entrypoints/http_server.py``: routes about adapters, and their series on ``/metrics``."""
+"""Adds the routes about adapters, and their series on ``/metrics`` (``entrypoints/http_server.py``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lora/lora_manager.py``: SGLang's manager of adapters, replaced by one that serves them block-diagonally."""
+"""Stands in for SGLang's manager of adapters (``lora/lora_manager.py``)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class BlockLoRAManager(LoRAManager):
-    """The interface of SGLang's manager over an ``AdapterPool``: what the scheduler and the model runner call.
+    """What the scheduler and the model runner call as SGLang's manager of adapters, over an ``AdapterPool``.
 
     One lives in each TP rank's process. Nothing of upstream's slot pool, backends or LoRA layers is used; its
     ``__init__`` is not called, because it builds them.

@@ -1,4 +1,4 @@
-"""Modes of SGLang and properties of a model that adapters cannot be served with yet: one message at start-up."""
+"""Refuses, in one message at start-up, modes and models with which adapters cannot be served yet."""
 
 from __future__ import annotations
 

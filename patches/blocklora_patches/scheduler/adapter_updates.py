@@ -1,4 +1,4 @@
-"""``managers/scheduler.py``: adapters are read beside the steps, and answers carry the id of their request.
+"""Loads and unloads adapters beside the steps; answers carry their request's id (``managers/scheduler.py``).
 
 Upstream's scheduler reads an adapter's files while every running request waits. Here it starts the read and goes on.
 TP rank 0 sees when all ranks have read, and tells it with the next requests, as upstream does with timeouts.

@@ -1,4 +1,4 @@
-"""``managers/scheduler.py``: a request fits the KV pool beside its adapter and pinned ones, or is refused at once.
+"""Admits requests whose adapters fit, and refuses at once what never will (``managers/scheduler.py``).
 
 Upstream bounds a request by the whole pool. Less is left beside adapters: a request that was let in all the same would
 wait for ever, and everything behind it too. Requests whose adapter could not be read are refused when that is known,

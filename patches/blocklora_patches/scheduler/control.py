@@ -1,4 +1,4 @@
-"""``managers/scheduler.py``: facts about adapters on the scheduler's own control channel, pinning, and a check.
+"""Answers what the HTTP process asks about adapters, pins them, and checks slots when idle (``managers/scheduler.py``).
 
 ``get_internal_state`` is answered by rank 0; ``set_internal_state`` reaches every TP rank in the same order, so all of
 them pin alike.

@@ -1,4 +1,4 @@
-"""``managers/schedule_policy.py``: ``--schedule-policy adapter-affinity``, installed by the scheduler.
+"""Puts our order of the waiting queue in place of SGLang's (``managers/schedule_policy.py``).
 
 SGLang is told "fcfs", which it accepts together with priorities, and its policy object is ours. Every call of
 ``calc_priority`` is a step: SGLang then admits requests from the head of the queue.

@@ -1,4 +1,4 @@
-"""``managers/schedule_batch.py``: the extra key of a request says which adapter it has, and nothing else can."""
+"""Joins a request's adapter and its client's extra key so that they can be told apart (``schedule_batch.py``)."""
 
 from __future__ import annotations
 

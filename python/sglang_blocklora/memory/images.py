@@ -1,4 +1,4 @@
-"""Images of loaded adapters below the arena: in host memory, or read again from the adapter's folder."""
+"""Keeps images of loaded adapters in host memory, and has the others read again from their folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loaded adapter, and one that is resident."""
+"""Records of an adapter that is loaded, and of one that is resident."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loaded adapters of one TP rank, and which of them are in the arena."""
+"""Keeps the loaded adapters of one TP rank, and brings them into the arena when a batch needs them."""
 
 from __future__ import annotations
 

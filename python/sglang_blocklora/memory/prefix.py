@@ -1,4 +1,4 @@
-"""Keys of the radix tree: whose a request's tokens are, so that nothing a client writes can be taken for ours.
+"""Makes keys of the radix tree, so that nothing a client writes can be taken for an adapter's.
 
 A key of the tree is a namespace (a string that SGLang's tree compares at every node) and tokens (int64). Three kinds:
 

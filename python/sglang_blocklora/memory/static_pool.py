@@ -1,4 +1,4 @@
-"""Adapters in an arena of their own, beside the KV cache."""
+"""Brings adapters into an arena of their own, beside the KV cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters in the KV cache's own slots: which are resident is what the radix tree holds."""
+"""Brings adapters into the KV cache's own slots: resident is what the radix tree holds."""
 
 from __future__ import annotations
 
