@@ -18,6 +18,7 @@ from blocklora_testing.case import ADMIN_KEY, NAMES, NEW_TOKENS, Case
 from blocklora_testing.server import Server
 from prometheus_client.parser import text_string_to_metric_families
 from sglang_blocklora.adapters.content_hash import content_hash
+from sglang_blocklora.reporting.secrets import HIDDEN
 from sglang_blocklora.tools.base_model import BaseSizes
 from sglang_blocklora.tools.inspect_adapter import inspect_adapter
 
@@ -152,6 +153,16 @@ def test_admin_key_protects_what_changes_something(server: Server, llama: Case) 
             assert call(server, path, body, key=key)[0] == 401, path
     assert call(server, "/adapters", key=None)[0] == 200
     assert set(adapters(server)) == set(LOADED)
+
+
+@pytest.mark.parametrize("path", ["/server_info", "/get_server_info"])
+def test_no_key_is_told(server: Server, path: str) -> None:
+    """SGLang's own tells the admin key to everybody who may generate."""
+    status, answer = call(server, path, key=None)
+    assert (status, answer["served_model_name"]) == (200, "llama")
+    assert f"--admin-api-key {HIDDEN}" in answer["launch_command"]
+    assert answer["admin_api_key"] == HIDDEN
+    assert ADMIN_KEY not in json.dumps(answer)
 
 
 def test_pinned_adapters_stay_and_at_most_half_of_the_memory_can_be_pinned(

@@ -25,6 +25,7 @@ from sglang_blocklora.reporting.facts import (
 )
 
 from blocklora_patches.hooks.hook import Hook, Process
+from blocklora_patches.http import server_info
 from blocklora_patches.http.adapters import adapter_errors
 from blocklora_patches.http.facts import facts_of
 from blocklora_patches.http.load_on_use import adapter_folders, loaded_adapters
@@ -161,6 +162,7 @@ class AdapterRoutes:
 
 def _setup_and_run_http_server(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
     AdapterRoutes(tokenizer_manager).add_to(http_server.app)
+    server_info.add_to(http_server.app)
 
 
 def _add_prometheus_middleware(_: Any, app: FastAPI) -> None:

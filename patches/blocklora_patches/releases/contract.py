@@ -215,6 +215,7 @@ SYMBOLS: dict[str, tuple[str, ...] | None] = {
     "sglang.srt.entrypoints.engine.Engine.async_generate": None,
     "sglang.srt.entrypoints.http_server.app": None,
     "sglang.srt.entrypoints.http_server.get_global_state": (),
+    "sglang.srt.entrypoints.http_server.server_info": (),
     "sglang.srt.entrypoints.http_server.available_models": (),
     "sglang.srt.entrypoints.http_server.retrieve_model": ("model",),
     "sglang.srt.entrypoints.openai.protocol.ModelCard": None,

@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 
-ADMIN_KEY = "soak"
+ADMIN_KEY = "the-key-of-the-operator"
 
 
 class NoAnswer(Exception):

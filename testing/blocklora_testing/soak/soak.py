@@ -181,12 +181,14 @@ async def _weather(run: Run, weather: Weather, gap_s: float) -> None:
 
 async def _reports(run: Run, rng: object) -> None:
     """Readers of state; some leave before they have an answer."""
-    for path in ("/adapters", "/metrics", "/v1/models", "/adapters?limit=3&after=m01"):
+    for path in ("/adapters", "/metrics", "/v1/models", "/adapters?limit=3&after=m01", "/server_info"):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(rng.choice([0.005, 30, 30])):  # type: ignore[attr-defined]
                 answer = await run.client.call(path, method="GET")
                 if answer.status != 200:
                     run.tally.problem("reports", f"{path}: {answer.status} {str(answer.body)[:200]}")
+                elif ADMIN_KEY in str(answer.body):
+                    run.tally.problem("reports", f"{path} tells the admin key")
                 else:
                     run.tally.right("reports", answer.end - answer.begin)
     await asyncio.sleep(0.3)
