@@ -4,34 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from blocklora_testing.http_process import HTTPProcess, hooked
-
-
-@pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HTTPProcess]:
-    from blocklora_testing.models import build_model
-
-    model = build_model(tmp_path_factory.mktemp("aborts") / "model", "llama", layers=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SGLang warns while it is imported
-        from blocklora_patches.http import aborts, door, registry
-
-        with hooked((*aborts.HOOKS, *door.HOOKS, *registry.HOOKS)):
-            process = HTTPProcess(model, "--enable-lora", "--max-lora-rank", "64")
-            yield process
-            process.close()
-
-
-@pytest.fixture(autouse=True)
-def fresh(process: HTTPProcess) -> Iterator[None]:
-    yield
-    process.scheduler.received.clear()
-    process.scheduler.holds = False
-    assert process.manager.rid_to_state == {}
+from blocklora_testing.http_process import HTTPProcess
 
 
 def post(process: HTTPProcess, path: str, body: dict[str, Any]) -> asyncio.Future[Any]:

@@ -5,47 +5,20 @@ from __future__ import annotations
 import dataclasses
 import time
 import typing
-import warnings
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
-from blocklora_testing.http_process import HTTPProcess, hooked
+from blocklora_testing.http_process import HTTPProcess
 from pydantic import BaseModel
 from sglang_blocklora.requests.token_ids import check_token_id_keys, check_token_ids
 from sglang_blocklora.requests.values import BadRequest
 
-MODEL = "tiny"
+MODEL = "llama"
 BAD_IDS = [256, -1, 10**6, 2**40]  # of a vocabulary of 256
 NO_IDS = [True, 5.5, "7", [5], {"5": 5}, None]
-
-
-@pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HTTPProcess]:
-    from blocklora_testing.models import build_model
-
-    model = build_model(tmp_path_factory.mktemp("door") / "model", "llama", layers=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SGLang warns while it is imported
-        from blocklora_patches.http import door
-
-        with hooked(door.HOOKS):
-            process = HTTPProcess(model, "--served-model-name", MODEL, "--enable-lora", "--max-lora-rank", "64")
-            yield process
-            process.close()
-
-
-@pytest.fixture(autouse=True)
-def fresh(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever a test sends, no request of it is left behind."""
-    yield
-    if "process" in request.fixturenames:
-        process = request.getfixturevalue("process")
-        assert process.manager.rid_to_state == {}
-        process.scheduler.received.clear()
 
 
 def generate(**fields: Any) -> dict[str, Any]:
@@ -152,23 +125,11 @@ FIELDS: dict[str, tuple[str, Any, str]] = {
 }
 
 
-def refused(process: HTTPProcess, path: str, body: Any) -> str:
-    """The message of a refusal with 400, which for a stream of ``/generate`` is its only event."""
-    status, answer = process.call(path, body)
-    if body.get("stream"):
-        assert answer.count("data:") == 2, answer
-        answer = msgspec.json.decode(answer.splitlines()[0].removeprefix("data: "))
-        status = answer["error"]["code"]
-    assert status == 400, answer
-    assert process.scheduler.requests() == [], "nothing of it may be sent"
-    return answer.get("message") or answer["error"]["message"]
-
-
 @pytest.mark.parametrize("name", FIELDS)
 def test_ids_outside_the_vocabulary_are_refused(process: HTTPProcess, name: str) -> None:
     path, body, field = FIELDS[name]
     for value in BAD_IDS[:1] if "stream" in name else BAD_IDS:  # SGLang waits for 2 s after a stream
-        message = refused(process, path, body(value))
+        message = process.refused(path, body(value))
         if message != "Token ID at index 1 must be non-negative":  # embeddings: SGLang's own
             assert message == f"{field} is {value}; a token id of this model is an integer in [0, 256)."
 
@@ -190,7 +151,7 @@ def test_what_is_no_id_is_refused_or_never_sent(process: HTTPProcess, name: str)
 def test_what_is_no_id_is_refused_by_generate(process: HTTPProcess, value: Any) -> None:
     for name in ("input_ids", "input_ids, batch", "stop_token_ids", "custom_params"):
         path, body, _ = FIELDS[name]
-        refused(process, path, body(value))
+        process.refused(path, body(value))
 
 
 @pytest.mark.parametrize("key", ["256", "-1", "1000000", "5.5", "x", "", "\u0665", "1_0", " 5"])
@@ -203,7 +164,7 @@ def test_keys_of_logit_bias(process: HTTPProcess, path: str, key: str) -> None:
         body |= {"model": MODEL, "prompt": [5]}
     else:
         body |= {"model": MODEL, "messages": [{"role": "user", "content": "a"}]}
-    assert refused(process, path, body).startswith("sampling_params.logit_bias key[0] is ")
+    assert process.refused(path, body).startswith("sampling_params.logit_bias key[0] is ")
 
 
 def test_good_ids_pass(process: HTTPProcess) -> None:
@@ -218,10 +179,10 @@ def test_a_tokenizer_that_knows_more_tokens_than_the_model(process: HTTPProcess)
     """As after ``resize_token_embeddings`` on one of the two: the prompt is refused, the scheduler never sees it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(process.manager.model_config, "vocab_size", 70)
-        message = refused(process, "/generate", {"text": "Az", "sampling_params": {}})
+        message = process.refused("/generate", {"text": "Az", "sampling_params": {}})
         assert message == "token ids of text[1] is 89; a token id of this model is an integer in [0, 70)."
-        refused(process, "/v1/completions", {"model": MODEL, "prompt": "z"})
-        refused(process, "/v1/chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": "z"}]})
+        process.refused("/v1/completions", {"model": MODEL, "prompt": "z"})
+        process.refused("/v1/chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": "z"}]})
 
 
 def test_ids_that_a_processor_of_images_makes_are_its_own(process: HTTPProcess) -> None:
@@ -247,145 +208,6 @@ def test_python_callers_get_a_value_error(process: HTTPProcess, ids: Any) -> Non
     with pytest.raises(ValueError, match="label_token_ids"):
         process.run(process.manager.score_request("a", ["b"], label_token_ids=ids))
     assert process.scheduler.requests() == []
-
-
-# What else of a request reaches a scheduler as it was written.
-WRONG_VALUES: dict[str, Any] = {
-    "max_new_tokens": [2.5, "7", True, 2**70],
-    "min_new_tokens": ["7", 1.5],
-    "temperature": ["hot", True, [1]],
-    "top_k": [1.5, 2**31],
-    "n": [0, -1, "2", 1.5, 10**9],
-    "ignore_eos": ["yes", 1],
-    "stop": [5, [5]],
-    "regex": [5],
-    "stop_regex": [5, "("],
-    "logit_bias": [{"5": "x"}, [5], 5],
-    "custom_params": [{"a": {"b": {"c": 1}}}, 5],
-    "sampling_seed": [1.5],
-    "stream_interval": ["a"],
-    "nonsense": [1],
-    "is_normalized": [True],
-    "stop_str_max_len": [10**9],
-}
-
-
-@pytest.mark.parametrize("name", WRONG_VALUES)
-def test_sampling_parameters_have_the_types_that_the_scheduler_declares(process: HTTPProcess, name: str) -> None:
-    for value in WRONG_VALUES[name]:
-        assert name in refused(process, "/generate", params(**{name: value}))
-        batch = generate(input_ids=[[5], [6]], sampling_params=[{}, {name: value}])
-        assert name in refused(process, "/generate", batch)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"session_params": {"id": 5}},
-        {"session_params": {"id": "x", "offset": "a"}},
-        {"session_params": {"zzz": 1}},
-        {"positional_embed_overrides": [1]},
-        {"positional_embed_overrides": {"embeds": [1], "positions": [10**6]}},
-        {"lora_id": "nobody"},
-        {"return_logprob": True, "top_logprobs_num": 257},
-        {"return_logprob": True, "top_logprobs_num": -1},
-        {"return_logprob": True, "logprob_start_len": -2},
-        {"token_indices_to_pool": [0, 2]},
-        {"multi_item_delimiter_indices": [-1]},
-    ],
-    ids=str,
-)
-def test_other_fields_are_what_the_scheduler_can_use(process: HTTPProcess, fields: dict) -> None:
-    refused(process, "/generate", generate(**fields))
-
-
-LISTS = {
-    "too short": (["sql"], "lora_path is a list of 1, but there are 2 prompts. Give one value for each."),
-    "too long": (["sql", None, "sql"], "lora_path is a list of 3, but there are 2 prompts. Give one value for each."),
-    "none": ([], "lora_path is a list of 0, but there are 2 prompts. Give one value for each."),
-    "empty name": (["sql", ""], "lora_path[1] is ''; it is an adapter's name, or null for the base model."),
-    "empty": ("", "lora_path is ''; it is an adapter's name, or null for the base model."),
-}
-
-
-@pytest.mark.parametrize("answers", [1, 3])
-@pytest.mark.parametrize("case", LISTS)
-def test_a_list_of_adapters_has_one_for_each_prompt(process: HTTPProcess, case: str, answers: int) -> None:
-    names, message = LISTS[case]
-    body = generate(input_ids=[[5], [6]], lora_path=names, sampling_params={"n": answers})
-    assert refused(process, "/generate", body) == message
-    completion = {"model": MODEL, "prompt": ["a", "b"], "lora_path": names, "n": answers}
-    assert refused(process, "/v1/completions", completion) == message
-    if answers == 1:
-        assert "lora_path" in refused(process, "/encode", {"input_ids": [[5], [6]], "lora_path": names})
-
-
-@pytest.mark.parametrize("case", ["too short", "empty"])
-def test_a_stream_is_refused_with_one_event(process: HTTPProcess, case: str) -> None:
-    names, message = LISTS[case]
-    assert refused(process, "/generate", generate(input_ids=[[5], [6]], lora_path=names, stream=True)) == message
-
-
-def test_a_list_for_one_prompt_is_refused(process: HTTPProcess) -> None:
-    for names in (["sql"], [None], ["sql", "sql"]):
-        message = refused(process, "/generate", generate(lora_path=names))
-        assert message == "lora_path is a list, but there is one prompt, and no list of prompts."
-        assert refused(process, "/v1/completions", {"model": MODEL, "prompt": "a", "lora_path": names}) == message
-
-
-@pytest.mark.parametrize("names", [5, True, {"a": "b"}, ["sql", 5], ["sql", ["sql"]], [["sql"], ["sql"]]])
-def test_names_of_adapters_are_texts(process: HTTPProcess, names: Any) -> None:
-    for path, body in (
-        ("/generate", generate(input_ids=[[5], [6]])),
-        ("/v1/completions", {"model": MODEL, "prompt": ["a", "b"]}),
-        ("/v1/chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": "a"}]}),
-    ):
-        refused(process, path, body | {"lora_path": names})
-
-
-@pytest.mark.parametrize("values", [[{}], [{}, {}, {}], []])
-def test_other_lists_have_one_value_for_each_prompt(process: HTTPProcess, values: list) -> None:
-    """Upstream cut some in silence, and answered the others with a 500."""
-    assert "sampling_params" in refused(process, "/generate", generate(sampling_params=values))
-    message = refused(process, "/generate", generate(input_ids=[[5], [6]], sampling_params=values))
-    assert "sampling_params" in message
-    for field in ("return_logprob", "top_logprobs_num", "logprob_start_len"):
-        assert field in refused(process, "/generate", generate(input_ids=[[5], [6]]) | {field: [0] * len(values)})
-
-
-WIDTH = 288
-EMBEDDINGS = {
-    "narrow": [[0.5] * (WIDTH - 1)],
-    "ragged": [[0.5] * WIDTH, [0.5]],
-    "batch": [[[0.5] * WIDTH], [[0.5]]],
-    "empty": [],
-    "empty row": [[]],
-    "empty in a batch": [[[0.5] * WIDTH], []],
-}
-
-
-@pytest.mark.parametrize("case", EMBEDDINGS)
-def test_embeddings_have_the_width_of_the_model(process: HTTPProcess, case: str) -> None:
-    refused(process, "/generate", {"input_embeds": EMBEDDINGS[case], "sampling_params": {"max_new_tokens": 1}})
-
-
-def test_embeddings_that_fit_come_to_upstreams_own_check(process: HTTPProcess) -> None:
-    message = refused(process, "/generate", {"input_embeds": [[0.5] * WIDTH], "sampling_params": {"max_new_tokens": 1}})
-    assert "--disable-radix-cache" in message
-
-
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/generate", {"input_ids": []}),
-        ("/generate", {"text": ["a", "b"], "rid": ["a"]}),
-        ("/encode", {"input_ids": []}),
-        ("/encode", {"text": ["a"], "rid": "a"}),
-    ],
-    ids=str,
-)
-def test_shapes_that_do_not_fit_are_a_400(process: HTTPProcess, path: str, body: dict) -> None:
-    refused(process, path, body)
 
 
 def test_a_hundred_thousand_ids_take_no_time_that_counts() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import typing
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 import pytest
-from blocklora_testing.http_process import HTTPProcess, hooked
+from blocklora_testing.http_process import HTTPProcess
 
 BASE, ADAPTER = "llama", "sql"
 CHAT = {"messages": [{"role": "user", "content": "a"}]}
@@ -41,33 +41,6 @@ BASE_ONLY: dict[str, Mapping[str, Any]] = {
 }
 # Only with --is-embedding, which this process is not: named here, its resolution is tested below.
 EMBEDDING: dict[str, Mapping[str, Any]] = {"/v1/embeddings": {"input": "a"}}
-
-
-@pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HTTPProcess]:
-    from blocklora_testing.models import build_model
-
-    model = build_model(tmp_path_factory.mktemp("names") / "model", "llama", layers=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SGLang warns while it is imported
-        from blocklora_patches.http import aborts, door, messages, model_names, ollama, responses
-        from sglang.srt.lora.lora_registry import LoRARef
-
-        modules = (aborts, door, messages, model_names, ollama, responses)
-        with hooked([hook for module in modules for hook in module.HOOKS]):
-            process = HTTPProcess(model, "--served-model-name", BASE, "--enable-lora", "--max-lora-rank", "64")
-            ref = LoRARef(lora_name=ADAPTER, lora_path="/sql")
-            process.run(process.manager.lora_registry.register(ref))
-            process.manager.lora_ref_cache[ADAPTER] = ref
-            yield process
-            process.close()
-
-
-@pytest.fixture(autouse=True)
-def fresh(process: HTTPProcess) -> Iterator[None]:
-    yield
-    process.scheduler.received.clear()
-    assert process.manager.rid_to_state == {}
 
 
 def ask(process: HTTPProcess, path: str, model: str) -> tuple[int, str]:

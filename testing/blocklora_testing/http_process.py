@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import pkgutil
 import warnings
 from array import array
@@ -122,11 +123,12 @@ class HTTPProcess:
     async def _start(self, model: Path, flags: Sequence[str]) -> None:
         from sglang.srt.entrypoints import http_server
         from sglang.srt.entrypoints.engine import init_tokenizer_manager
-        from sglang.srt.runtime_context import publish
+        from sglang.srt.runtime_context import publish, snapshot_context
         from sglang.srt.server_args import PortArgs, prepare_server_args
 
         argv = ["--model-path", str(model), "--device", "cpu", "--dtype", "float32", *flags]
         arguments = prepare_server_args(argv)
+        self._context = snapshot_context()
         publish(arguments, role="tokenizer")
         self.manager, templates = init_tokenizer_manager(arguments, PortArgs.init_new(arguments))
         self.manager.event_loop = self._loop  # nothing comes from a detokenizer, and signals are the test's
@@ -156,12 +158,27 @@ class HTTPProcess:
         is_json = answer.headers.get("content-type", "").startswith("application/json")
         return answer.status_code, answer.json() if is_json else answer.text
 
+    def refused(self, path: str, body: Mapping[str, Any]) -> str:
+        """The message of a refusal with 400, for a stream of ``/generate`` its only event; nothing was sent."""
+        status, answer = self.call(path, body)
+        if body.get("stream"):
+            assert answer.count("data:") == 2, answer
+            answer = json.loads(answer.splitlines()[0].removeprefix("data: "))
+            status = answer["error"]["code"]
+        assert status == 400, answer
+        assert self.scheduler.requests() == []
+        message: str = answer.get("message") or answer["error"]["message"]
+        return message
+
     def close(self) -> None:
+        """Give back what the process took, and the configuration that SGLang keeps for the whole process."""
+        from sglang.srt.runtime_context import restore_context
+
         async def stop() -> None:
             await self.client.aclose()
             await self._lifespan.__aexit__(None, None, None)
-            for socket in (self.manager.recv_from_detokenizer, self.manager.send_to_scheduler):
-                socket.close(0)
+            self.manager.recv_from_detokenizer.context.destroy(linger=0)  # and with it all its sockets
 
         self._runner.run(stop())
         self._runner.close()
+        restore_context(self._context)
