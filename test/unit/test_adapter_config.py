@@ -153,7 +153,7 @@ NOT_TAKEN = {
     "(": "unterminated",
     "*": "nothing to repeat",
     "[b-a]": "bad character range",
-    "(" * 2000: "recursion",
+    "(" * 1000: "recursion",
     "a{99999999999}": "too large",
     "a" * 3000: "longer than",
     "(?i)a": "not supported",
@@ -176,7 +176,7 @@ def test_expressions_that_are_none_or_not_supported_are_refused(text: str) -> No
 def test_no_expression_takes_long() -> None:
     """Each would keep ``re`` busy beyond any patience; here the steps are few, so that it returns at all."""
     name = "model.layers.0.self_attn." + "a" * 60 + "!"
-    for text in (".*a" * 600, "(a|a)" * 60 + "b", "a?" * 60 + "a" * 60, "(.*)(a|b|ab|ba)*c"):
+    for text in (".*a" * 300, "(a|a)" * 60 + "b", "a?" * 60 + "a" * 60, "(.*)(a|b|ab|ba)*c"):
         assert not Pattern(text).matches(name + name)
 
 

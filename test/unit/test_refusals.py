@@ -177,6 +177,10 @@ CASES = {
     "alpha of 400 digits": (config(lora_alpha=10**400), "finite number"),
     "rank_pattern, not an object": (config(rank_pattern=["q_proj"]), "rank_pattern = ['q_proj']; expected an object"),
     "pattern that takes for ever": (config(rank_pattern={"([a-z._]+)+!": 4}), "nested repetition"),
+    "patterns that are too many": (
+        config(rank_pattern={".*q_proj" * 20 + str(i): 4 for i in range(20)}),
+        "at most 1024 characters together",
+    ),
     "config that is too large": (config(base_model_name_or_path="x" * 2**18), "of more than 262144 bytes"),
     "config nested too deep": (write("adapter_config.json", "[" * 100_000), "not JSON"),
     "config that is a named pipe": (to_pipe("adapter_config.json"), "not a regular file"),
@@ -319,16 +323,17 @@ def without_rights() -> Iterator[None]:
         os.seteuid(0)
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "."])
-def test_what_may_not_be_read_is_told_so(name: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("rooted", [False, True])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json", ".", ".."])
+def test_what_may_not_be_read_is_told_so(name: str, rooted: bool, caplog: pytest.LogCaptureFixture) -> None:
     with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to others
         Path(place).chmod(0o755)
-        folder = Path(place) / "adapter"
+        folder = Path(place) / "all" / "adapter"
         write_adapter(folder, MODEL)
         (folder / "tokenizer.json").write_text("{}")
         (folder / name).chmod(0)
         with without_rights():
-            outcome = read("mine", folder, MODEL.spec(0, 1))
+            outcome = read("mine", folder, MODEL.spec(0, 1), place if rooted else None)
         assert outcome.error is not None
         assert "that is not readable (Permission denied)" in outcome.error
         assert not caplog.records  # a refusal, not a crash of the loader

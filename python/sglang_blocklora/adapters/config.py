@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from sglang_blocklora.adapters.errors import AdapterError, brief, listed
 from sglang_blocklora.adapters.files import read_json
-from sglang_blocklora.adapters.patterns import Pattern, compile_pattern
+from sglang_blocklora.adapters.patterns import MAX_CHARACTERS, Pattern, compile_pattern
 from sglang_blocklora.adapters.peft_keys import check_keys
 from sglang_blocklora.adapters.targets import Targets
 from sglang_blocklora.sharding.cut import Structure
@@ -131,10 +131,14 @@ def _patterns(
     value = raw.get(key) or {}
     if not isinstance(value, dict):
         raise _wrong(adapter, key, value, "an object")
-    return [
+    patterns = [
         (compile_pattern(adapter, key, pattern, tail=True), read(adapter, f"{key}[{brief(pattern)}]", one))
         for pattern, one in value.items()
     ]
+    if sum(pattern.cost for pattern, _ in patterns) > MAX_CHARACTERS:
+        most = f"regular expressions of at most {MAX_CHARACTERS} characters together (plain names do not count)"
+        raise AdapterError(adapter, f"longer ones in {key}", most, f"Mend {CONFIG_NAME}.")
+    return patterns
 
 
 def _positive_int(adapter: str, key: str, value: Any) -> int:

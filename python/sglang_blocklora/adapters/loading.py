@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 
 from sglang_blocklora.adapters.content_hash import content_hash, file_versions
 from sglang_blocklora.adapters.errors import AdapterError, brief
+from sglang_blocklora.adapters.files import unreadable
 from sglang_blocklora.adapters.shard import AdapterShard, load_shard
 from sglang_blocklora.sharding.linears import ModelSpec
 
@@ -112,12 +113,19 @@ def _checked_folder(name: str, path: str, root: str | None) -> Path:
             f"a folder below --adapter-root {root}",
             "Move the adapter there; links that lead out of the root are not followed.",
         )
-    if not os.path.isdir(folder):  # Path.is_dir raises where a part is too long
+    try:
+        is_folder = stat.S_ISDIR(folder.stat().st_mode)
+        files = list(folder.iterdir()) if is_folder and root is not None else []
+    except PermissionError as error:
+        raise unreadable(name, folder, error) from error
+    except OSError:  # missing, or a name that is too long
+        is_folder = False
+    if not is_folder:
         raise AdapterError(
             name, f"no folder {folder}", "a local PEFT adapter folder", "Download the adapter and give its folder."
         )
     if root is not None:
-        for file in folder.iterdir():
+        for file in files:
             real = _real(name, file)
             if not real.is_relative_to(root):
                 raise AdapterError(

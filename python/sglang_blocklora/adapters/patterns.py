@@ -14,13 +14,18 @@ from typing import Any
 
 from sglang_blocklora.adapters.errors import AdapterError, brief
 
-MAX_CHARACTERS = 2048  # of an expression; those that trainers write take some hundred
+# Of an expression, and of all together that one key of a config has (plain names do not count). Those that trainers
+# write take some hundred; at this length the worst one takes 10 ms a module.
+MAX_CHARACTERS = 1024
+# One character each: such an expression has one way to match at most, and re is fast.
+ONE_WAY = (sre.LITERAL, sre.NOT_LITERAL, sre.ANY, sre.IN, sre.AT)
 
 
 class Pattern:
     """An expression that matches whole names as ``re.fullmatch`` does.
 
     tail  it may also match what follows a dot of the name (PEFT's rule for rank_pattern and alpha_pattern)
+    cost  characters that count for ``MAX_CHARACTERS`` of a key
     Not supported: flags, references back, looking behind, possessive and nested repetition. ``ValueError`` for those.
     """
 
@@ -35,9 +40,10 @@ class Pattern:
             raise ValueError("flags are not supported")
         _check(self._tree, repeated=False)
         self._tail = tail
-        # Most are plain names, one for each module of the model: for those re has one way to match, and is fast.
-        plain = all(operator in (sre.LITERAL, sre.ANY) for operator, _ in self._tree)
+        # Most are plain names, one for each module of the model.
+        plain = all(operator in ONE_WAY for operator, _ in self._tree)
         self._plain = re.compile(rf"(?:.*\.)?(?:{text})" if tail else text) if plain else None
+        self.cost = 0 if plain else len(text)
 
     def matches(self, name: str) -> bool:
         """Whether the whole of ``name`` matches."""
@@ -72,7 +78,7 @@ def _check(tree: Any, repeated: bool) -> None:
             _check(argument[2], repeated or argument[1] > 1)
         elif operator in (sre.ASSERT, sre.ASSERT_NOT) and argument[0] > 0:
             _check(argument[1], repeated)
-        elif operator not in (sre.LITERAL, sre.NOT_LITERAL, sre.ANY, sre.IN, sre.AT):
+        elif operator not in ONE_WAY:
             raise ValueError(f"{str(operator).lower()} is not supported here")
 
 
@@ -81,6 +87,8 @@ class _Walk:
 
     def __init__(self, name: str) -> None:
         self._all = (1 << len(name) + 1) - 1
+        self._characters = self._all >> 1
+        self._sets: dict[int, int] = {}  # id of a set of characters -> where one of them stands
         self._places: dict[str, int] = {}  # character -> where it stands
         for index, character in enumerate(name):
             self._places[character] = self._places.get(character, 0) | 1 << index
@@ -118,8 +126,20 @@ class _Walk:
             return at & (ahead if operator is sre.ASSERT else ~ahead)
         if operator is sre.AT:
             return at & int(self._edges[argument])
-        fitting = sum(where for character, where in self._places.items() if _fits(operator, argument, character))
-        return (at & fitting) << 1
+        return (at & self._fitting(operator, argument)) << 1
+
+    def _fitting(self, operator: Any, argument: Any) -> int:
+        """Where a character stands that fits."""
+        if operator is sre.LITERAL:
+            return self._places.get(chr(argument), 0)
+        if operator is sre.NOT_LITERAL:
+            return self._characters & ~self._places.get(chr(argument), 0)
+        if operator is sre.ANY:
+            return self._characters & ~self._places.get("\n", 0)
+        if id(argument) not in self._sets:
+            fits = (where for character, where in self._places.items() if _is_in(argument, character))
+            self._sets[id(argument)] = sum(fits)
+        return self._sets[id(argument)]
 
     def _repeat(self, body: Any, low: int, high: int, at: int) -> int:
         for _ in range(low):
@@ -140,19 +160,17 @@ def _is_word(character: str) -> bool:
     return character.isalnum() or character == "_"
 
 
-def _fits(operator: Any, argument: Any, character: str) -> bool:
-    code = ord(character)
-    if operator is sre.LITERAL:
-        return bool(code == argument)
-    if operator is sre.NOT_LITERAL:
-        return bool(code != argument)
-    if operator is sre.ANY:
-        return character != "\n"
-    if operator is sre.RANGE:
-        return bool(argument[0] <= code <= argument[1])
-    if operator is sre.CATEGORY:
-        kind = str(argument).removeprefix("CATEGORY_").lower()
-        tests = {"digit": str.isdecimal, "space": str.isspace, "word": _is_word}
-        return tests[kind.removeprefix("not_")](character) is not kind.startswith("not_")
-    negated = argument[0][0] is sre.NEGATE
-    return any(_fits(one, value, character) for one, value in argument[negated:]) is not negated
+def _is_in(characters: Any, character: str) -> bool:
+    """Whether a set (``[a-z_]``, ``\\d``) holds ``character``."""
+    negated = characters[0][0] is sre.NEGATE
+    return any(_fits(kind, value, character) for kind, value in characters[negated:]) is not negated
+
+
+def _fits(kind: Any, value: Any, character: str) -> bool:
+    if kind is sre.LITERAL:
+        return bool(ord(character) == value)
+    if kind is sre.RANGE:
+        return bool(value[0] <= ord(character) <= value[1])
+    name = str(value).removeprefix("CATEGORY_").lower()
+    tests = {"digit": str.isdecimal, "space": str.isspace, "word": _is_word}
+    return tests[name.removeprefix("not_")](character) is not name.startswith("not_")
