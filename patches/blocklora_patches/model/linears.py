@@ -1,4 +1,4 @@
-"""SGLang's model -> ``ModelSpec``: which linears an adapter can attach to, as this TP rank holds them."""
+"""Reads off SGLang's model which linears an adapter can attach to, as this TP rank holds them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m sglang_blocklora.tools``: look at, size, convert and check adapters without a server."""
+"""Looks at, sizes, converts and checks adapters without a server: ``python -m sglang_blocklora.tools``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base model's sizes for tools that run without a server: from its ``config.json``, or from an adapter alone.
+"""Finds the base model's sizes without a server: from its ``config.json``, or from an adapter alone.
 
 An adapter's shapes give the widths of the axes that it touches. What they do not give is how wide a head is and how
 many KV heads there are; that comes from the base model's ``config.json``, where it is at hand.

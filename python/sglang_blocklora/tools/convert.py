@@ -1,4 +1,4 @@
-"""``convert``: any LoRA adapter -> a block-diagonal one, by a truncated SVD of each block of its delta.
+"""Makes a block-diagonal adapter of any LoRA adapter, by a truncated SVD of each block of its delta.
 
 Block i of a column-parallel delta is its rows [i out/n, (i + 1) out/n); of a row-parallel delta, its columns
 [i in/n, (i + 1) in/n). Each block has its own A and B of rank r'/n, so the best r'/n singular values of the block are
@@ -39,6 +39,8 @@ class ModuleLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
+    """What a conversion made, and what it lost; errors are relative to the deltas of ``source``."""
+
     path: str
     rank: int
     nblocks: int

@@ -1,4 +1,4 @@
-"""``inspect``: what an adapter is, and what it costs on each TP rank."""
+"""Tells what an adapter is, and what it costs on each TP rank."""
 
 from __future__ import annotations
 
@@ -50,6 +50,8 @@ class TpCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
+    """What ``inspect`` tells; ``rank`` and ``nblocks`` are the largest among the modules."""
+
     path: str
     content_hash: str
     rank: int

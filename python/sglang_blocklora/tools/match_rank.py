@@ -1,4 +1,4 @@
-"""``match-rank``: the rank at which a block-diagonal adapter has no more parameters than a plain one."""
+"""Finds the rank at which a block-diagonal adapter has no more parameters than a plain one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sglang_blocklora.sharding.architectures import kind_of
 
 @dataclass(frozen=True, kw_only=True)
 class MatchedRank:
-    """``block_rank`` is the rank of one block, ``rank / nblocks``."""
+    """The rank found; ``block_rank`` is that of one block, ``rank / nblocks``."""
 
     rank: int
     nblocks: int

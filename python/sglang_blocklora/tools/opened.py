@@ -1,4 +1,4 @@
-"""An adapter folder opened by a tool: config, checked shapes, and its factors as dense matrices."""
+"""Opens an adapter's folder for a tool: config, checked shapes, and its factors as dense matrices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results of the adapter tools as text."""
+"""Writes the results of the adapter tools as text."""
 
 from __future__ import annotations
 

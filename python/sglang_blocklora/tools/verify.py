@@ -1,4 +1,4 @@
-"""``verify``: whether the TP ranks' parts of an adapter recombine to the delta that PEFT computes."""
+"""Checks that the TP ranks' parts of an adapter recombine to the delta that PEFT computes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOLERANCE = 1e-10
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """``max_relative_error`` over all modules, in float64."""
+    """How far the parts are off: ``max_relative_error`` over all modules, in float64."""
 
     tp_size: int
     modules: int
