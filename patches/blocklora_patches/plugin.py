@@ -18,9 +18,9 @@ def activate() -> None:
         if settings is None:
             return
         settings.keep()
-        from blocklora_patches.releases.contract import SYMBOLS, check
+        from blocklora_patches.releases.contract import check
 
-        check(SYMBOLS)  # before anything that imports those names
+        check("server")  # before anything that imports what it lists
         from blocklora_patches.install import install
 
         install()

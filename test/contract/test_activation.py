@@ -22,7 +22,8 @@ FORKS = """
 import json, os, sys, traceback
 from sglang_blocklora import cpu_only; cpu_only.prepare(1)
 from blocklora_patches.releases import contract
-contract.mismatches({**contract.SYMBOLS, **contract.FRONTEND_SYMBOLS})  # imports all of it
+contract.check("server"), contract.check("frontend")  # imports all of it
+contract.check.cache_clear()
 found = {}
 for name, (environment, code) in json.load(sys.stdin).items():
     reader, writer = os.pipe()
@@ -49,6 +50,7 @@ for name, (environment, code) in json.load(sys.stdin).items():
 print("FOUND" + json.dumps(found))
 """
 STOPPED = 3
+pytestmark = pytest.mark.xdist_group("activation")  # all cases are run once
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,27 @@ BROKEN = {
     ),
     "a signature changed": (
         "import sglang.srt.lora.lora_manager as m; m.LoRAManager.fetch_new_loras = lambda self, other: None",
-        ["fetch_new_loras: expected parameters ('self', 'new_loras', 'running_loras'), found ('self', 'other')"],
+        ["fetch_new_loras: expected parameters (self, new_loras, running_loras), found (self, other)"],
     ),
     "a function became a value": (
         "import sglang.srt.managers.scheduler as m; m.Scheduler.on_idle = 3",
-        ["Scheduler.on_idle: expected parameters ('self',), found int"],
+        ["Scheduler.on_idle: expected parameters (self), found None"],
+    ),
+    "an attribute vanished": (
+        "import sglang.srt.managers.tokenizer_manager as m; m.ReqState = type('ReqState', (), {'__module__': 'm'})",
+        ["tokenizer_manager.ReqState.ttft_observed: expected, and not found"],
+    ),
+    "a class became a function": (
+        "import sglang.srt.managers.tokenizer_manager as m; m.ReqState = lambda: None",
+        ["tokenizer_manager.ReqState: expected a class, found function"],
+    ),
+    "all of it is told at once": (
+        """
+        import sglang.srt.managers.scheduler as m
+        import sglang.srt.managers.tokenizer_manager as n
+        del m.Scheduler.on_idle, n.TokenizerManager.collect_metrics
+        """,
+        ["Scheduler.on_idle: expected", "TokenizerManager.collect_metrics: expected"],
     ),
     "a file of ours does not import": (
         "import sys; sys.modules['blocklora_patches.scheduler.admission'] = None",
@@ -323,7 +341,7 @@ def engine(server_args):
     subprocess.run(child)
 def launched(cls, server_args):
     print("LAUNCHED", flush=True)
-Engine.__init__ = lambda self, server_args: engine(server_args)
+Engine.__init__ = lambda self, **kwargs: engine(**kwargs)
 frontend.engine(model_path="m", adapter_memory="static")
 print("EXPORTED", SETTINGS_VARIABLE in os.environ)
 print("KEPT", Settings.active() == Settings(adapter_memory="static"), flush=True)

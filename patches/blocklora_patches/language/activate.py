@@ -6,14 +6,14 @@ import sglang
 from sglang_blocklora.naming.choice import adapter
 
 from blocklora_patches.hooks.hook import Hook
-from blocklora_patches.releases.contract import FRONTEND_SYMBOLS, check
+from blocklora_patches.releases.contract import check
 from blocklora_patches.releases.fail_closed import fail_closed
 
 
 def activate() -> None:
     """Let ``sglang``'s language choose adapters. ``SystemExit`` where the installed SGLang does not fit."""
     with fail_closed():
-        check(FRONTEND_SYMBOLS)  # before anything that imports those names
+        check("frontend")  # before anything that imports what it lists
         from blocklora_patches.hooks.apply import apply
 
         apply(hooks())

@@ -1,1 +1,1 @@
-"""Runs in every process: which SGLang release fits, and how each upstream symbol must look."""
+"""Runs in every process: what each SGLang release that we support must look like, as data, and the comparison."""
