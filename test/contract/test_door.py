@@ -175,6 +175,24 @@ def test_good_ids_pass(process: HTTPProcess) -> None:
     assert process.call("/generate", params(logit_bias={"0": 1, "255": -2.5}))[0] == 200
 
 
+EMPTY: dict[str, tuple[str, Any]] = {
+    "alone": ("/generate", generate(input_ids=[])),
+    "batch of one": ("/generate", generate(input_ids=[[]])),
+    "in a batch": ("/generate", generate(input_ids=[[5, 6], []])),
+    "text": ("/generate", {"text": "", "sampling_params": {}}),
+    "text in a batch": ("/generate", {"text": ["a", ""], "sampling_params": {}}),
+    "prompt in a batch": ("/v1/completions", {"model": MODEL, "prompt": [[5], []]}),
+    "encode": ("/encode", {"input_ids": [[5], []]}),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY)
+def test_an_empty_prompt_is_refused(process: HTTPProcess, case: str) -> None:
+    """In a batch it was answered, each time otherwise: with what the last step had left of others' prompts."""
+    path, body = EMPTY[case]
+    process.refused(path, body)
+
+
 def test_a_tokenizer_that_knows_more_tokens_than_the_model(process: HTTPProcess) -> None:
     """As after ``resize_token_embeddings`` on one of the two: the prompt is refused, the scheduler never sees it."""
     with pytest.MonkeyPatch.context() as patch:

@@ -125,6 +125,8 @@ def _check_part(obj: Any, at: str, model: Any) -> None:
     for field, ids in lists.items():
         if ids is not None:
             check_token_ids(field, ids, vocabulary)
+    _check_not_empty("input_ids" + at, obj, obj.input_ids)
+    _check_not_empty("text" + at, obj, obj.text)
     if params.get("logit_bias") is not None:
         check_token_id_keys(f"sampling_params{at}.logit_bias", params["logit_bias"], vocabulary)
     if getattr(obj, "return_logprob", False):
@@ -132,11 +134,18 @@ def _check_part(obj: Any, at: str, model: Any) -> None:
         check_range("top_logprobs_num" + at, obj.top_logprobs_num, 0, vocabulary)
 
 
+def _check_not_empty(field: str, obj: Any, prompt: Any) -> None:
+    """Upstream refuses an empty prompt alone, and answers one in a batch with what was last computed for others."""
+    if prompt is not None and len(prompt) == 0 and not getattr(obj, "session_params", None):
+        raise BadRequest(f"{field} is empty; a prompt has at least one token.")
+
+
 def _validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:
     """What is known once a text is tokenized. A tokenizer may know more tokens than the model.
 
     Ids that a processor of images makes are its own.
     """
+    _check_not_empty("The prompt", obj, input_ids)
     if obj.input_ids is None and input_ids is not None and not obj.contains_mm_input():
         check_token_ids("token ids of text", input_ids, self.model_config.vocab_size)
     for field in ("multi_item_delimiter_indices", "token_indices_to_pool"):

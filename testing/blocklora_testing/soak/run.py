@@ -115,25 +115,26 @@ class Run:
         possible: set[Any] = {None}
         if asked.name is not None:
             possible = set(self.ledger.possible(asked.name, answer.begin, answer.end))
-        right = any(self._is(contents, asked.prompt, found) for contents in possible)
-        if not right:
+        tokens = self._right(possible, asked.prompt, found)
+        if tokens is None:
             who = self.world.who(asked.prompt, found) if not isinstance(found, str) else []
             by = f"; PEFT answers so with {', '.join(who) or 'nothing'}" if found else ""
             self.tally.problem(kind, f"{asked}: {found!r}, possible were {sorted(map(str, possible))}{by}")
-        elif ended == "abort":
-            if not aborted and not self.ledger.stormy(answer.begin, answer.end):
-                self.tally.problem(kind, f"{asked}: aborted, and nobody asked for that")
-            else:
+        elif ended == "abort" or len(tokens) != asked.tokens:
+            if aborted or self.ledger.stormy(answer.begin, answer.end):
                 self.tally.aborted(kind)
-        elif not isinstance(found, str) and len(found) != asked.tokens:
-            self.tally.problem(kind, f"{asked}: {len(found)} tokens")
+            else:
+                self.tally.problem(kind, f"{asked}: {len(tokens)} tokens, and nobody asked for an abort")
         else:
             self.tally.right(kind, answer.end - answer.begin)
 
-    def _is(self, contents: str | None, prompt: int, found: Sequence[int] | str) -> bool:
-        if not isinstance(found, str):
-            return self.world.right(contents, prompt, found)
-        return found == self.world.text(contents, prompt, found)
+    def _right(self, possible: set[Any], prompt: int, found: Sequence[int] | str) -> Sequence[int] | None:
+        """The tokens that were found, or None where PEFT answers so with none of the contents that are possible."""
+        for contents in possible:
+            tokens = found if not isinstance(found, str) else self.world.tokens_of(contents, prompt, found)
+            if tokens is not None and self.world.right(contents, prompt, tokens):
+                return tokens
+        return None
 
     def judge_refusal(self, kind: str, asked: Sequence[Asked], answer: Answer) -> None:
         """Count an answer that is an error, of one request or of some that were sent in one call."""

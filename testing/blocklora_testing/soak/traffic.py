@@ -173,4 +173,7 @@ class Traffic:
         await asyncio.sleep(rng.uniform(0.05, 0.4))
         await run.client.call("/abort_request", {"rid": rid}, admin=True)
         answer = await task
-        self.judge(kind, [asked], answer, answer.body if isinstance(answer.body, list) else [answer.body], True)
+        if answer.status == 400 and "aborted" in str(answer.body):  # how several answers are aborted
+            run.tally.aborted(kind)
+        else:
+            self.judge(kind, [asked], answer, answer.body if isinstance(answer.body, list) else [answer.body], True)

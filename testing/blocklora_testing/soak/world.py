@@ -56,11 +56,13 @@ class World:
         certain = self.expected[contents][prompt][: len(answer)]
         return list(answer[: len(certain)]) == list(certain)
 
-    def text(self, contents: str | None, prompt: int, found: str) -> str:
-        """The text of ``NEW_TOKENS`` tokens; as much of ``found`` as is not certain is taken for right."""
+    def tokens_of(self, contents: str | None, prompt: int, text: str) -> Sequence[int] | None:
+        """PEFT's tokens that make ``text``, or None; as much of it as is not certain is taken for right."""
         certain = self.expected[contents][prompt][:NEW_TOKENS]
-        text = str(self.decode(certain))
-        return text if len(certain) == NEW_TOKENS or not found.startswith(text) else found
+        made = [str(self.decode(certain[:count])) for count in range(len(certain) + 1)]
+        if text in made:
+            return certain[: made.index(text)]
+        return [*certain, 0][:NEW_TOKENS] if len(certain) < NEW_TOKENS and text.startswith(made[-1]) else None
 
     def who(self, prompt: int, answer: Sequence[int]) -> list[str]:
         """Contents that answer so, for the report of a wrong answer."""
