@@ -1,4 +1,4 @@
-"""The entry point SGLang calls in every process. Off means off: nothing below is imported then."""
+"""The entry point that SGLang calls in every process. Off means off: nothing else of ours is imported then."""
 
 from __future__ import annotations
 

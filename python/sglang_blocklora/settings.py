@@ -1,4 +1,4 @@
-"""Settings of the extension: given to the launcher, carried to SGLang's processes in one environment variable."""
+"""Reads the launcher's flags of ours, and carries them to SGLang's processes in one environment variable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``managers/tokenizer_manager.py``: what a client wrote is checked before anything of its request is kept or sent.
+"""Checks what a client wrote before anything of its request is kept or sent (``managers/tokenizer_manager.py``).
 
 Every way in (HTTP routes, ``Engine``, scores and embeddings) leads through the methods below, so that no route and no
 field needs a check of its own. Upstream sends on what it is given: a token id outside the vocabulary ends the scheduler

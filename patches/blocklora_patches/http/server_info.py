@@ -1,4 +1,4 @@
-"""Runs in the HTTP process: ``/server_info`` tells the configuration without its keys.
+"""Lets ``/server_info`` tell the configuration without its keys.
 
 Upstream's tells ``admin_api_key`` to every client that may generate, and such a client could then load and unload.
 """

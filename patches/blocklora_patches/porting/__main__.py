@@ -1,4 +1,4 @@
-"""``python -m blocklora_patches.porting [--write]``: is the contract what the code uses, or make it so.
+"""Compares the contract with what the code uses of the installed SGLang, and with ``--write`` makes it so.
 
 To be run with ``--write`` after a change of what ``patches/`` uses of SGLang; it renews the installed release's file.
 Beside a release that has none yet, it lists what does not fit the contract with the last one.

@@ -1,4 +1,4 @@
-"""What the generator cannot find by itself about attributes of SGLang's objects, as no type is declared there."""
+"""Tells the generator of a contract which attributes of SGLang's objects we use where no type is declared."""
 
 from __future__ import annotations
 

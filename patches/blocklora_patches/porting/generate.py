@@ -1,4 +1,4 @@
-"""What a release's contract holds, read off the hooks and the source of this package.
+"""Reads off the hooks and the source of this package what a release's contract holds.
 
 Symbols are what is hooked, what is imported, what is used of an imported module or class, and what our subclasses
 override. Attributes are those a hook uses of its ``self``, those our subclasses use of theirs, and those listed in

@@ -1,4 +1,4 @@
-"""The contract with an SGLang release: what of it we use and how each of these must look, one data file per release."""
+"""Checks that an SGLang release is as we need it: what we use of it must look as its data file says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """What one kind of process uses.
+    """What one kind of process uses of a release.
 
     symbols     dotted path -> names of parameters; None: it must only exist
     attributes  class -> attributes that its objects must have
@@ -27,7 +27,9 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Contract(msgspec.Struct, frozen=True, kw_only=True):
-    """server    processes of a server or an engine
+    """What we use of one release, by the processes that use it.
+
+    server    processes of a server or an engine
     frontend  a user's own process, in which the language runs: nothing of the server is imported there
     """
 

@@ -1,4 +1,4 @@
-"""How something of SGLang looks: parameters of a function or class, and attributes of a class's objects."""
+"""Describes how something of SGLang looks: a function's parameters, and attributes of a class's objects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys and passwords are the operator's: no answer to a client tells them."""
+"""Takes keys and passwords out of what a client is told."""
 
 from __future__ import annotations
 
