@@ -16,10 +16,10 @@ from sglang_blocklora import cpu_only, settings
 # Flags of SGLang whose defaults suit many adapters better: flag -> its values.
 ADAPTER_DEFAULTS = {
     "--enable-lora": [],
-    "--max-loras-per-batch": ["64"],
     "--max-lora-rank": ["256"],
     "--lora-target-modules": ["all"],
 }
+ADAPTERS_PER_BATCH = 64
 
 
 def rank_count(argv: Sequence[str]) -> int:
@@ -29,6 +29,14 @@ def rank_count(argv: Sequence[str]) -> int:
     parser.add_argument("--data-parallel-size", "--dp-size", "--dp", type=int, default=1, dest="dp")
     flags = parser.parse_known_args(argv)[0]
     return int(flags.tp * flags.dp)
+
+
+def adapters_per_batch(argv: Sequence[str]) -> int:
+    """Our default of ``--max-loras-per-batch``; SGLang refuses more than ``--max-loaded-loras`` can be loaded."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--max-loaded-loras", type=int, default=ADAPTERS_PER_BATCH)
+    limit: int = parser.parse_known_args(argv)[0].max_loaded_loras
+    return max(1, min(ADAPTERS_PER_BATCH, limit))
 
 
 def with_defaults(argv: Sequence[str], defaults: Mapping[str, Sequence[str]]) -> list[str]:
@@ -58,9 +66,9 @@ def parse(argv: Sequence[str]) -> tuple[settings.Settings, list[str]]:
         rest += ["--schedule-policy", own.schedule_policy]
     if not chosen.route_by_adapter:
         rest += ["--load-balance-method", own.load_balance_method]
-    defaults = ADAPTER_DEFAULTS | (
-        {"--radix-cache-backend": ["blocklora"]} if chosen.adapter_memory == "unified" else {}
-    )
+    defaults = ADAPTER_DEFAULTS | {"--max-loras-per-batch": [str(adapters_per_batch(rest))]}
+    if chosen.adapter_memory == "unified":
+        defaults |= {"--radix-cache-backend": ["blocklora"]}
     return chosen, with_defaults(rest, defaults)
 
 

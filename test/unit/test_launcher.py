@@ -26,6 +26,21 @@ def test_defaults_for_adapters_are_added_and_the_users_flags_win() -> None:
     assert not {"--adapter-memory", "--adapter-memory-mb", "--radix-cache-backend"} & set(argv)
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--max-loaded-loras", "8"], "8"),
+        (["--max-loaded-loras=1"], "1"),
+        (["--max-loaded-loras", "64"], "64"),
+        (["--max-loaded-loras", "1000"], "64"),
+        ([], "64"),
+    ],
+)
+def test_a_batch_has_no_more_adapters_than_may_be_loaded(flags: list[str], expected: str) -> None:
+    _, argv = launch_server.parse(flags)
+    assert argv[argv.index("--max-loras-per-batch") + 1] == expected
+
+
 def test_unified_memory_is_the_default_and_brings_its_cache() -> None:
     settings, argv = launch_server.parse(["--model-path", "m"])
     assert settings.adapter_memory == "unified"
