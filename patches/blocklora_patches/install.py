@@ -6,10 +6,10 @@ from blocklora_patches.cache import registry as cache_registry
 from blocklora_patches.hooks.apply import apply
 from blocklora_patches.http import (
     aborts,
-    adapters,
     door,
     facts,
     load_on_use,
+    loading,
     messages,
     metrics,
     model_names,
@@ -18,6 +18,7 @@ from blocklora_patches.http import (
     replicas,
     responses,
     routes,
+    updates,
 )
 from blocklora_patches.language import offline_engine
 from blocklora_patches.model import lora_manager, runner
@@ -49,7 +50,8 @@ HOOKS = (
     *responses.HOOKS,
     *messages.HOOKS,
     *ollama.HOOKS,
-    *adapters.HOOKS,
+    *loading.HOOKS,
+    *updates.HOOKS,
     *metrics.HOOKS,
     *routes.HOOKS,
     *offline_engine.HOOKS,

@@ -32,6 +32,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     adapter_root       adapters may only be loaded from below this folder; None: from anywhere
     route_by_adapter   data parallel replicas: a request goes to the replica that holds its adapter
     adapter_dirs       folders whose adapters are loaded when a request first names them
+    adapter_loading_without_key  loads over HTTP are open to whoever reaches the server
     adapter_kernels    "torch", "triton", or "auto": triton on a GPU, torch elsewhere
     adapter_eviction   a key of ``memory.eviction.STRATEGIES``
     decision_log       path to which each TP rank appends its number and writes its decisions; None: off
@@ -58,6 +59,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     adapter_weights: dict[str, float] = {}  # msgspec copies it for each object
     adapter_dirs: tuple[str, ...] = ()
     route_by_adapter: bool = True
+    adapter_loading_without_key: bool = False
 
     def __post_init__(self) -> None:
         if self.adapter_eviction not in STRATEGIES:
@@ -178,6 +180,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="load adapters only from below this folder, symbolic links followed (default: from anywhere)",
     )
     group.add_argument(
+        "--adapter-loading-without-key",
+        action="store_true",
+        help="let whoever reaches the server load, unload and pin adapters; otherwise one that listens beyond this "
+        "machine needs --admin-api-key, --api-key, --adapter-root or --adapter-dir for that",
+    )
+    group.add_argument(
         "--adapter-dir",
         type=Path,
         action="append",
@@ -284,6 +292,7 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
         adapter_weights=_weights(arguments.adapter_weight),
         adapter_dirs=tuple(str(folder.resolve()) for folder in arguments.adapter_dir),
         route_by_adapter=arguments.load_balance_method == AFFINITY,
+        adapter_loading_without_key=arguments.adapter_loading_without_key,
     )
 
 

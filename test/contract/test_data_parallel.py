@@ -13,6 +13,8 @@ import pytest
 class Manager:
     """As much of ``TokenizerManager`` as loading touches."""
 
+    served_model_name = "base"
+
     def __init__(self, answers: list[bool]) -> None:
         from sglang.srt.lora.lora_registry import LoRARegistry
 
@@ -21,7 +23,7 @@ class Manager:
         self.lora_registry = LoRARegistry()
         self.lora_ref_cache: dict[str, Any] = {}
 
-    async def update_lora_adapter_communicator(self, request: Any) -> list[Any]:
+    async def blocklora_updates(self, request: Any) -> list[Any]:
         self.sent.append(request)
         return [
             SimpleNamespace(success=success, error_message=None if success else f"replica {i} refused")
@@ -29,18 +31,39 @@ class Manager:
         ]
 
 
-@pytest.fixture(scope="module")
-def load() -> Any:
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SGLang warns while it is imported
-        from blocklora_patches.http.replicas import _load_on_all
-        from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput
+        from blocklora_patches.http import adapters
+
+    monkeypatch.setattr(adapters, "get_lora", lambda: SimpleNamespace(max_loaded_loras=None))
 
     def run(manager: Manager, name: str = "a") -> Any:
-        request = LoadLoRAAdapterReqInput(lora_name=name, lora_path="/a", pinned=False)
-        return asyncio.run(_load_on_all(manager, request))
+        return asyncio.run(adapters.Adapters(manager).load(name, "/a"))
 
     return run
+
+
+def test_every_replica_answers_each_request_by_its_id(load: Any) -> None:
+    from blocklora_patches.http.updates import AdapterUpdates
+    from sglang.srt.managers.io_struct import LoRAUpdateOutput, UnloadLoRAAdapterReqInput
+
+    async def main() -> None:
+        sent: list[Any] = []
+        updates = AdapterUpdates(sent.append, 2)
+        calls = [asyncio.create_task(updates(UnloadLoRAAdapterReqInput(lora_name=name))) for name in "abc"]
+        await asyncio.sleep(0)
+        a, b, c = (request.rid for request in sent)
+        calls[2].cancel()
+        await asyncio.wait({calls[2]})
+        for rid, text in ((b, "b0"), (a, "a0"), (c, "c0"), ("nobody", "x"), (None, "y"), (a, "a1"), (b, "b1")):
+            updates.handle_recv(LoRAUpdateOutput(success=True, error_message=text, rid=rid))
+        found = [[answer.error_message for answer in await call] for call in calls[:2]]
+        assert found == [["a0", "a1"], ["b0", "b1"]]
+        assert updates._asked == {}
+
+    asyncio.run(main())
 
 
 def test_a_load_that_all_took_is_known(load: Any) -> None:
@@ -56,6 +79,9 @@ def test_a_load_that_one_refused_is_taken_back_everywhere(load: Any, answers: li
     manager = Manager(answers)
     result = load(manager)
     assert (result.success, result.error_message) == (False, f"replica {answers.index(False)} refused")
+    if True not in answers:
+        assert len(manager.sent) == 1
+        return
     asked, back = manager.sent
     assert type(back).__name__ == "UnloadLoRAAdapterReqInput"
     assert (back.lora_id, back.lora_name) == (asked.lora_id, "a")

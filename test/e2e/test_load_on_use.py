@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +45,7 @@ def listed(server: Server) -> dict[str, Any]:
 
 def loads(server: Server, name: str) -> int:
     """Times the HTTP process asked the schedulers to load ``name``."""
-    return server.log_text().count(f"Start load Lora adapter. Lora name={name},")
+    return server.log_text().count(f"adapter {name!r}: loading it from ")
 
 
 def test_many_requests_for_a_new_name_wait_for_one_load(
@@ -135,3 +136,94 @@ def test_an_adapter_that_was_unloaded_is_loaded_again_with_what_its_folder_holds
         put("changed", source)
         assert api_server.tokens(api_case.prompts[0], "changed", NEW_TOKENS) == api_case.expected[source][0]
         assert api_server.call("/v1/unload_lora_adapter", {"lora_name": "changed"}, key=ADMIN_KEY)[0] == 200
+
+
+def test_an_unload_waits_for_its_own_stream_and_nobody_waits_for_it(
+    api_server: Server, api_case: Case, put: Callable[[str, str], Path]
+) -> None:
+    """Other adapters load, unload, pin and answer meanwhile, and the name is free for other weights."""
+    path = str(put("busy", "n8"))
+    prompt, expected = api_case.prompts[0], api_case.expected
+
+    def call(route: str, **body: Any) -> tuple[int, Any]:
+        return api_server.call(route, body, key=ADMIN_KEY)
+
+    def unload(name: str) -> int:
+        return call("/v1/unload_lora_adapter", lora_name=name)[0]
+
+    assert api_server.tokens(prompt, "busy", NEW_TOKENS) == expected["n8"][0]
+    with ThreadPoolExecutor(3) as pool:
+        stream = pool.submit(api_server.tokens, prompt, "busy", 400)
+        wait_for(lambda: listed(api_server)["busy"]["running"] == 1)
+        leaving = pool.submit(unload, "busy")
+        wait_for(lambda: not listed(api_server).get("busy", {}).get("lora_id"))
+        assert call("/v1/load_lora_adapter", lora_name="other", lora_path=path)[0] == 200
+        assert call("/adapters/sql/pin")[0] == 200
+        assert call("/adapters/sql/unpin")[0] == 200
+        assert api_server.tokens(prompt, "other", NEW_TOKENS) == expected["n8"][0]
+        assert unload("other") == 200
+        put("busy", "n2")
+        assert api_server.tokens(prompt, "busy", NEW_TOKENS) == expected["n2"][0], "loaded anew for this request"
+        assert not stream.done()
+        assert not leaving.done()
+        assert stream.result()[:NEW_TOKENS] == expected["n8"][0]
+        assert leaving.result() == 200
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_a_paused_server_replaces_an_adapter(
+    api_server: Server, api_case: Case, put: Callable[[str, str], Path], mode: str
+) -> None:
+    """The order of trainers: pause, unload, load, continue. A stream that was paused ends with the old weights."""
+    put("policy", "n8")
+    prompt, expected = api_case.prompts[0], api_case.expected
+
+    def call(route: str, **body: Any) -> int:
+        return api_server.call(route, body, timeout=60, key=ADMIN_KEY)[0]
+
+    assert api_server.tokens(prompt, "policy", NEW_TOKENS) == expected["n8"][0]
+    with ThreadPoolExecutor(2) as pool:
+        stream = pool.submit(api_server.tokens, prompt, "policy", 300)
+        wait_for(lambda: listed(api_server)["policy"]["running"] == 1)
+        assert call("/pause_generation", mode=mode) == 200
+        try:
+            assert call("/v1/unload_lora_adapter", lora_name="policy") == 200
+            new = str(api_case.adapters["n2"])
+            assert call("/v1/load_lora_adapter", lora_name="policy", lora_path=new) == 200
+            assert not stream.done()
+        finally:
+            assert call("/continue_generation") == 200
+        assert api_server.tokens(prompt, "policy", NEW_TOKENS) == expected["n2"][0]
+        assert stream.result()[:NEW_TOKENS] == expected["n8"][0]
+
+
+def test_names_that_no_request_could_reach_are_refused(
+    api_server: Server, api_case: Case, client: openai.OpenAI
+) -> None:
+    path = str(api_case.adapters["n8"])
+    for name in ("llama", "default", "", "llama:sql", "default:x", "s\0ql"):
+        for route in ("/load_lora_adapter", "/v1/load_lora_adapter"):
+            status, answer = api_server.call(route, {"lora_name": name, "lora_path": path}, key=ADMIN_KEY)
+            assert (status, "Pick another" in str(answer)) == (400, True), name
+    for model, source in (("llama", None), ("default", None), ("llama:sql", NAMES["sql"])):
+        answer = client.completions.create(
+            model=model,
+            prompt=api_case.prompts[0],
+            max_tokens=NEW_TOKENS,
+            temperature=0,
+            extra_body={"return_token_ids": True},
+        )
+        assert answer.usage is not None
+        body = {"input_ids": api_case.prompts[0], "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS}}
+        adapter = None if source is None else "sql"
+        assert api_server.call("/generate", body | {"lora_path": adapter})[1]["text"] == answer.choices[0].text
+    assert {model.id for model in client.models.list()} == {"llama", *NAMES}
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Ask until it holds; a test that never sees it ends with the runner's limit."""
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never held")

@@ -49,8 +49,9 @@ def test_all_properties_are_tested(checks: Validators) -> None:
 @pytest.mark.parametrize(
     ("name", "broken", "wrong"),
     [
-        ("model names", "resolve_model", lambda model, base, default, loaded, folders: None),
-        ("model names", "resolve_model", lambda model, base, default, loaded, folders: next(iter(loaded), "sql")),
+        ("model names", "resolve_model", lambda model, base, default, loaded: None),
+        ("model names", "resolve_model", lambda model, base, default, loaded: next(iter(loaded), "sql")),
+        ("model names", "reason_not_to_name", lambda name, base, default: None),
         ("adapter_config.json", "parse_config", lambda name, raw: raw["r"]),
     ],
 )

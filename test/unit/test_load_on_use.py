@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sglang_blocklora import launch_server
-from sglang_blocklora.naming import model_names
 from sglang_blocklora.naming.folders import AdapterFolders
 from sglang_blocklora.naming.single_flight import SingleFlight
 from sglang_blocklora.settings import Settings
@@ -82,18 +81,6 @@ def test_an_adapter_that_comes_later_is_found(roots: list[Path]) -> None:
     assert folders.find("new") == roots[1] / "new"
 
 
-def test_models_name_adapters_in_folders_and_errors_say_where_these_are(roots: list[Path]) -> None:
-    folders = AdapterFolders(roots)
-    for model, adapter in (("sql", "sql"), ("base:legal", "legal"), ("base", None), ("a", "a")):
-        assert model_names.resolve_model(model, "base", "default", ["a"], folders) == adapter
-    make_adapter(roots[0] / "base")
-    assert model_names.resolve_model("base", "base", "default", [], folders) is None, "the base model keeps its name"
-    with pytest.raises(
-        model_names.UnknownModel, match=rf"Adapters: a\. Others are folders below {roots[0]} or {roots[1]}"
-    ):
-        model_names.resolve_model("base:../outside", "base", "default", ["a"], folders)
-
-
 def test_folders_are_settings_and_must_be_reachable(roots: list[Path]) -> None:
     flags = [f"--adapter-dir={root}" for root in roots]
     settings, _ = launch_server.parse([*flags, "--adapter-root", str(roots[0].parent)])
@@ -136,6 +123,25 @@ def test_many_askers_cause_one_run_and_later_ones_another() -> None:
         other.go.set()
         assert await asker_of_other == 1
         assert await flight.run("a", load) == 2
+
+    asyncio.run(main())
+
+
+def test_whoever_asks_when_a_run_has_just_ended_begins_another() -> None:
+    """Before the event loop has told anybody that it ended."""
+
+    async def main() -> None:
+        flight, load = SingleFlight(), Load()
+        load.go.set()
+        found: list[int] = []
+
+        async def ask() -> None:
+            found.append(await flight.run("a", load))
+            found.append(await flight.run("a", load))
+
+        await asyncio.gather(ask(), ask())
+        assert load.runs == 2
+        assert sorted(found) == [1, 1, 2, 2]
 
     asyncio.run(main())
 

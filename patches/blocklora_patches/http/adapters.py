@@ -1,64 +1,227 @@
-"""Makes unloading last, and keeps an adapter's last error (``managers/tokenizer_manager.py``)."""
+"""Loads, unloads and pins adapters in the HTTP process, on its event loop, without one holding up another.
+
+An adapter is its ``lora_id``. Its name is there from the moment that every replica has loaded it to the moment that
+somebody unloads it or ``--max-loaded-loras`` puts it out. Then the name is free at once: requests that have the adapter
+finish with it, and after the last one the schedulers drop it. Loads, pins and unloads of one name happen one after
+another in the order of asking; those of other names do not wait for them.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
-from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqOutput
-from sglang.srt.plugins.hook_registry import HookType
-
-from blocklora_patches.hooks.hook import Hook, Process
-from blocklora_patches.http.load_on_use import adapter_folders
-from blocklora_patches.http.replicas import load, unload
-
-
-async def _unload_lora_adapter(original: Any, self: Any, obj: Any, _: Any = None) -> Any:
-    # Forgotten first: a request that names it while its last ones run must not load it again.
-    ref = self.lora_ref_cache.pop(obj.lora_name, None)
-    loaded = {**self.lora_registry.get_all_adapters(), **self.pending_lora_unloads}
-    if ref is not None and obj.lora_name not in loaded:  # --max-loaded-loras put it out already
-        result = UnloadLoRAAdapterReqOutput(success=True, loaded_adapters={})
-    else:
-        result = await unload(original, self, obj)
-    if result.success:
-        adapter_errors(self).pop(obj.lora_name, None)
-    elif ref is not None:
-        self.lora_ref_cache.setdefault(obj.lora_name, ref)
-    return result
-
-
-async def _load_lora_adapter(original: Any, self: Any, obj: Any, _: Any = None) -> Any:
-    result = await load(original, self, obj)
-    errors = adapter_errors(self)
-    if result.success:
-        errors.pop(obj.lora_name, None)
-    elif obj.lora_name in self.lora_ref_cache or adapter_folders().find(obj.lora_name):
-        errors[obj.lora_name] = result.error_message
-    return result
-
-
-def adapter_errors(tokenizer_manager: Any) -> dict[str, str]:
-    """Name of a known adapter -> what last went wrong with it."""
-    errors: dict[str, str] = tokenizer_manager.__dict__.setdefault("blocklora_errors", {})
-    return errors
-
-
-HOOKS = (
-    Hook(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager.load_lora_adapter",
-        _load_lora_adapter,
-        HookType.AROUND,
-        process=Process.HTTP,
-        why="GET /adapters tells what last went wrong with an adapter, and replicas load too.",
-        retire_when="upstream keeps the error and loads with data parallel replicas",
-    ),
-    Hook(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager.unload_lora_adapter",
-        _unload_lora_adapter,
-        HookType.AROUND,
-        process=Process.HTTP,
-        why="Upstream loads an unloaded adapter again when a request names it, so /unload_lora_adapter had "
-        "no lasting effect.",
-        retire_when="upstream forgets adapters that a user unloads",
-    ),
+import msgspec
+from sglang.srt.entrypoints.openai.protocol import DEFAULT_MODEL_NAME
+from sglang.srt.lora.lora_registry import LoRARef
+from sglang.srt.managers.io_struct import (
+    LoadLoRAAdapterReqInput,
+    LoRAUpdateOutput,
+    SetInternalStateReq,
+    UnloadLoRAAdapterReqInput,
 )
+from sglang.srt.runtime_context import get_lora
+from sglang_blocklora.naming.folders import is_unicode
+from sglang_blocklora.naming.model_names import reason_not_to_name
+from sglang_blocklora.naming.single_flight import SingleFlight
+from sglang_blocklora.naming.turns import Tasks, Turns
+
+from blocklora_patches.http.registry import POLL_SECONDS, RequestsInFlight, remove
+from blocklora_patches.scheduler.control import PIN
+
+logger = logging.getLogger(__name__)
+
+# Names whose last error is kept; those of adapters that were repaired or unloaded go earlier.
+KEPT_ERRORS = 1000
+
+
+class NotLoaded(LookupError):
+    """No adapter of that name is loaded."""
+
+
+class PinRefused(ValueError):
+    """The schedulers do not pin this adapter as well."""
+
+
+class Adapters:
+    """What happens to the adapters of one tokenizer manager.
+
+    errors   name -> what last went wrong with an adapter of that name
+    on_use   the loads that requests wait for, one for all that name the same adapter
+    """
+
+    def __init__(self, tokenizer_manager: Any) -> None:
+        self.errors: dict[str, str] = {}
+        self.on_use = SingleFlight()
+        self._manager = tokenizer_manager
+        self._requests = RequestsInFlight(tokenizer_manager)
+        self._wanted: Counter[str] = Counter()
+        self._turns = Turns()
+        self._tasks = Tasks()
+
+    @property
+    def loaded(self) -> Mapping[str, LoRARef]:
+        """Those that a request finds by name, least recently used first, as they are at each look."""
+        return MappingProxyType(self._manager.lora_registry._registry)
+
+    async def load(self, name: str, path: str, pinned: bool = False, *, found_by_name: bool = False) -> Any:
+        """Load an adapter on every replica or on none; SGLang's answer.
+
+        found_by_name  a request that names it after ``--max-loaded-loras`` put it out finds its path anew; one that is
+                       not found so is remembered
+        """
+        return await asyncio.shield(self._tasks.start(self._load(name, path, pinned, found_by_name)))
+
+    async def _load(self, name: str, path: str, pinned: bool, found_by_name: bool) -> LoRAUpdateOutput:
+        async with self._turns.of(name):
+            refusal = self._reason_not_to_load(name, path)
+            if refusal is None:
+                ref = LoRARef(lora_name=name, lora_path=path, pinned=pinned)
+                refusal = await self._load_on_replicas(ref)
+            if refusal is not None:
+                logger.info("%s", refusal)
+                if found_by_name or name in self._manager.lora_ref_cache:
+                    self._keep_error(name, refusal)
+                return LoRAUpdateOutput(success=False, error_message=refusal, loaded_adapters=self._paths())
+            await self._manager.lora_registry.register(ref)
+            if not found_by_name:
+                self._manager.lora_ref_cache[name] = ref
+            self.errors.pop(name, None)
+            self._make_room_beside(ref)
+            return LoRAUpdateOutput(success=True, loaded_adapters=self._paths())
+
+    def _reason_not_to_load(self, name: str, path: str) -> str | None:
+        problem = reason_not_to_name(name, self._manager.served_model_name, DEFAULT_MODEL_NAME)
+        if problem is not None:
+            return problem
+        if not path or "\0" in path or not is_unicode(path):
+            return f"adapter {name!r}: {path!a} is no path. Give the adapter's folder."
+        loaded = self.loaded
+        if name in loaded:
+            return f"adapter {name!r}: a name that is already loaded. Unload it first, or pick another."
+        limit = get_lora().max_loaded_loras
+        if limit is not None and sum(bool(ref.pinned) for ref in loaded.values()) >= limit:
+            return f"adapter {name!r}: all {limit} adapters of --max-loaded-loras are pinned. Unpin or unload one."
+        return None
+
+    async def _load_on_replicas(self, ref: LoRARef) -> str | None:
+        """None, or why it is loaded nowhere."""
+        logger.info("adapter %r: loading it from %s", ref.lora_name, ref.lora_path)
+        update = self._manager.blocklora_updates
+        asked = LoadLoRAAdapterReqInput(
+            lora_name=ref.lora_name, lora_path=ref.lora_path, pinned=ref.pinned, lora_id=ref.lora_id
+        )
+        answers = await update(asked)
+        refusals = [answer.error_message for answer in answers if not answer.success]
+        if 0 < len(refusals) < len(answers):
+            await update(UnloadLoRAAdapterReqInput(lora_name=ref.lora_name, lora_id=ref.lora_id))
+        return refusals[0] if refusals else None
+
+    async def unload(self, name: str) -> LoRAUpdateOutput:
+        """Take an adapter's name away at once; SGLang's answer when its last request has ended and it is dropped.
+
+        Under ``/pause_generation`` requests do not end: if it has any, the answer comes at once. Raises ``NotLoaded``.
+        """
+        unloading = await asyncio.shield(self._tasks.start(self._forget(name)))
+        refusal = None if unloading is None else await self._dropped(*unloading)
+        return LoRAUpdateOutput(success=refusal is None, error_message=refusal, loaded_adapters=self._paths())
+
+    async def _forget(self, name: str) -> tuple[LoRARef, asyncio.Task[str | None]] | None:
+        """Take the name away; None where ``--max-loaded-loras`` has put the adapter out already."""
+        async with self._turns.of(name):
+            remembered = self._manager.lora_ref_cache.pop(name, None)
+            self.errors.pop(name, None)
+            ref = self.loaded.get(name)
+            if ref is not None:
+                return ref, self._take_name(ref)
+            if remembered is None:
+                raise NotLoaded(name)
+            return None
+
+    async def _dropped(self, ref: LoRARef, drop: asyncio.Task[str | None]) -> str | None:
+        """The outcome of ``drop``; None where it waits for requests that are paused."""
+        while not drop.done():
+            if self._manager.is_pause and ref.lora_id in self._requests.adapters():
+                return None
+            await asyncio.wait({drop}, timeout=POLL_SECONDS)
+        return drop.result()
+
+    def _take_name(self, ref: LoRARef) -> asyncio.Task[str | None]:
+        """From now on no request finds the adapter; the task ends when the schedulers have dropped it."""
+        remove(self._manager.lora_registry, ref)
+        logger.info("adapter %r: unloading it after its last request", ref.lora_name)
+        return self._tasks.start(self._drop(ref))
+
+    async def _drop(self, ref: LoRARef) -> str | None:
+        """None, or what the schedulers say against it."""
+        if ref.pinned:
+            await self._set_pinned(ref, False)
+        await self._requests.ended(ref.lora_id)
+        asked = UnloadLoRAAdapterReqInput(lora_name=ref.lora_name, lora_id=ref.lora_id)
+        answers = await self._manager.blocklora_updates(asked)
+        refusal = next((answer.error_message for answer in answers if not answer.success), None)
+        if refusal is not None:
+            logger.error("adapter %r (%s) was not unloaded: %s", ref.lora_name, ref.lora_id, refusal)
+        return refusal
+
+    def _make_room_beside(self, newcomer: LoRARef) -> None:
+        """Put out the least recently used of those above ``--max-loaded-loras``, but none that a request waits for."""
+        limit = get_lora().max_loaded_loras
+        loaded = self.loaded
+        excess = len(loaded) - limit if limit is not None else 0
+        idle = [ref for ref in loaded.values() if not ref.pinned and not self._wanted[ref.lora_name]]
+        for ref in [ref for ref in idle if ref is not newcomer][: max(0, excess)]:
+            self._take_name(ref)
+
+    @contextmanager
+    def wanted(self, names: Collection[str]) -> Iterator[None]:
+        """Inside the block ``--max-loaded-loras`` puts none of ``names`` out; more are loaded then, if need be."""
+        self._wanted.update(names)
+        try:
+            yield
+        finally:
+            self._wanted.subtract(names)
+            self._wanted = +self._wanted
+
+    async def set_pinned(self, name: str, pinned: bool) -> None:
+        """Pin an adapter on every replica or on none, or unpin it. Raises ``NotLoaded`` and ``PinRefused``."""
+        await asyncio.shield(self._tasks.start(self._pin(name, pinned)))
+
+    async def _pin(self, name: str, pinned: bool) -> None:
+        async with self._turns.of(name):
+            ref = self.loaded.get(name)
+            if ref is None:
+                raise NotLoaded(name)
+            if not await self._set_pinned(ref, pinned):
+                await self._set_pinned(ref, False)
+                raise PinRefused(name)
+            if self.loaded.get(name) is not ref:  # put out meanwhile
+                raise NotLoaded(name)
+            new = msgspec.structs.replace(ref, pinned=pinned)
+            self._manager.lora_registry._registry[name] = new
+            if name in self._manager.lora_ref_cache:
+                self._manager.lora_ref_cache[name] = new
+
+    async def _set_pinned(self, ref: LoRARef, pinned: bool) -> bool:
+        """Whether every replica did."""
+        request = SetInternalStateReq(server_args={f"{PIN}{ref.lora_id}": int(pinned)})
+        return all(await self._manager.set_internal_state(request))
+
+    def _paths(self) -> dict[str, str | None]:
+        return {name: ref.lora_path for name, ref in self.loaded.items()}
+
+    def _keep_error(self, name: str, message: str) -> None:
+        self.errors.pop(name, None)
+        self.errors[name] = message
+        if len(self.errors) > KEPT_ERRORS:
+            del self.errors[next(iter(self.errors))]
+
+
+def adapters_of(tokenizer_manager: Any) -> Adapters:
+    """The one ``Adapters`` of a tokenizer manager."""
+    return tokenizer_manager.blocklora_adapters

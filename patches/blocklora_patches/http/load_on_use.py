@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+from collections import ChainMap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput
+from sglang.srt.entrypoints.openai.protocol import DEFAULT_MODEL_NAME
+from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.plugins.hook_registry import HookType
-from sglang_blocklora.naming.folders import NO_FOLDERS, AdapterFolders
-from sglang_blocklora.naming.model_names import known_adapters
-from sglang_blocklora.naming.single_flight import SingleFlight
+from sglang.srt.runtime_context import get_lora
+from sglang_blocklora.naming.folders import NO_FOLDERS, AdapterFolders, NotReadable
+from sglang_blocklora.naming.lookups import NoAnswer, look_up
+from sglang_blocklora.naming.model_names import UnknownModel, known_adapters, reason_not_to_name
 from sglang_blocklora.settings import Settings
 
 from blocklora_patches.hooks.hook import Hook, Process
+from blocklora_patches.http.adapters import adapters_of
+
+logger = logging.getLogger(__name__)
 
 
 def adapter_folders() -> AdapterFolders:
@@ -21,36 +29,79 @@ def adapter_folders() -> AdapterFolders:
     return settings.adapter_folders if settings else NO_FOLDERS
 
 
-def loaded_adapters(tokenizer_manager: Any) -> dict[str, Any]:
+def loaded_adapters(tokenizer_manager: Any) -> Mapping[str, LoRARef]:
     """Name -> ``LoRARef`` of adapters that are loaded, or were until ``--max-loaded-loras`` put them out."""
-    return {**tokenizer_manager.lora_ref_cache, **tokenizer_manager.lora_registry.get_all_adapters()}
+    return ChainMap(tokenizer_manager.lora_registry._registry, tokenizer_manager.lora_ref_cache)
+
+
+async def adapters_in_folders(tokenizer_manager: Any) -> dict[str, Path]:
+    """Name -> folder of adapters that a request loads by naming them; none while the file system does not answer."""
+    folders = adapter_folders()
+    if not folders.roots:
+        return {}
+    try:
+        found = await look_up(folders.all)
+    except NoAnswer as error:
+        logger.warning("%s Adapters in them are not listed.", error)
+        return {}
+    base = tokenizer_manager.served_model_name
+    return {name: path for name, path in found.items() if reason_not_to_name(name, base, DEFAULT_MODEL_NAME) is None}
+
+
+async def find_folder(tokenizer_manager: Any, name: str) -> Path | None:
+    """The folder to load ``name`` from, which is not loaded; None where there is none.
+
+    Raises ``UnknownModel`` where this process may not look into it, and ``NoAnswer``.
+    """
+    folders = adapter_folders()
+    ref = tokenizer_manager.lora_ref_cache.get(name)
+    if ref is None and not folders.roots:
+        return None
+    try:
+        return await look_up(_find, ref and ref.lora_path, folders, name)
+    except NotReadable as error:
+        raise UnknownModel(f"The adapter '{name}' cannot be loaded: {error}") from error
+
+
+def _find(remembered: str | None, folders: AdapterFolders, name: str) -> Path | None:
+    return Path(remembered) if remembered and Path(remembered).is_dir() else folders.find(name)
 
 
 async def _resolve_lora_path(original: Any, self: Any, obj: Any) -> None:
+    """Load what is not loaded; then, without a pause in which it could go again, upstream takes the ids down."""
     names = {obj.lora_path} if isinstance(obj.lora_path, str) else {name for name in obj.lora_path if name}
-    for name in sorted(names - self.lora_registry.get_all_adapters().keys()):
-        await _load(self, name)
-    await original(self, obj)
+    limit = get_lora().max_loaded_loras
+    if limit is not None and len(names) > limit:
+        raise ValueError(f"The request names {len(names)} adapters; --max-loaded-loras is {limit}.")
+    adapters = adapters_of(self)
+    with adapters.wanted(names):
+        while missing := names - adapters.loaded.keys():
+            await _load(self, min(missing))
+        await original(self, obj)
 
 
 async def _load(manager: Any, name: str) -> None:
     """Load ``name``, however many requests ask for it at once. ``ValueError``, which becomes a 400, if it cannot be."""
-    ref = manager.lora_ref_cache.get(name)
-    path = ref.lora_path if ref and Path(ref.lora_path).is_dir() else adapter_folders().find(name)
-    if path is None:
-        known = known_adapters(loaded_adapters(manager), adapter_folders())
-        raise ValueError(f"The adapter '{name}' does not exist. {known}")
+    adapters = adapters_of(manager)
 
     async def load() -> str | None:
-        if name in manager.lora_registry.get_all_adapters():
+        if name in adapters.loaded:
             return None
-        request = LoadLoRAAdapterReqInput(lora_name=name, lora_path=str(path), pinned=bool(ref and ref.pinned))
-        result = await manager.load_lora_adapter(request)
+        try:
+            folder = await find_folder(manager, name)
+        except NoAnswer:
+            raise
+        except UnknownModel as error:
+            return str(error)
+        if folder is None:
+            known = known_adapters(loaded_adapters(manager), adapter_folders().roots)
+            return f"The adapter '{name}' does not exist. {known}"
+        ref = manager.lora_ref_cache.get(name)
+        result = await adapters.load(name, str(folder), bool(ref and ref.pinned), found_by_name=ref is None)
         return None if result.success else result.error_message
 
-    loads = manager.__dict__.setdefault("blocklora_loads", SingleFlight())
-    error = await loads.run(name, load)
-    if error is not None and name not in manager.lora_registry.get_all_adapters():
+    error = await adapters.on_use.run(name, load)
+    if error is not None and name not in adapters.loaded:
         raise ValueError(error)
 
 

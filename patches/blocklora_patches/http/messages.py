@@ -15,7 +15,7 @@ async def _of_a_known_model(original: Any, self: Any, request: Any, raw_request:
     try:
         await adapter_of_model(self.openai_serving_chat.tokenizer_manager, request.model)
     except UnknownModel as error:
-        return self._error_response(status_code=404, error_type="not_found_error", message=str(error))
+        return self._error_response(status_code=error.status_code, error_type="not_found_error", message=str(error))
     return await original(self, request, raw_request)
 
 

@@ -25,7 +25,7 @@ async def _handle(original: Any, self: Any, request: Any, raw_request: Any) -> A
         _adapter.set(await _adapter_of(self.tokenizer_manager, request.model))
         return await original(self, request, raw_request)
     except UnknownModel as error:
-        return _error(str(error), 404)
+        return _error(str(error), error.status_code)
     except ValueError as error:
         return _error(str(error), 400)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from http import HTTPStatus
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
@@ -21,7 +20,7 @@ async def _create_responses(original: Any, self: Any, request: Any, raw_request:
         _adapter.set(await adapter_of_model(self.tokenizer_manager, request.model))
     except UnknownModel as error:
         return self.create_error_response(
-            message=str(error), err_type="invalid_request_error", status_code=HTTPStatus.NOT_FOUND, param="model"
+            message=str(error), err_type="invalid_request_error", status_code=error.status_code, param="model"
         )
     return await original(self, request, raw_request)
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
+import logging
 from typing import Any
 
-import msgspec
-from fastapi import FastAPI, Query
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 from sglang.srt.entrypoints import http_server
 from sglang.srt.entrypoints.openai.protocol import ModelCard
-from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput, SetInternalStateReq, UnloadLoRAAdapterReqInput
+from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput, UnloadLoRAAdapterReqInput
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.utils.auth import AuthLevel, auth_level
+from sglang_blocklora.naming.model_names import known_adapters
 from sglang_blocklora.reporting.facts import (
     MAX_PAGE,
     AdapterFacts,
@@ -25,11 +25,12 @@ from sglang_blocklora.reporting.facts import (
 )
 
 from blocklora_patches.hooks.hook import Hook, Process
-from blocklora_patches.http import server_info
-from blocklora_patches.http.adapters import adapter_errors
+from blocklora_patches.http import permission, server_info
+from blocklora_patches.http.adapters import NotLoaded, PinRefused, adapters_of
 from blocklora_patches.http.facts import facts_of
-from blocklora_patches.http.load_on_use import adapter_folders, loaded_adapters
-from blocklora_patches.scheduler.control import PIN
+from blocklora_patches.http.load_on_use import adapters_in_folders, loaded_adapters
+
+logger = logging.getLogger(__name__)
 
 # A scrape waits this long for the scheduler, which may be in the middle of a long prefill, and then shows older facts.
 SCRAPE_SECONDS = 5.0
@@ -64,9 +65,9 @@ class AdapterRoutes:
     async def _adapters(self, facts: Facts) -> list[AdapterFacts]:
         loaded = loaded_adapters(self._manager)
         known = [(name, ref.lora_path, ref.lora_id, bool(ref.pinned)) for name, ref in loaded.items()]
-        folders = await asyncio.to_thread(adapter_folders().all)
+        folders = await adapters_in_folders(self._manager)
         known += [(name, str(path), None, False) for name, path in folders.items() if name not in loaded]
-        return merge_facts(facts, known, adapter_errors(self._manager))
+        return merge_facts(facts, known, adapters_of(self._manager).errors)
 
     async def list_adapters(self, limit: int = Query(100, ge=1, le=MAX_PAGE), after: str | None = None) -> Response:
         """Adapters by name, and who has the slots; ``after`` is the ``last_id`` of the page before."""
@@ -74,59 +75,59 @@ class AdapterRoutes:
         return JSONResponse(page(await self._adapters(facts), limit, after) | {"slots": slots_told(facts.slots)})
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
-    async def pin(self, name: str) -> Response:
+    async def pin(self, name: str, client: Request) -> Response:
         """Keep an adapter in the arena once it is there."""
-        return await self._set_pinned(name, True)
+        return await self._set_pinned(name, True, client)
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
-    async def unpin(self, name: str) -> Response:
+    async def unpin(self, name: str, client: Request) -> Response:
         """Let an adapter be evicted again."""
-        return await self._set_pinned(name, False)
+        return await self._set_pinned(name, False, client)
 
-    async def _set_pinned(self, name: str, pinned: bool) -> Response:
-        manager = self._manager
-        async with manager.lora_update_lock:
-            loaded = manager.lora_registry.get_all_adapters()
-            if name not in loaded:
-                return _error(f"The adapter '{name}' is not loaded. Loaded: {', '.join(sorted(loaded))}.", 404, "name")
-            pin = {f"{PIN}{loaded[name].lora_id}": int(pinned)}
-            if not all(await manager.set_internal_state(SetInternalStateReq(server_args=pin))):
-                # Then on no replica.
-                await manager.set_internal_state(SetInternalStateReq(server_args=dict.fromkeys(pin, 0)))
-                message = (
-                    f"The adapter '{name}' cannot be pinned: pinned adapters may take at most half of the slots "
-                    "(see GET /adapters). Unpin another, or start the server with more memory for adapters."
-                )
-                adapter_errors(manager)[name] = message
-                return _error(message, 400, "name")
-            ref = msgspec.structs.replace(loaded[name], pinned=pinned)
-            manager.lora_registry._registry[name] = ref
-            manager.lora_ref_cache[name] = ref
+    async def _set_pinned(self, name: str, pinned: bool, client: Request) -> Response:
+        adapters = adapters_of(self._manager)
+        try:
+            permission.check(client)
+            await adapters.set_pinned(name, pinned)
+        except permission.NotAllowed as error:
+            return _error(error.detail, 403)
+        except NotLoaded:
+            known = known_adapters(adapters.loaded, ())
+            return _error(f"The adapter '{name}' is not loaded. {known}", 404, "name")
+        except PinRefused:
+            message = (
+                f"The adapter '{name}' cannot be pinned: pinned adapters may take at most half of the slots "
+                "(see GET /adapters). Unpin another, or start the server with more memory for adapters."
+            )
+            return _error(message, 400, "name")
         return JSONResponse({"name": name, "pinned": pinned})
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
-    async def load(self, body: LoadRequest) -> Response:
+    async def load(self, body: LoadRequest, client: Request) -> Response:
         if body.load_inplace:
             return _error(
                 "load_inplace is not served: a load that fails would leave no adapter. Unload it first.",
                 400,
                 "load_inplace",
             )
-        if not body.lora_name or not body.lora_path:
-            return _error("Both 'lora_name' and 'lora_path' must be provided.", 400)
-        if body.lora_name in self._manager.lora_registry.get_all_adapters():
-            return _error(f"The lora adapter '{body.lora_name}' has already been loaded.", 400, "lora_name")
         request = LoadLoRAAdapterReqInput(lora_name=body.lora_name, lora_path=body.lora_path, pinned=body.pinned)
-        result = await self._manager.load_lora_adapter(request)
+        try:
+            result = await self._manager.load_lora_adapter(request, client)
+        except permission.NotAllowed as error:
+            return _error(error.detail, 403)
         if not result.success:
             return _error(result.error_message, 400)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
-    async def unload(self, body: UnloadRequest) -> Response:
+    async def unload(self, body: UnloadRequest, client: Request) -> Response:
         if body.lora_name not in loaded_adapters(self._manager):
             return _error(f"The lora adapter '{body.lora_name}' cannot be found.", 404, "lora_name")
-        result = await self._manager.unload_lora_adapter(UnloadLoRAAdapterReqInput(lora_name=body.lora_name))
+        request = UnloadLoRAAdapterReqInput(lora_name=body.lora_name)
+        try:
+            result = await self._manager.unload_lora_adapter(request, client)
+        except permission.NotAllowed as error:
+            return _error(error.detail, 403)
         if not result.success:
             return _error(result.error_message, 400)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
@@ -137,7 +138,7 @@ class AdapterRoutes:
         listed = {card.id for card in models.data}
         parent = self._manager.served_model_name
         others = {name: ref.lora_path for name, ref in self._manager.lora_ref_cache.items()}
-        others = await asyncio.to_thread(adapter_folders().all) | others
+        others = await adapters_in_folders(self._manager) | others
         models.data += [
             ModelCard(id=name, root=str(path), parent=parent) for name, path in others.items() if name not in listed
         ]
@@ -163,6 +164,9 @@ class AdapterRoutes:
 def _setup_and_run_http_server(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
     AdapterRoutes(tokenizer_manager).add_to(http_server.app)
     server_info.add_to(http_server.app)
+    closed = permission.reason_not_to_manage()
+    if closed is not None:
+        logger.warning("%s", closed)
 
 
 def _add_prometheus_middleware(_: Any, app: FastAPI) -> None:

@@ -8,12 +8,10 @@ _MANAGERS = "sglang.srt.managers"
 SERVER: dict[str, tuple[str, ...]] = {
     # The HTTP process.
     f"{_MANAGERS}.tokenizer_manager.TokenizerManager": (
-        "_unload_lora_adapter_locked",
         "auto_create_handle_loop",
         "get_internal_state",
         "lora_ref_cache",
         "lora_registry",
-        "lora_update_lock",
         "model_config",
         "rid_to_state",
         "served_model_name",
@@ -44,9 +42,6 @@ SERVER: dict[str, tuple[str, ...]] = {
     "sglang.srt.lora.lora_registry.LoRARegistry": (
         "_counters",
         "_registry",
-        "get_all_adapters",
-        "lru_lora_name",
-        "num_registered_loras",
         "register",
     ),
     "sglang.srt.server_args.ServerArgs": (

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 CONFIG = "adapter_config.json"
+
+
+class NotReadable(LookupError):
+    """A folder of that name that this process may not look into."""
 
 
 @dataclass(frozen=True)
@@ -20,20 +25,35 @@ class AdapterFolders:
     roots: Sequence[Path]
 
     def find(self, name: str) -> Path | None:
-        """The folder that ``name`` is, links followed, or None. Never raises, whatever the name."""
-        if not name or name.startswith(".") or "/" in name or "\0" in name or not _is_unicode(name):
+        """The folder that ``name`` is, links followed, or None.
+
+        Raises ``NotReadable`` where the folder may be there and cannot be looked into, and nothing else, whatever the
+        name. Asks the file system, so it may take long: an event loop asks through ``lookups.look_up``.
+        """
+        if not name or name.startswith(".") or "/" in name or "\0" in name or not is_unicode(name):
             return None
+        closed = None
         for root in self.roots:
-            folder = _adapter(root, name)
+            try:
+                folder = _adapter(root, name)
+            except PermissionError:
+                closed = closed or root / name
+                continue
             if folder is not None:
                 return folder
+        if closed is not None:
+            raise NotReadable(f"{closed} is not readable for this server (permission denied).")
         return None
 
     def all(self) -> dict[str, Path]:
-        """Every name and its folder, by name."""
-        names = {name for root in self.roots for name in _names(root)}
-        found = ((name, self.find(name)) for name in sorted(names))
-        return {name: folder for name, folder in found if folder is not None}
+        """Every name that ``find`` finds and its folder, by name."""
+        found: dict[str, Path] = {}
+        for name in sorted({name for root in self.roots for name in _names(root)}):
+            with contextlib.suppress(NotReadable):
+                folder = self.find(name)
+                if folder is not None:
+                    found[name] = folder
+        return found
 
 
 NO_FOLDERS = AdapterFolders(())
@@ -46,7 +66,7 @@ def _names(root: Path) -> list[str]:
         return []
 
 
-def _is_unicode(name: str) -> bool:
+def is_unicode(name: str) -> bool:
     """Names that are not UTF-8 on the disk carry surrogates, which no answer can."""
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
@@ -56,5 +76,7 @@ def _adapter(root: Path, name: str) -> Path | None:
         folder = (root / name).resolve()
         inside = folder.is_relative_to(root.resolve()) and folder != root.resolve()
         return folder if inside and (folder / CONFIG).is_file() else None
+    except PermissionError:
+        raise
     except (OSError, ValueError, RuntimeError):  # too long, not encodable, a loop of links
         return None

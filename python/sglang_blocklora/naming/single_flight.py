@@ -19,12 +19,13 @@ class SingleFlight:
     async def run(self, key: str, start: Callable[[], Awaitable[Any]]) -> Any:
         """The outcome of ``start()``, or of the run for ``key`` that is under way."""
         running = self._running.get(key)
-        if running is None:
+        if running is None or running.done():  # done: whoever asks now wants what is true now
             running = self._running[key] = asyncio.ensure_future(start())
             running.add_done_callback(lambda done: self._finished(key, done))
         return await asyncio.shield(running)
 
     def _finished(self, key: str, done: asyncio.Future[Any]) -> None:
-        del self._running[key]
+        if self._running.get(key) is done:
+            del self._running[key]
         if not done.cancelled():
             done.exception()  # looked at, so that a run whose askers all went is not reported as forgotten

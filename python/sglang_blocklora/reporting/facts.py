@@ -209,5 +209,5 @@ def slots_told(slots: SlotFacts) -> dict[str, Any]:
 
 def openai_error(message: str, status: int, param: str | None = None) -> dict[str, Any]:
     """An error body in OpenAI's form."""
-    kind = {400: "invalid_request_error", 404: "not_found_error"}[status]
+    kind = {400: "invalid_request_error", 403: "permission_error", 404: "not_found_error"}[status]
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}

@@ -17,7 +17,7 @@ from sglang_blocklora.adapters.loading import read_adapter
 from sglang_blocklora.adapters.weights_file import WeightsFile
 from sglang_blocklora.memory.prefix import are_token_ids, request_key, salted_tokens, split_key
 from sglang_blocklora.naming.folders import AdapterFolders
-from sglang_blocklora.naming.model_names import UnknownModel, resolve_model
+from sglang_blocklora.naming.model_names import UnknownModel, reason_not_to_name, resolve_model
 from sglang_blocklora.requests.adapter_names import check_adapter_names
 from sglang_blocklora.requests.token_ids import check_text_or_token_ids, check_token_id_keys, check_token_ids
 from sglang_blocklora.requests.values import BadRequest, check_range, check_types
@@ -103,20 +103,23 @@ class Validators:
     def model_name(self, rng: Random) -> None:
         """A name is the base model, or an adapter it names whole or behind a prefix; all else is unknown."""
         base = rng.choice(("llama", "org/llama", "a:b", cases.text(rng) or "x"))
-        loaded = {cases.text(rng, WORDS) for _ in range(rng.randint(0, 4))}
+        texts = {cases.text(rng, (*WORDS, f"{base}:x", "default:x", base)) for _ in range(rng.randint(0, 4))}
+        loaded = {name for name in texts if reason_not_to_name(name, base, "default") is None}
         known = (*WORDS, *loaded, base, "default", f"{base}:", "default:")
         model = cases.text(rng, known)
+        for name in loaded:
+            for asked in (name, f"{base}:{name}"):
+                assert resolve_model(asked, base, "default", loaded) == name, "a loaded adapter is not found"
         try:
-            found = resolve_model(model, base, "default", loaded, self._folders)
+            found = resolve_model(model, base, "default", loaded)
         except UnknownModel:
             assert model not in (base, "default", *loaded), "a known name is unknown"
             return
         if found is None:
             assert model in (base, "default"), "the base model answers for another name"
             return
-        assert found in loaded or self._folders.find(found) is not None, "an adapter that is not there"
+        assert found in loaded, "an adapter that is not there"
         assert model in (found, f"{base}:{found}", f"default:{found}"), "an adapter of another name"
-        assert model not in loaded or found == model, "a part of a loaded name was taken for it"
 
     def folder_name(self, rng: Random) -> None:
         """What a name finds is a folder directly below the root, and nothing that leads out of it."""
