@@ -26,11 +26,11 @@ from sglang_blocklora.tools.base_model import BaseSizes
 
 from benchmark.paper.shardings import LLAMA, SHARDINGS, Cost, Sharding, lora_cost, matched_rank, parameters
 from benchmark.record import REPOSITORY, Recorder
-from benchmark.serving import fleet  # first: its import makes the tests' helpers importable
+from benchmark.serving import fleet
 
 SMALL = BaseSizes(hidden=256, intermediate=512, heads=16, kv_heads=8, head_dim=16, layers=2, vocab=256)
 RANK = 16
-OURS = str(REPOSITORY / "testing/blocklora_testing/counting_launcher.py")
+OURS = str(Path(__file__).with_name("s_lora") / "launcher.py")
 STOCK = str(Path(__file__).with_name("counting_stock.py"))
 ADAPTER: Mapping[Sharding, str] = {"stock": "plain", "s-lora": "plain", "block-diagonal": "bd"}
 NEW_TOKENS = 4
@@ -89,7 +89,7 @@ def measure(model: Path, adapters: Mapping[str, Path], tp: int, folder: Path) ->
     lines: dict[str, list[dict]] = {}
     for name, module, flags, loaded in (
         ("stock", STOCK, ("--lora-backend", "torch_native"), ("plain",)),
-        ("ours", OURS, ("--adapter-memory", "static", "--plain-lora-sharding", "s-lora"), ("plain", "bd")),
+        ("ours", OURS, ("--adapter-memory", "static"), ("plain", "bd")),
     ):
         print(f"TP {tp}: counting on {name}", flush=True)
         log = folder / f"{name}-{tp}.jsonl"

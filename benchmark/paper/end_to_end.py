@@ -31,7 +31,8 @@ CHECKED_TOKENS = 8
 PROMPT_TOKENS = 8
 STEP = "itl_ms_p50"
 # No radix cache on either side: the same prompts come again and again.
-OURS = ("--adapter-memory", "static", "--plain-lora-sharding", "s-lora")
+OURS = ("--adapter-memory", "static")
+S_LORA = ("-m", "benchmark.paper.s_lora.launcher")
 # What issue 7 wants of block-diagonal at matched parameters, as a ratio of step times.
 WANTED = {"S-LoRA": 1.6, "stock LoRA": 1.3, "base": 1 / 1.15}
 VARIANTS = {
@@ -68,7 +69,7 @@ def measure(recorder: Recorder, options: argparse.Namespace, folder: Path) -> No
     launches = {
         "base": Launch(True, common),
         "stock": Launch(True, (*common, "--lora-backend", "torch_native", *plain)),
-        "ours": Launch(False, (*common, *OURS, *tiny.lora_paths(adapters))),
+        "ours": Launch(False, (*common, *OURS, *tiny.lora_paths(adapters)), S_LORA),
     }
     scenarios = {
         f"Batch {batch}": Workload(

@@ -1,4 +1,4 @@
-"""What each sharding costs one decode forward on one TP rank, computed by the planner that serves adapters.
+"""What each sharding costs one decode forward on one TP rank, computed by the planners that serve adapters.
 
 Nothing runs here: ``plan_linear`` says which elements a TP rank holds for the shapes of a model, every one of which is
 multiplied once a token, and which linears need a collective. ``counts.py`` checks these numbers against real ranks.
@@ -16,6 +16,8 @@ from sglang_blocklora.sharding.cut import ModuleShape
 from sglang_blocklora.sharding.plan import LinearPlan, plan_linear
 from sglang_blocklora.tools.base_model import BaseSizes
 from sglang_blocklora.tools.match_rank import match_rank, plain_parameters
+
+from benchmark.paper.s_lora import sharding as s_lora
 
 Sharding = Literal["stock", "s-lora", "block-diagonal"]
 SHARDINGS: tuple[Sharding, ...] = ("stock", "s-lora", "block-diagonal")
@@ -69,7 +71,7 @@ def matched_rank(base: BaseSizes, rank: int, nblocks: int) -> int:
 def lora_cost(base: BaseSizes, sharding: Sharding, rank: int, tp: int, batch: int, dtype: torch.dtype) -> Cost:
     """The cost of an adapter of ``rank`` on all linears; block-diagonal ones have ``tp`` blocks.
 
-    stock: SGLang 0.5.21 holds what our ``replicate`` holds, and all-reduces the shrink output of o and down.
+    stock: SGLang 0.5.21 holds what we hold of a plain adapter, and all-reduces the shrink output of o and down.
     """
     costs = [_rank_cost(base, sharding, rank, tp, tp_rank, batch, dtype) for tp_rank in range(tp)]
     return Cost(*(max(values) for values in zip(*map(dataclasses.astuple, costs), strict=True)))
@@ -78,11 +80,12 @@ def lora_cost(base: BaseSizes, sharding: Sharding, rank: int, tp: int, batch: in
 def _rank_cost(
     base: BaseSizes, sharding: Sharding, rank: int, tp: int, tp_rank: int, batch: int, dtype: torch.dtype
 ) -> Cost:
-    spec = dataclasses.replace(base.spec(dtype, tp_rank, tp), s_lora=sharding == "s-lora" and tp > 1)
+    spec = base.spec(dtype, tp_rank, tp)
     layer = spec.layers[0]
     modules = [module for linear in layer for module in linear.sources if suffix_of(module) in SPLIT_MODULES]
     shapes = {module: _shape(sharding, module, rank, tp) for module in modules}
-    plans = [plan_linear(linear, shapes, spec) for linear in layer]
+    cut = s_lora.plan_linear if sharding == "s-lora" else plan_linear
+    plans = [cut(linear, shapes, spec) for linear in layer]
     gathers = [_exchanged(plan, sharding, rank) for plan in plans if plan.linear.kind == "column"]
     reduces = [_exchanged(plan, sharding, rank) for plan in plans if plan.linear.kind == "row"]
     elements = base.layers * sum(sum(plan.sizes()) for plan in plans)
@@ -109,4 +112,4 @@ def _exchanged(plan: LinearPlan, sharding: Sharding, rank: int) -> int:
     """Elements a token that the rank puts into the linear's collective; 0 where there is none."""
     if sharding == "stock":
         return rank if plan.linear.kind == "row" else 0
-    return sum(plan.shares)
+    return sum(plan.shares) if isinstance(plan, s_lora.SplitPlan) else 0

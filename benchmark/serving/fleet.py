@@ -23,10 +23,11 @@ SETTLE_S = 0.2
 
 @dataclass(frozen=True)
 class Launch:
-    """How a server is started: stock SGLang or ours, and its flags."""
+    """How a server is started: stock SGLang or ours, its flags, and what Python runs for ours."""
 
     stock: bool
     flags: tuple[str, ...]
+    module: tuple[str, ...] = OURS
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def fleet(model: Path, launches: Mapping[str, Launch], folder: Path) -> Iterator
         for name, launch in launches.items():
             print(f"starting {name}", flush=True)
             loads = folder / f"{name}.loads"
-            module = (str(STOCK_FILE),) if launch.stock else OURS
+            module = (str(STOCK_FILE),) if launch.stock else launch.module
             log, environment = folder / f"{name}.log", {LOADS_VARIABLE: str(loads)}
             server = stack.enter_context(
                 running(model, *launch.flags, log=log, environment=environment, module=module, sound=not launch.stock)

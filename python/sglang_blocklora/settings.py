@@ -37,8 +37,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     adapter_eviction   a key of ``memory.eviction.STRATEGIES``
     decision_log       path to which each TP rank appends its number and writes its decisions; None: off
     adapter_overlap    triton only: shrink runs on a second stream, beside the linear's own GEMM
-    plain_lora_sharding  "replicate": plain adapters keep one factor of every linear whole on each TP rank and need no
-                       collective; "s-lora": both factors split, one collective more per linear
     adapter_affinity   our order of the waiting queue; False: SGLang's, whichever was chosen
     adapter_max_wait_steps  scheduler steps for which a request may be overtaken
     adapter_weights    shares of adapters by name while others wait; 1 where none is given
@@ -53,7 +51,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     adapter_overlap: bool = False
     decision_log: str | None = None
     adapter_eviction: str = DEFAULT_STRATEGY
-    plain_lora_sharding: Literal["replicate", "s-lora"] = "replicate"
     adapter_affinity: bool = True
     adapter_max_wait_steps: int = 16
     adapter_weights: dict[str, float] = {}  # msgspec copies it for each object
@@ -66,14 +63,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError(f"--adapter-eviction {self.adapter_eviction} must be one of {', '.join(STRATEGIES)}")
 
     def uses_triton(self, on_gpu: bool) -> bool:
-        """Whether the Triton path computes the deltas. ``ValueError`` if the settings ask for what it cannot do."""
-        triton = self.adapter_kernels == "triton" or (self.adapter_kernels == "auto" and on_gpu)
-        if triton and self.plain_lora_sharding == "s-lora":
-            raise ValueError(
-                "--plain-lora-sharding s-lora has no Triton kernels. Use --plain-lora-sharding replicate, or "
-                "--adapter-kernels torch with --disable-cuda-graph."
-            )
-        return triton
+        """Whether the Triton path computes the deltas."""
+        return self.adapter_kernels == "triton" or (self.adapter_kernels == "auto" and on_gpu)
 
     @contextmanager
     def exported(self) -> Iterator[None]:
@@ -213,13 +204,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="triton only: run shrink on a second stream beside the linear's own GEMM (not yet measured on a GPU)",
     )
     group.add_argument(
-        "--plain-lora-sharding",
-        choices=["replicate", "s-lora"],
-        default=DEFAULTS.plain_lora_sharding,
-        help="plain adapters: one factor whole on every TP rank and no collective, or both factors split and one "
-        "collective more per linear (torch kernels only); block-diagonal adapters need neither (default: %(default)s)",
-    )
-    group.add_argument(
         "--adapter-decision-log",
         default=None,
         metavar="PATH",
@@ -286,7 +270,6 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
         adapter_overlap=arguments.adapter_overlap,
         decision_log=arguments.adapter_decision_log,
         adapter_eviction=arguments.adapter_eviction,
-        plain_lora_sharding=arguments.plain_lora_sharding,
         adapter_affinity=arguments.schedule_policy == AFFINITY,
         adapter_max_wait_steps=arguments.adapter_max_wait_steps,
         adapter_weights=_weights(arguments.adapter_weight),

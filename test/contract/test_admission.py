@@ -58,7 +58,7 @@ class Admission:
             adapter = LoadedAdapter(
                 name=name,
                 path="",
-                shard=AdapterShard(name=name, rank=1, nblocks=1, slots=slots, descriptors=(), scalings=(), shares=()),
+                shard=AdapterShard(name=name, rank=1, nblocks=1, slots=slots, descriptors=(), scalings=()),
                 slots=slots,
                 pinned=False,
                 content_hash=digest(name),

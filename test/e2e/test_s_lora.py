@@ -1,4 +1,4 @@
-"""``--plain-lora-sharding s-lora`` on real ranks: tokens equal PEFT's, and exactly the collectives it is known for."""
+"""The benchmarks' S-LoRA sharding on real ranks: tokens equal PEFT's, and exactly the collectives it is known for."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from blocklora_testing import counting_launcher
 from blocklora_testing.case import NEW_TOKENS
 from blocklora_testing.collectives import environment
 from blocklora_testing.server import running
+
+from benchmark.paper.counts import OURS
+from benchmark.record import REPOSITORY
 
 LAYERS = 2
 # One all-gather for q, k and v, one for gate and up; one all-reduce each for o and down: section 6 of the S-LoRA paper.
@@ -28,12 +30,14 @@ PLAIN = {"plain"}
 def test_tokens_and_collectives(case, tmp_path: Path, kv_heads: int, tp: int) -> None:
     chosen = case("llama", kv_heads)
     log = tmp_path / "collectives.jsonl"
+    paths = environment(log)
+    paths["PYTHONPATH"] += f":{REPOSITORY}"
     with running(
         chosen.model,
-        *("--tp", str(tp), "--plain-lora-sharding", "s-lora", *chosen.lora_paths),
+        *("--tp", str(tp), *chosen.lora_paths),
         log=tmp_path / "log",
-        environment=environment(log),
-        module=(counting_launcher.__file__,),
+        environment=paths,
+        module=(OURS,),
     ) as server:
         for name in (None, "n2", "plain"):
             assert server.tokens(chosen.prompts[1], name, NEW_TOKENS) == chosen.expected[name][1], name

@@ -79,13 +79,14 @@ def test_impossible_flags_stop_with_a_message(flags: list[str]) -> None:
         launch_server.parse(flags)
 
 
-def test_s_lora_sharding_is_refused_on_the_triton_path() -> None:
-    for kernels, on_gpu in (("triton", False), ("auto", True)):
-        assert Settings(adapter_kernels=kernels).uses_triton(on_gpu)
-        with pytest.raises(ValueError, match="--plain-lora-sharding s-lora has no Triton"):
-            Settings(adapter_kernels=kernels, plain_lora_sharding="s-lora").uses_triton(on_gpu)
-    for kernels, on_gpu in (("torch", True), ("auto", False)):
-        assert not Settings(adapter_kernels=kernels, plain_lora_sharding="s-lora").uses_triton(on_gpu)
+def test_kernels_are_tritons_where_asked_for_and_on_a_gpu() -> None:
+    for kernels, on_gpu, expected in (
+        ("triton", False, True),
+        ("auto", True, True),
+        ("torch", True, False),
+        ("auto", False, False),
+    ):
+        assert Settings(adapter_kernels=kernels).uses_triton(on_gpu) == expected
 
 
 def test_sglangs_load_balance_methods_are_passed_on_and_ours_is_not() -> None:

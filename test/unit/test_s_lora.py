@@ -1,10 +1,11 @@
-"""S-LoRA's sharding of plain adapters: the law, the collectives it makes, and what it leaves alone."""
+"""S-LoRA's sharding of plain adapters, as the benchmarks run it: its law, its collectives, what it leaves alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,16 +14,26 @@ import torch
 from blocklora_testing.toy import ToyModel, host_only_images, write_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang_blocklora.adapters import shard
 from sglang_blocklora.adapters.shard import load_shard
-from sglang_blocklora.batch.torch_step import TorchStep
 from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.eviction import LRU
 from sglang_blocklora.memory.loaded import LoadedAdapter
 from sglang_blocklora.memory.static_arena import StaticArena
 from sglang_blocklora.memory.static_pool import StaticPool
-from sglang_blocklora.sharding.linears import ModelSpec
+
+from benchmark.paper.s_lora.sharding import plan_linear
+from benchmark.paper.s_lora.step import SplitStep
 
 TIMEOUT_S = 60
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cut_s_loras_way() -> Iterator[None]:
+    """What the benchmark's launcher does to a server."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard, "plan_linear", plan_linear)
+        yield
 
 
 class ThreadGroup:
@@ -60,30 +71,26 @@ class ThreadRank:
         return torch.stack(self.group.exchange(self.rank, "all_reduce", values)).sum(0)
 
 
-def spec_of(model: ToyModel, rank: int, size: int) -> ModelSpec:
-    return dataclasses.replace(model.spec(rank, size), s_lora=True)
-
-
 def run_rank(
     model: ToyModel, group: ThreadGroup, rank: int, folders: dict[str, Path], keys: list, inputs: list
 ) -> list[list[torch.Tensor]]:
     """Deltas [layer][linear] of one TP rank for a batch of one token a request, ``inputs`` [layer][linear] whole."""
-    spec = spec_of(model, rank, group.size)
+    spec = model.spec(rank, group.size)
     arena = StaticArena(model.layers, 4096, spec.row_width, spec.dtype, torch.device("cpu"))
     arena._rows.fill_(float("nan"))
     pool = StaticPool(arena, 8, host_only_images(), DecisionLog(None, 0), LRU())
     for name, folder in folders.items():
-        shard, image = load_shard(name, folder, spec, 64)
+        own, image = load_shard(name, folder, spec, 64)
         pool.add(
             name,
             LoadedAdapter(
-                name=name, path="", shard=shard, slots=shard.slots, pinned=False, content_hash="", image_digest=""
+                name=name, path="", shard=own, slots=own.slots, pinned=False, content_hash="", image_digest=""
             ),
             image,
         )
     assert pool.bring_in(folders)
     pool.begin_step(folders)
-    step = TorchStep(spec, pool, ThreadRank(group, rank))
+    step = SplitStep(spec, pool, ThreadRank(group, rank))
     step.prepare(keys, None)
     deltas = []
     for i, layer in enumerate(spec.layers):
@@ -105,7 +112,7 @@ def check(model: ToyModel, size: int, adapters: dict[str, dict], keys: list[str 
     with tempfile.TemporaryDirectory() as name:
         folders = {key: Path(name) / key for key in adapters}
         dense = {key: write_adapter(folders[key], model, **options) for key, options in adapters.items()}
-        layers = spec_of(model, 0, size).layers
+        layers = model.spec(0, size).layers
         inputs = [
             [torch.randn(len(keys), one.inputs.size, generator=generator, dtype=torch.float64) for one in layer]
             for layer in layers
@@ -129,7 +136,7 @@ def check(model: ToyModel, size: int, adapters: dict[str, dict], keys: list[str 
                     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
                     continue
                 for rank in range(size):
-                    own = spec_of(model, rank, size).layers[i][j]
+                    own = model.spec(rank, size).layers[i][j]
                     for index, offset in zip(source.slices, source.offsets, strict=True):
                         rows = own.outputs[index].shifted(offset, source.size)
                         start, stop = own.out_offsets[index : index + 2]
@@ -198,6 +205,6 @@ def test_each_rank_reads_its_share_only(tmp_path: Path) -> None:
     write_adapter(tmp_path, model, rank=8)
     parameters = sum(8 * (rows + columns) for rows, columns in model.shapes(0).values())
     for rank in range(4):
-        spec = dataclasses.replace(spec_of(model, rank, 4), row_width=8)
+        spec = dataclasses.replace(model.spec(rank, 4), row_width=8)
         _, image = load_shard("a", tmp_path, spec, 64)
         assert image.numel() == pytest.approx(parameters / 4, rel=0.05)

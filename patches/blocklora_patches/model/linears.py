@@ -39,7 +39,6 @@ def build_spec(
     dtype: torch.dtype,
     rank: int,
     size: int,
-    s_lora: bool = False,
 ) -> ModelSpec:
     """The spec of ``linears`` on TP rank ``rank`` of ``size``; the other arguments are ``model_spec``'s.
 
@@ -52,7 +51,6 @@ def build_spec(
         tp_rank=rank,
         tp_size=size,
         targets=targets,
-        s_lora=s_lora,
     )
 
 

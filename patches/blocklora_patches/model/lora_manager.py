@@ -35,7 +35,6 @@ from torch.distributed.distributed_c10d import _get_default_store
 from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.model.linear import AdaptedLinearMethod
 from blocklora_patches.model.linears import adaptable_linears, build_spec
-from blocklora_patches.model.parallel_state import TPCollectives
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +71,8 @@ class BlockLoRAManager(LoRAManager):
         self.device = next(base_model.parameters()).device
         self.lora_refs: dict[str, LoRARef] = {}
         self._linears = linears = adaptable_linears(base_model)
-        s_lora = settings.plain_lora_sharding == "s-lora"
         targets = set(target_modules or {"all"})
-        self._spec = build_spec(linears, base_hf_config, targets, dtype, tp_rank, tp_size, s_lora)
+        self._spec = build_spec(linears, base_hf_config, targets, dtype, tp_rank, tp_size)
         self.unified = settings.adapter_memory == "unified"
         self.decisions = DecisionLog(settings.decision_log, tp_rank)
         self._loading: dict[int, tuple[LoRARef, Any]] = {}  # number of a read -> whom it is for, and who asked
@@ -117,7 +115,7 @@ class BlockLoRAManager(LoRAManager):
         if settings.uses_triton(self.device.type == "cuda"):
             step: Step = TritonStep(self._spec, self.pool, self._max_rank, self.device, settings.adapter_overlap)
         else:
-            step = TorchStep(self._spec, self.pool, TPCollectives())
+            step = TorchStep(self._spec, self.pool)
         self._step = step
         for layer, modules in enumerate(self._linears):
             for index, (_, module) in enumerate(modules):

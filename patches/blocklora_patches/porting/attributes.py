@@ -122,7 +122,7 @@ SERVER: dict[str, tuple[str, ...]] = {
         "v_head_dim",
         "vocab_size",
     ),
-    "sglang.srt.distributed.parallel_state.GroupCoordinator": ("all_gather", "all_gather_object", "all_reduce"),
+    "sglang.srt.distributed.parallel_state.GroupCoordinator": ("all_gather_object",),
     "sglang.srt.layers.quantization.base_config.QuantizeMethodBase": ("process_weights_after_loading",),
     "sglang.srt.layers.linear.LinearBase": ("input_size", "output_size", "quant_method"),
     "sglang.srt.layers.linear.ColumnParallelLinear": ("output_partition_sizes", "tp_rank"),

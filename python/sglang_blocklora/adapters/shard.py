@@ -32,8 +32,6 @@ class AdapterShard:
     slots          arena rows that this TP rank's part needs in every layer
     descriptors    [layer][linear], where each factor lies in those rows
     scalings       [layer][linear][slice], alpha / r of the full rank (0 where not adapted)
-    shares         [layer][linear], ``LinearPlan.shares``: rows of each adapted slice's local A where B reads h only
-                   after a collective (S-LoRA's sharding), empty elsewhere
     """
 
     name: str
@@ -42,7 +40,6 @@ class AdapterShard:
     slots: int
     descriptors: tuple[tuple[LinearDescriptor, ...], ...]
     scalings: tuple[tuple[tuple[float, ...], ...], ...]
-    shares: tuple[tuple[tuple[int, ...], ...], ...]
 
 
 def load_shard(
@@ -83,7 +80,6 @@ def load_shard(
         slots=slots,
         descriptors=tuple(descriptors),
         scalings=tuple(tuple(_scalings(plan, modules) for plan in layer) for layer in plans),
-        shares=tuple(tuple(plan.shares for plan in layer) for layer in plans),
     )
     return shard, image
 

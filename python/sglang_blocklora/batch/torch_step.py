@@ -7,17 +7,14 @@ from collections.abc import Sequence
 import torch
 from blocklora_kernels import reference
 
-from sglang_blocklora.batch import s_lora_step
 from sglang_blocklora.batch.grouping import group_by_adapter
-from sglang_blocklora.batch.s_lora_step import Collectives, SplitFactors
 from sglang_blocklora.batch.step import Step
 from sglang_blocklora.memory.loaded import Resident
 from sglang_blocklora.memory.pool import AdapterPool
-from sglang_blocklora.sharding import s_lora
 from sglang_blocklora.sharding.linears import ModelSpec
 
 # [layer][linear], None where the adapter leaves the linear alone.
-AdapterFactors = tuple[tuple[reference.LinearFactors | SplitFactors | None, ...], ...]
+AdapterFactors = tuple[tuple[reference.LinearFactors | None, ...], ...]
 
 
 class TorchStep(Step):
@@ -26,12 +23,8 @@ class TorchStep(Step):
     Factors of a resident adapter are resolved once: views of the arena where its slots are adjacent.
     """
 
-    def __init__(self, spec: ModelSpec, pool: AdapterPool, collectives: Collectives | None = None) -> None:
-        """
-        collectives  of the TP group; needed where ``spec.s_lora`` splits plain adapters, used by nothing else
-        """
+    def __init__(self, spec: ModelSpec, pool: AdapterPool) -> None:
         self._spec = spec
-        self._collectives = collectives
         self._pool = pool
         self._factors: dict[str, tuple[Resident, AdapterFactors]] = {}
         self._segments: list[tuple[slice | torch.Tensor, AdapterFactors]] = []
@@ -58,16 +51,10 @@ class TorchStep(Step):
         """Nothing runs beside the GEMM on a CPU."""
 
     def add_delta_(self, layer: int, linear: int, out: torch.Tensor, x: torch.Tensor) -> None:
-        split = []
         for rows, factors in self._segments:
             own = factors[layer][linear]
-            if isinstance(own, SplitFactors):
-                split.append((rows, own))
-            elif own is not None:
+            if own is not None:
                 reference.add_delta_(out, x, rows, own)
-        if split:  # on every TP rank or on none: segments and shares follow from what all ranks agreed on
-            assert self._collectives is not None
-            s_lora_step.add_deltas_(self._spec.layers[layer][linear].kind, out, x, split, self._collectives)
 
     def _resolve(self, key: str) -> AdapterFactors:
         resident = self._pool.resident[key]
@@ -83,18 +70,16 @@ class TorchStep(Step):
             for i, layer in enumerate(self._spec.layers)
         )
 
-    def _read_linear(self, resident: Resident, i: int, j: int) -> reference.LinearFactors | SplitFactors | None:
-        shard, spec, linear = resident.adapter.shard, self._spec, self._spec.layers[i][j]
-        descriptor, shares = shard.descriptors[i][j], shard.shares[i][j]
+    def _read_linear(self, resident: Resident, i: int, j: int) -> reference.LinearFactors | None:
+        shard, linear = resident.adapter.shard, self._spec.layers[i][j]
+        descriptor = shard.descriptors[i][j]
         if not descriptor.h_width:
             return None
-        out_offsets = s_lora.out_offsets(linear, spec.tp_rank, spec.tp_size) if shares else linear.out_offsets
-        factors = reference.read_linear(
+        return reference.read_linear(
             descriptor,
             shard.scalings[i][j],
             self._pool.arena.planes[i],
             resident.slots,
             linear.inputs.length,
-            out_offsets,
+            linear.out_offsets,
         )
-        return SplitFactors(factors, shares) if shares else factors

@@ -113,13 +113,11 @@ def model_spec(
     tp_rank: int,
     tp_size: int,
     targets: Collection[str] = ("all",),
-    s_lora: bool = False,
 ) -> ModelSpec:
     """The spec of a model on one TP rank.
 
     layers   path of each decoder layer -> what the TP rank holds of its axes
     targets  names of the modules that adapters may have; "all" for every one
-    s_lora   split plain adapters S-LoRA's way; a single TP rank has nothing to split
     The row width is that of the model's KV cache, as a server rounds it.
     """
     whole = [linears_of(path, axes) for path, axes in layers.items()]
@@ -133,7 +131,6 @@ def model_spec(
         vocab_size=vocab_size,
         tp_rank=tp_rank,
         tp_size=tp_size,
-        s_lora=s_lora and tp_size > 1,
         left_out=frozenset(modules - kept),
     )
 

@@ -78,7 +78,6 @@ class ModelSpec:
     layers      per decoder layer, its linears in order
     row_width   W, elements of an arena row (KV heads of the rank times head dimension)
     dtype       of the weights in the arena
-    s_lora      plain adapters are split as S-LoRA does it (``sharding/s_lora.py``), not half replicated
     left_out    checkpoint modules that the base model has, and that the server was told not to adapt
     """
 
@@ -88,7 +87,6 @@ class ModelSpec:
     vocab_size: int
     tp_rank: int
     tp_size: int
-    s_lora: bool = False
     left_out: frozenset[str] = frozenset()
 
     def find(self) -> dict[str, tuple[int, int]]:

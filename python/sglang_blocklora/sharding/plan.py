@@ -9,7 +9,6 @@ from blocklora_kernels.descriptor import Address, Blocks, LinearDescriptor, Slic
 
 from sglang_blocklora.sharding.cut import ModuleShape, SliceCut, cut_slice
 from sglang_blocklora.sharding.linears import LinearSpec, ModelSpec
-from sglang_blocklora.sharding.s_lora import cut_s_lora, uses_s_lora
 
 NOT_ADAPTED = SliceDescriptor(0, 0, Address(0, 0, 0), 0, Blocks(0, 0, 0))
 
@@ -27,22 +26,14 @@ class LinearPlan:
     """Parts of one linear in slice order, None where the adapter leaves a slice alone.
 
     In memory the linear has one A, the slices' local A stacked in slice order, and one B per adapted slice.
-
-    s_lora  the parts are cut S-LoRA's way: B reads h only after the TP ranks have put their parts of it together
     """
 
     linear: LinearSpec
     parts: tuple[SlicePart | None, ...]
-    s_lora: bool = False
 
     @property
     def a_rows(self) -> int:
         return sum(part.cut.a_rows for part in self.parts if part)
-
-    @property
-    def shares(self) -> tuple[int, ...]:
-        """S-LoRA's sharding: rows of each adapted slice's local A; empty where no collective is needed."""
-        return tuple(part.cut.a_rows for part in self.parts if part) if self.s_lora else ()
 
     def sizes(self) -> list[int]:
         """Elements of A, then of each slice's B (0 where not adapted)."""
@@ -66,16 +57,11 @@ class LinearPlan:
 
 
 def plan_linear(linear: LinearSpec, shapes: Mapping[str, ModuleShape], spec: ModelSpec) -> LinearPlan:
-    """Which parts of the checkpoint modules in ``shapes`` the TP rank of ``spec`` needs for ``linear``.
-
-    Whether a linear is cut S-LoRA's way follows from the modules' shapes alone, so all TP ranks decide alike.
-    """
+    """Which parts of the checkpoint modules in ``shapes`` the TP rank of ``spec`` needs for ``linear``."""
     parts: list[SlicePart | None] = [None] * len(linear.outputs)
-    s_lora = spec.s_lora and uses_s_lora(shapes[module] for module in linear.sources if module in shapes)
     for module, source in linear.sources.items():
         if module in shapes:
             for index, offset in zip(source.slices, source.offsets, strict=True):
-                where = (linear, index, offset, source.size, shapes[module])
-                cut = cut_s_lora(*where, spec.tp_rank, spec.tp_size) if s_lora else cut_slice(*where)
+                cut = cut_slice(linear, index, offset, source.size, shapes[module])
                 parts[index] = SlicePart(module, cut) if cut else None
-    return LinearPlan(linear, tuple(parts), s_lora)
+    return LinearPlan(linear, tuple(parts))

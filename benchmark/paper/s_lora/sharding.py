@@ -8,21 +8,56 @@ Sheng et al., "S-LoRA: Serving Thousands of Concurrent LoRA Adapters" (arXiv 231
             of B, added to those columns of the partial output, which the base layer's own all-reduce sums
 
 Where N does not divide r or out, shares are rounded up: the last ranks' rows of A are zeros, their rows of B fewer.
+A linear is cut so where all modules that feed it are plain: that follows from their shapes, so all ranks decide alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from blocklora_kernels.descriptor import Blocks
-
+from blocklora_kernels.descriptor import Address, Blocks, LinearDescriptor
+from sglang_blocklora.sharding import plan
 from sglang_blocklora.sharding.cut import ModuleShape, SliceCut, real_inputs
-from sglang_blocklora.sharding.linears import Interval, LinearSpec
+from sglang_blocklora.sharding.linears import Interval, LinearSpec, ModelSpec
+from sglang_blocklora.sharding.plan import LinearPlan, SlicePart
 
 
-def uses_s_lora(shapes: Iterable[ModuleShape]) -> bool:
-    """Whether a linear fed by modules of these shapes is cut S-LoRA's way where that is asked for: all are plain."""
-    return all(shape.structure == "plain" for shape in shapes)
+class SplitDescriptor(LinearDescriptor):
+    """Of a linear whose B reads h only after the TP ranks have put their parts of it together.
+
+    shares  rows of each adapted slice's local A
+    """
+
+    shares: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SplitPlan(LinearPlan):
+    """The parts of a linear that is cut S-LoRA's way."""
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """Rows of each adapted slice's local A."""
+        return tuple(part.cut.a_rows for part in self.parts if part)
+
+    def describe(self, addresses: Sequence[Address]) -> SplitDescriptor:
+        descriptor = SplitDescriptor(*super().describe(addresses))
+        descriptor.shares = self.shares
+        return descriptor
+
+
+def plan_linear(linear: LinearSpec, shapes: Mapping[str, ModuleShape], spec: ModelSpec) -> LinearPlan:
+    """In place of the product's: other linears than plain ones, and a single TP rank, are left to it."""
+    own = {module: shapes[module] for module in linear.sources if module in shapes}
+    if spec.tp_size == 1 or not own or any(shape.structure != "plain" for shape in own.values()):
+        return plan.plan_linear(linear, shapes, spec)
+    parts: list[SlicePart | None] = [None] * len(linear.outputs)
+    for module, shape in own.items():
+        source = linear.sources[module]
+        for index, offset in zip(source.slices, source.offsets, strict=True):
+            parts[index] = SlicePart(module, cut_slice(linear, index, offset, source.size, shape, spec))
+    return SplitPlan(linear, tuple(parts))
 
 
 def own_share(size: int, tp_rank: int, tp_size: int) -> Interval:
@@ -31,15 +66,15 @@ def own_share(size: int, tp_rank: int, tp_size: int) -> Interval:
     return Interval(min(share * tp_rank, size), min(share * (tp_rank + 1), size), size)
 
 
-def cut_s_lora(
-    linear: LinearSpec, slice_index: int, offset: int, size: int, shape: ModuleShape, tp_rank: int, tp_size: int
+def cut_slice(
+    linear: LinearSpec, slice_index: int, offset: int, size: int, shape: ModuleShape, spec: ModelSpec
 ) -> SliceCut:
-    """Which part of a plain module TP rank ``tp_rank`` of ``tp_size`` holds for one slice of ``linear``.
+    """Which part of a plain module the TP rank of ``spec`` holds for one slice of ``linear``.
 
     offset, size  the slice's first row in the module and the module's rows (``Source``)
     A TP rank that holds only padding of the slice has its part of the other factor all the same.
     """
-    r, output = shape.rank, linear.outputs[slice_index]
+    r, output, tp_rank, tp_size = shape.rank, linear.outputs[slice_index], spec.tp_rank, spec.tp_size
     inputs = real_inputs(linear)
     column = linear.kind == "column"
     rows = output.shifted(offset, size) if column else own_share(output.size, tp_rank, tp_size)
