@@ -1,4 +1,4 @@
-"""Adapters that are loaded when a request first names them: the folders below ``--adapter-dir``."""
+"""Finds the folders of adapters that are loaded when a request first names them (``--adapter-dir``)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class NotReadable(LookupError):
 
 @dataclass(frozen=True)
 class AdapterFolders:
-    """A name is that of a folder directly below one of ``roots``; the first root that has it wins.
+    """The adapters below ``roots``: each is a folder directly below one, and the first root that has it wins.
 
     Nothing else is a name: no path of several parts, no hidden folder, and no link that leads out of its root. What is
     on the disk is looked at anew each time.

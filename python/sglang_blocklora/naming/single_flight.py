@@ -1,4 +1,4 @@
-"""Many askers, one run."""
+"""Runs an action once for all who ask for it at the same time."""
 
 from __future__ import annotations
 
