@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from blocklora_patches.releases.fail_closed import fail_closed
 
-from sglang_blocklora import cpu_only, settings
+from sglang_blocklora import cpu_only, flags
+from sglang_blocklora.settings import SWITCH_VARIABLE, Settings
 
 # Flags of SGLang whose defaults suit many adapters better: flag -> its values.
 ADAPTER_DEFAULTS = {
@@ -27,8 +28,8 @@ def rank_count(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--tensor-parallel-size", "--tp-size", "--tp", type=int, default=1, dest="tp")
     parser.add_argument("--data-parallel-size", "--dp-size", "--dp", type=int, default=1, dest="dp")
-    flags = parser.parse_known_args(argv)[0]
-    return int(flags.tp * flags.dp)
+    found = parser.parse_known_args(argv)[0]
+    return int(found.tp * found.dp)
 
 
 def adapters_per_batch(argv: Sequence[str]) -> int:
@@ -46,7 +47,7 @@ def with_defaults(argv: Sequence[str], defaults: Mapping[str, Sequence[str]]) ->
     return [*argv, *extra]
 
 
-def parse(argv: Sequence[str]) -> tuple[settings.Settings, list[str]]:
+def parse(argv: Sequence[str]) -> tuple[Settings, list[str]]:
     """Split the command line into our settings and SGLang's flags, adapter defaults added."""
     parser = argparse.ArgumentParser(
         prog="python -m sglang_blocklora.launch_server",
@@ -54,18 +55,18 @@ def parse(argv: Sequence[str]) -> tuple[settings.Settings, list[str]]:
         allow_abbrev=False,
         add_help=False,
     )
-    settings.add_arguments(parser)
+    flags.add_arguments(parser.add_argument_group("sglang-blocklora"), Settings)
     own, rest = parser.parse_known_args(argv)
     if any(argument.split("=", 1)[0] == "--config" for argument in rest):
         raise SystemExit("--config: this launcher has defaults of its own and does not read the file. Give its flags.")
     if {"-h", "--help"} & set(rest):
         parser.print_help()
         print()
-    chosen = settings.from_arguments(own)
+    chosen = flags.from_arguments(own, Settings)
     if not chosen.adapter_affinity:
-        rest += ["--schedule-policy", own.schedule_policy]
+        rest += ["--schedule-policy", chosen.schedule_policy]
     if not chosen.route_by_adapter:
-        rest += ["--load-balance-method", own.load_balance_method]
+        rest += ["--load-balance-method", chosen.load_balance_method]
     defaults = ADAPTER_DEFAULTS | {"--max-loras-per-batch": [str(adapters_per_batch(rest))]}
     if chosen.adapter_memory == "unified":
         defaults |= {"--radix-cache-backend": ["blocklora"]}
@@ -76,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
     """Run the server until it is stopped."""
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     cpu_flags = cpu_only.prepare(rank_count(argv))
-    switched_off = os.environ.get(settings.SWITCH_VARIABLE) == "0"
+    switched_off = os.environ.get(SWITCH_VARIABLE) == "0"
     own, sglang_argv = (None, list(argv)) if switched_off else parse(argv)
 
     with fail_closed():

@@ -50,7 +50,6 @@ for name, (environment, code) in json.load(sys.stdin).items():
 print("FOUND" + json.dumps(found))
 """
 STOPPED = 3
-pytestmark = pytest.mark.xdist_group("activation")  # all cases are run once
 
 
 @dataclass(frozen=True)

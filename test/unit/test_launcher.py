@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sglang_blocklora import cpu_only, launch_server
+from sglang_blocklora import configuration, cpu_only, flags, launch_server
 from sglang_blocklora.naming import model_names
 from sglang_blocklora.settings import SETTINGS_VARIABLE, SWITCH_VARIABLE, Settings
 
@@ -27,7 +27,7 @@ def test_defaults_for_adapters_are_added_and_the_users_flags_win() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    ("given", "expected"),
     [
         (["--max-loaded-loras", "8"], "8"),
         (["--max-loaded-loras=1"], "1"),
@@ -36,8 +36,8 @@ def test_defaults_for_adapters_are_added_and_the_users_flags_win() -> None:
         ([], "64"),
     ],
 )
-def test_a_batch_has_no_more_adapters_than_may_be_loaded(flags: list[str], expected: str) -> None:
-    _, argv = launch_server.parse(flags)
+def test_a_batch_has_no_more_adapters_than_may_be_loaded(given: list[str], expected: str) -> None:
+    _, argv = launch_server.parse(given)
     assert argv[argv.index("--max-loras-per-batch") + 1] == expected
 
 
@@ -59,11 +59,21 @@ def test_our_schedule_policy_is_the_default_and_sglangs_can_be_chosen() -> None:
 
 
 @pytest.mark.parametrize(
-    "flags",
+    "argv",
     [
         ["--adapter-root", "/nowhere"],
-        ["--adapter-memory-mb", "0", "--adapter-memory", "static"],
+        ["--adapter-dir", "/nowhere"],
+        ["--adapter-dir", "/tmp", "--adapter-root", "/usr"],
+        ["--adapter-memory", "elastic"],
+        ["--adapter-kernels", "numpy"],
+        ["--adapter-eviction", "mru"],
+        ["--adapter-max-wait-steps", "1.5"],
+        ["--adapter-host-memory-gb", "much"],
+        ["--adapter-host-memory-gb", "-1"],
+        ["--adapter-host-memory-gb", "inf"],
+        ["--adapter-host-memory-gb", "nan"],
         ["--adapter-read-timeout", "0"],
+        ["--adapter-memory-mb", "0", "--adapter-memory", "static"],
         ["--adapter-memory-mb", "64"],  # of no use to unified memory
         ["--adapter-max-wait-steps", "0"],
         ["--adapter-weight", "a"],
@@ -74,9 +84,9 @@ def test_our_schedule_policy_is_the_default_and_sglangs_can_be_chosen() -> None:
         ["--config", "flags.yaml"],  # SGLang's: the defaults of this launcher would override it
     ],
 )
-def test_impossible_flags_stop_with_a_message(flags: list[str]) -> None:
-    with pytest.raises(SystemExit, match=flags[0]):
-        launch_server.parse(flags)
+def test_impossible_flags_stop_with_a_message(argv: list[str]) -> None:
+    with pytest.raises(SystemExit, match=argv[0]):
+        launch_server.parse(argv)
 
 
 def test_kernels_are_tritons_where_asked_for_and_on_a_gpu() -> None:
@@ -90,8 +100,8 @@ def test_kernels_are_tritons_where_asked_for_and_on_a_gpu() -> None:
 
 
 def test_sglangs_load_balance_methods_are_passed_on_and_ours_is_not() -> None:
-    for flags in ([], ["--load-balance-method", "adapter-affinity"]):
-        settings, argv = launch_server.parse(flags)
+    for given in ([], ["--load-balance-method", "adapter-affinity"]):
+        settings, argv = launch_server.parse(given)
         assert settings.route_by_adapter
         assert "--load-balance-method" not in argv
     settings, argv = launch_server.parse(["--load-balance-method=total_tokens"])
@@ -104,7 +114,9 @@ def test_settings_reach_other_processes_and_the_switch_turns_them_off(monkeypatc
     assert Settings.active() is None
     with pytest.raises(RuntimeError, match=SETTINGS_VARIABLE):
         Settings.required()
-    settings = Settings(adapter_memory_mb=3, adapter_root="/root", adapter_weights={"a": 2.0}, adapter_dirs=("/a",))
+    settings = Settings(
+        adapter_memory_mb=3, adapter_root="/root", adapter_weights={"a": 2.0}, adapter_dirs=("/root/a",)
+    )
     with settings.exported():
         assert Settings.active() == Settings.required() == settings
         with Settings().exported():
@@ -114,6 +126,51 @@ def test_settings_reach_other_processes_and_the_switch_turns_them_off(monkeypatc
         assert Settings.active() is None
         monkeypatch.delenv(SWITCH_VARIABLE)
     assert Settings.active() is None
+
+
+GIVEN = {
+    "--adapter-memory": (["static"], "static"),
+    "--adapter-memory-mb": (["3"], 3),
+    "--adapter-eviction": (["lru"], "lru"),
+    "--adapter-host-memory-gb": (["0.5"], 0.5),
+    "--adapter-read-timeout": (["7"], 7.0),
+    "--adapter-root": (["/"], "/"),
+    "--adapter-loading-without-key": ([], True),
+    "--adapter-dir": (["/usr/", "/tmp/../usr"], ("/usr", "/usr")),
+    "--load-balance-method": (["total_tokens"], "total_tokens"),
+    "--adapter-kernels": (["torch"], "torch"),
+    "--adapter-overlap": ([], True),
+    "--schedule-policy": (["fcfs", "lpm"], "lpm"),
+    "--adapter-max-wait-steps": (["2"], 2),
+    "--adapter-weight": (["a=2", "b=0.5"], {"a": 2.0, "b": 0.5}),
+    "--adapter-decision-log": (["log"], "log"),
+}
+
+
+def test_every_flag_sets_its_field() -> None:
+    """... and none is forgotten here: a value for each, all of them at once."""
+    assert [option.flag for option in flags.options(Settings)] == [*GIVEN], "a new flag needs a value above"
+    argv = [text for flag, (values, _) in GIVEN.items() for text in ([flag] if not values else [])]
+    argv += [f"{flag}={value}" for flag, (values, _) in GIVEN.items() for value in values]
+    settings, rest = launch_server.parse(argv)
+    for option in flags.options(Settings):
+        assert getattr(settings, option.name) == GIVEN[option.flag][1], option.flag
+        assert getattr(settings, option.name) != option.default, "a value that differs from the default"
+    assert not set(GIVEN) - {"--schedule-policy", "--load-balance-method"} & set(rest)
+
+
+def test_flags_are_told_with_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    launch_server.parse(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for option in flags.options(Settings):
+        assert f"{option.flag} " in told
+        assert f"(default: {option.told})" in told
+
+
+def test_the_documented_flags_are_those_there_are() -> None:
+    """``python -m sglang_blocklora.configuration > docs/configuration.md`` after a change."""
+    assert (REPOSITORY / "docs/configuration.md").read_text() == configuration.page()
+    assert all(f"| `{option.flag}" in configuration.page() for option in flags.options(Settings))
 
 
 @pytest.mark.parametrize(
@@ -137,8 +194,8 @@ def test_cores_are_dealt_out_among_ranks(monkeypatch: pytest.MonkeyPatch, tp: in
     for name in ("SGLANG_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS", "SGLANG_USE_CPU_ENGINE"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    flags = cpu_only.prepare(tp)
-    assert flags["--device"] == ["cpu"]
+    added = cpu_only.prepare(tp)
+    assert added["--device"] == ["cpu"]
     assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == expected
     assert os.environ["OMP_NUM_THREADS"] == str(max(1, cores // tp))
 
