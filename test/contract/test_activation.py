@@ -352,6 +352,32 @@ except RuntimeError as error:
 """
 
 
+DOUBLE = """
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from blocklora_patches.hooks.apply import apply
+from blocklora_patches.hooks.hook import Hook, Process
+def hook(handler, kind):
+    return Hook("sglang.srt.utils.common.get_device", handler, kind, process=Process.HTTP, why="", retire_when="")
+def first(*args): pass
+def second(*args): pass
+for kind in (HookType.BEFORE, HookType.AFTER):
+    try:
+        apply([hook(first, HookType.BEFORE), hook(second, kind)])
+    except ValueError as error:
+        print(error, bool(HookRegistry._patched))
+apply([hook(first, HookType.BEFORE)])
+apply([hook(first, HookType.BEFORE)])
+print(*HookRegistry._patched)
+"""
+
+
+def test_two_hooks_of_ours_on_one_target_are_refused(ended: dict[str, Ended]) -> None:
+    """The registry runs BEFORE hooks last registered first, and nothing in our files would show that."""
+    lines = ended["two of ours"].text.splitlines()
+    refused = "two hooks on sglang.srt.utils.common.get_device: write one handler that calls both, in the order meant"
+    assert lines == [f"{refused} False"] * 2 + ["sglang.srt.utils.common.get_device"]
+
+
 STOCK_FIRST = (
     LOAD
     + """
@@ -394,6 +420,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
         "switched off": (ON | {SWITCH_VARIABLE: "0"}, LAUNCH.format(flags=["--tokenizer-worker-num", "2"])),
         "servers": ({}, "import inspect, sglang.launch_server as m; print(inspect.getsource(m.run_server))"),
         "HTTP/2": (ON, HTTP2),
+        "two of ours": ({}, DOUBLE),
         "ours, then stock": ({}, ENGINE),
         "stock, then ours": ({}, STOCK_FIRST),
         **with_plugins(tmp_path_factory.mktemp("plugins")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -18,18 +19,23 @@ _placed: dict[Hook, Any] = {}  # what has stood at a hook's target since we put 
 def apply(hooks: Iterable[Hook]) -> None:
     """Put ``hooks`` in place, and nobody else's; those that are there already stay.
 
-    ``SystemExit`` naming each target that another plugin has hooked.
+    ``SystemExit`` naming each target that another plugin has hooked. ``ValueError`` where two of ours share one: the
+    registry would decide which runs first, so one handler has to call both.
     """
     new = [hook for hook in hooks if hook not in _placed]
+    targets = Counter(hook.target for hook in [*_placed, *new])
+    doubles = [target for target, count in targets.items() if count > 1]
+    if doubles:
+        raise ValueError(f"two hooks on {', '.join(doubles)}: write one handler that calls both, in the order meant")
     _stop(_rivals(new))
     for hook in new:
         HookRegistry.register(hook.target, hook.handler, hook.kind, source=_OURS)
     # Classes first, as in the registry: hooks on their methods are meant for what replaces them.
-    for target in dict.fromkeys(hook.target for hook in sorted(new, key=lambda hook: not _is_class(hook))):
+    for hook in sorted(new, key=lambda hook: not _is_class(hook)):
         # Not apply_hooks(): it logs a hook that fails and goes on, and it puts in place what other plugins have
         # registered so far, after which it passes over what yet others add to the same targets.
-        HookRegistry._apply_target(target, HookRegistry._hooks[target])
-        HookRegistry._patched.add(target)
+        HookRegistry._apply_target(hook.target, HookRegistry._hooks[hook.target])
+        HookRegistry._patched.add(hook.target)
     _placed.update((hook, _standing(hook.target)) for hook in new)
 
 
