@@ -17,12 +17,14 @@ PREPARE = "from sglang_blocklora import cpu_only; cpu_only.prepare(1)\n"
 LOAD = "from sglang.srt.plugins import load_plugins; load_plugins()\n"
 STATE = """
 import json, sys
+from collections import Counter
 from sglang.srt.plugins.hook_registry import HookRegistry
 import sglang.srt.lora.lora_manager as m, sglang.srt.entrypoints.openai.serving_base as s
 import sglang.srt.model_executor.model_runner as r
 install = sys.modules.get("blocklora_patches.install")
 print("STATE" + json.dumps({
     "patched": sorted(HookRegistry._patched),
+    "twice": sorted(t for t, n in Counter(h.target for h in install.HOOKS).items() if n > 1) if install else [],
     "missing": sorted({h.target for h in install.HOOKS} - HookRegistry._patched) if install else [],
     "imported": sorted(n for n in sys.modules if n.startswith("blocklora_patches")),
     "manager": m.LoRAManager.__name__,
@@ -110,6 +112,7 @@ def test_parameters_are_told_with_what_must_be_named(releases: Any) -> None:
 
 def test_every_hook_takes_when_our_launcher_started_the_process(settings: dict[str, str]) -> None:
     on = state(**settings)
+    assert on["twice"] == [], "whose order would not be seen"
     assert on["manager"] == on["runner"] == "BlockLoRAManager"
     assert on["wrapped"]
     assert on["patched"]

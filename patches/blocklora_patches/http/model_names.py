@@ -91,7 +91,7 @@ HOOKS = (
         _resolve_lora_path,
         HookType.AROUND,
         process=Process.HTTP,
-        why="Upstream knows no adapter by its name alone.",
+        why="Upstream knows no adapter by its name alone, and takes a name with a colon apart at the first one.",
         retire_when="upstream takes an adapter's name as the model",
     ),
     Hook(
@@ -101,13 +101,5 @@ HOOKS = (
         process=Process.HTTP,
         why="Stock SGLang answers an unknown model with the base model in silence.",
         retire_when="upstream refuses it",
-    ),
-    Hook(
-        f"{_BASE}._resolve_lora_path",
-        _resolve_lora_path,
-        HookType.AROUND,
-        process=Process.HTTP,
-        why="Upstream knows no adapter by its name alone, and takes a name with a colon apart at the first one.",
-        retire_when="upstream takes an adapter's name as the model",
     ),
 )
