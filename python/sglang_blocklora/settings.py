@@ -218,6 +218,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Where adapters are that no request has named yet."""
         return AdapterFolders(tuple(map(Path, self.adapter_dirs)))
 
+    def root_of(self, path: str) -> str | None:
+        """The folder that the adapter at ``path`` must not lead out of, links followed; None: it may lie anywhere."""
+        if self.adapter_root is not None:
+            return self.adapter_root
+        root = self.adapter_folders.root_of(path)
+        return None if root is None else str(root)
+
 
 class SettingsNotUnderstood(ValueError):
     """The exported settings are not this version's."""

@@ -7,9 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from blocklora_testing.toy import ToyModel, write_adapter
 from hypothesis import given
 from hypothesis import strategies as st
 from sglang_blocklora import launch_server
+from sglang_blocklora.adapters.loading import read_adapter
 from sglang_blocklora.naming.folders import AdapterFolders
 from sglang_blocklora.naming.single_flight import SingleFlight
 from sglang_blocklora.settings import Settings
@@ -93,6 +96,33 @@ def test_folders_are_settings_and_must_be_reachable(roots: list[Path]) -> None:
         launch_server.parse(["--adapter-dir", "/nowhere"])
     with pytest.raises(SystemExit, match="is not below --adapter-root"):
         launch_server.parse(["--adapter-root", str(roots[0]), "--adapter-dir", str(roots[1])])
+
+
+def test_nothing_below_a_root_leads_out_of_it(tmp_path: Path) -> None:
+    """A file that is a link would read what others keep: an adapter below a root keeps to that root."""
+    model = ToyModel(layers=1)
+    one, two, outside = (tmp_path / name for name in ("one", "two", "outside"))
+    for folder in (one / "sound", one / "linked", two / "other", outside):
+        write_adapter(folder, model, targets=("q_proj", "o_proj"))
+    weights = one / "linked" / "adapter_model.safetensors"
+    weights.unlink()
+    (one / "inner").symlink_to("sound")
+
+    def error(path: Path, settings: Settings) -> str | None:
+        return read_adapter("x", str(path), model.spec(0, 1, torch.float32), 64, settings.root_of(str(path)))[0].error
+
+    dirs = Settings(adapter_dirs=(str(one), str(two)))
+    for target, allowed in ((one / "sound", True), (two / "other", False), (outside, False)):
+        weights.symlink_to(target / "adapter_model.safetensors")
+        for path in (one / "linked", one / ".." / "one" / "linked"):
+            found = error(path, dirs)
+            assert (found is None) == allowed
+            assert allowed or (found is not None and f"files below {one}" in found)
+        assert error(one / "linked", Settings()) is None, "no root was given"
+        weights.unlink()
+    assert error(one / "inner", dirs) is None
+    assert error(outside, dirs) is None, "without --adapter-root an admin loads from anywhere"
+    assert "a folder below --adapter-root" in str(error(outside, Settings(adapter_root=str(one))))
 
 
 class Load:

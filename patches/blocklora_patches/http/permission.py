@@ -82,6 +82,6 @@ def _is_protected(settings: Settings, serving: Any) -> bool:
 def _inside(folders: AdapterFolders, path: str) -> Path | None:
     try:
         real = Path(path).resolve()
-        return real if any(real.is_relative_to(root.resolve()) for root in folders.roots) else None
-    except (OSError, ValueError, RuntimeError):
+    except (OSError, ValueError, RuntimeError):  # not encodable, a loop of links
         return None
+    return real if folders.root_of(str(real)) is not None else None

@@ -15,7 +15,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.runner import get_is_capture_mode
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel
-from sglang_blocklora.adapters.loading import LocalShard, Report, merge, read_adapter
+from sglang_blocklora.adapters.loading import Found, LocalShard, Report, merge, read_adapter
 from sglang_blocklora.batch.step import Step
 from sglang_blocklora.batch.torch_step import TorchStep
 from sglang_blocklora.batch.triton_step import TritonStep
@@ -98,9 +98,19 @@ class BlockLoRAManager(LoRAManager):
     def _image_store(self, settings: Settings) -> ImageStore:
         """Where images of adapters are that are not in use; ``self._read`` reads an adapter's part."""
         pinned = self.device.type == "cuda"
-        self._read = partial(
-            read_adapter, spec=self._spec, max_rank=self._max_rank, root=settings.adapter_root, pin_memory=pinned
-        )
+
+        def read(name: str, path: str, *, hash_contents: bool = True) -> Found:
+            return read_adapter(
+                name,
+                path,
+                self._spec,
+                self._max_rank,
+                settings.root_of(path),
+                pin_memory=pinned,
+                hash_contents=hash_contents,
+            )
+
+        self._read = read
         return ImageStore(
             int(settings.adapter_host_memory_gb * 2**30),
             self.slot_bytes,

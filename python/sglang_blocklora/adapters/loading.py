@@ -131,7 +131,7 @@ def _checked_folder(name: str, path: str, root: str | None) -> Path:
                 raise AdapterError(
                     name,
                     f"{file}, a link to {real}",
-                    f"files below --adapter-root {root}",
+                    f"files below {root}",
                     "Copy the file into the adapter's folder.",
                 )
     return folder

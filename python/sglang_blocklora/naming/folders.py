@@ -55,6 +55,14 @@ class AdapterFolders:
                     found[name] = folder
         return found
 
+    def root_of(self, path: str) -> Path | None:
+        """The root below which ``path`` lies once links are followed, or None. Never raises; asks the file system."""
+        try:
+            real = Path(path).resolve()
+            return next((root for root in self.roots if real.is_relative_to(root.resolve())), None)
+        except (OSError, ValueError, RuntimeError):  # not encodable, a loop of links
+            return None
+
 
 NO_FOLDERS = AdapterFolders(())
 
