@@ -249,3 +249,15 @@ def test_the_order_does_not_depend_on_where_requests_stand_in_the_queue(arrivals
         return [r.ticket.arrival for r in queue.step(len(arrivals), loads={"b": 40.0})]
 
     assert run(shuffle=False) == run(shuffle=True)
+
+
+def test_adapters_that_came_and_went_are_forgotten() -> None:
+    """Adapters are loaded under new names for ever, and the base model never stops waiting."""
+    policy = AffinityPolicy(max_wait_steps=4, quantum_tokens=10, weights={})
+    base = [policy.ticket(None) for _ in range(3)]
+    for number in range(10_000):
+        passing = policy.ticket(f"a{number}")
+        waiting = [*base, passing]
+        policy.order(waiting, [0] * 4, [0] * 4, [0.0] * 4, [25] * 4, [False] * 4)
+        base = [*base[1:], policy.ticket(None)]
+    assert len(policy._spent) < 10

@@ -22,14 +22,14 @@ QUANTUM_CHUNKS = 16
 class Ticket:
     """A request's place in the queue, which it keeps when it is retracted and waits again.
 
-    owner            index of its adapter, or of the base model
+    owner            name of its adapter, None for the base model
     arrival          its number among all requests
     arrival_step     the step in which it was first seen
     overtaken_steps  steps in which it was overtaken
     last_step        the last step in which it waited
     """
 
-    owner: int
+    owner: str | None
     arrival: int
     arrival_step: int
     overtaken_steps: int = 0
@@ -56,22 +56,14 @@ class AffinityPolicy:
         self.turns: Ints = np.zeros(0, np.int64)
         self._quantum_tokens = quantum_tokens
         self._weights = weights
-        self._owners: dict[str | None, int] = {}
-        self._spent: Ints = np.zeros(0, np.int64)
-        self._quanta: Ints = np.zeros(0, np.int64)
+        self._spent: dict[str | None, int] = {}  # of owners that owe; the others are forgotten
         self._arrivals = 0
-        self._last: tuple[list[Ticket], Waiting, Ints] | None = None
+        self._last: tuple[list[Ticket], list[str | None], Waiting, Ints] | None = None
 
     def ticket(self, adapter: str | None) -> Ticket:
         """The place of a request that has just arrived; ``adapter`` None is the base model."""
-        owner = self._owners.get(adapter)
-        if owner is None:
-            owner = self._owners[adapter] = len(self._owners)
-            weight = 1.0 if adapter is None else self._weights.get(adapter, 1.0)
-            self._spent = np.append(self._spent, 0)
-            self._quanta = np.append(self._quanta, max(round(weight * self._quantum_tokens), 1))
         self._arrivals += 1
-        return Ticket(owner, self._arrivals, self.steps)
+        return Ticket(adapter, self._arrivals, self.steps)
 
     def order(
         self,
@@ -95,10 +87,12 @@ class AffinityPolicy:
             ticket.last_step = self.steps
         self._settle()
         by_arrival = np.argsort(_column(tickets, "arrival"))
+        owners = list(dict.fromkeys(ticket.owner for ticket in tickets))
+        places = {owner: place for place, owner in enumerate(owners)}
         levels = {value: level for level, value in enumerate(sorted(set(priority)))}
         priorities = np.fromiter(map(levels.__getitem__, priority), np.int64, len(tickets))[by_arrival]
         waiting = Waiting(
-            _column(tickets, "owner")[by_arrival],
+            np.fromiter((places[ticket.owner] for ticket in tickets), np.int64, len(tickets))[by_arrival],
             priorities,
             np.asarray(prefix_tokens, np.int64)[by_arrival],
             np.asarray(load_tokens, np.float64)[by_arrival],
@@ -107,8 +101,10 @@ class AffinityPolicy:
             np.asarray(deferred, bool)[by_arrival],
             _column(tickets, "overtaken_steps")[by_arrival],
         )
-        chosen, turn = order(waiting, self._spent, self._quanta, self.max_wait_steps)
-        self._last = [tickets[i] for i in by_arrival.tolist()], waiting, turn
+        spent = np.array([self._spent.get(owner, 0) for owner in owners], np.int64)
+        quanta = np.array([self._quantum(owner) for owner in owners], np.int64)
+        chosen, turn = order(waiting, spent, quanta, self.max_wait_steps)
+        self._last = [tickets[i] for i in by_arrival.tolist()], owners, waiting, turn
         self.turns = turn[chosen]
         return by_arrival[chosen]
 
@@ -123,17 +119,25 @@ class AffinityPolicy:
         """Account for the last step: who left, who was overtaken, whose rounds have passed."""
         if self._last is None:
             return
-        tickets, waiting, turn = self._last
+        tickets, owners, waiting, turn = self._last
         gone = _column(tickets, "last_step") != self.steps
         for i in np.flatnonzero(_overtaken(gone, waiting, turn)):
             tickets[i].overtaken_steps += 1
-        np.add.at(self._spent, waiting.owner[gone], waiting.cost_tokens[gone])
-        left_behind = np.unique(waiting.owner[~gone])
-        if len(left_behind) == 0:
-            self._spent[:] = 0  # everyone had a turn: nobody owes anything
-            return
-        rounds = (self._spent[left_behind] // self._quanta[left_behind]).min()
-        self._spent = np.maximum(self._spent - rounds * self._quanta, 0)
+        for owner, cost in zip(waiting.owner[gone].tolist(), waiting.cost_tokens[gone].tolist(), strict=True):
+            self._spent[owners[owner]] = self._spent.get(owners[owner], 0) + cost
+        left_behind = [owners[owner] for owner in np.unique(waiting.owner[~gone]).tolist()]
+        # Where nobody was left behind, everyone had a turn: nobody owes anything.
+        rounds = min((self._spent.get(owner, 0) // self._quantum(owner) for owner in left_behind), default=None)
+        self._spent = {
+            owner: rest
+            for owner, spent in self._spent.items()
+            if rounds is not None and (rest := spent - rounds * self._quantum(owner)) > 0
+        }
+
+    def _quantum(self, owner: str | None) -> int:
+        """Tokens that an owner may take in a round."""
+        weight = 1.0 if owner is None else self._weights.get(owner, 1.0)
+        return max(round(weight * self._quantum_tokens), 1)
 
 
 def _column(tickets: Sequence[Ticket], name: str) -> Ints:
