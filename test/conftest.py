@@ -14,6 +14,7 @@ from sglang_blocklora import cpu_only
 cpu_only.install_shims()  # before anything imports transformers or SGLang
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """For several workers (``-n 2``): tests that share a server stay together, and those that start one go first."""
     if hasattr(config, "workerinput"):
