@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from blocklora_testing.adapter_world import Schedulers, World
 from blocklora_testing.http_process import HTTPProcess, hooked
+from sglang_blocklora.settings import Settings
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +45,51 @@ def process(served: HTTPProcess) -> Iterator[HTTPProcess]:
     served.scheduler.received.clear()
     served.scheduler.holds = False
     assert served.manager.rid_to_state == {}
+
+
+@pytest.fixture(scope="module")
+def hooked_process(tiny_llama: Path) -> Iterator[HTTPProcess]:
+    """It serves ``tiny`` with all hooks and routes of the HTTP process, and no adapter."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SGLang warns while it is imported
+        from blocklora_patches.hooks.hook import Process
+        from blocklora_patches.http.routes import AdapterRoutes
+        from blocklora_patches.install import HOOKS
+
+        with hooked([hook for hook in HOOKS if hook.process is Process.HTTP and ".lang." not in hook.target]):
+            flags = ["--served-model-name", "tiny", "--enable-lora", "--max-lora-rank", "64"]
+            process = HTTPProcess(tiny_llama, *flags, "--lora-target-modules", "all")
+            routes = list(process.app.router.routes)
+            AdapterRoutes(process.manager).add_to(process.app)
+            yield process
+            process.app.router.routes[:] = routes
+            process.close()
+
+
+@pytest.fixture
+def world(hooked_process: HTTPProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """``hooked_process`` as new, over made-up schedulers; a test leaves no request behind."""
+    process = hooked_process
+    world = World(process, tmp_path_factory.mktemp("disk"))
+    process.manager.init_lora()
+    process.manager.is_pause = False
+    process.manager.rid_to_state.clear()
+    world.scheduler = process.scheduler = Schedulers(process.manager)
+    process.manager._dispatch_to_scheduler = world.scheduler.dispatch
+    process.manager._async_dispatch_to_scheduler = world.scheduler.dispatch_later
+    process.manager.blocklora_updates._send = world.scheduler.dispatch
+    process.manager.set_internal_state_communicator._send = world.scheduler.dispatch
+    with Settings().exported():
+        yield world
+    assert world.scheduler.wrong == []
+    assert process.manager.rid_to_state == {}
+
+
+@pytest.fixture
+def folder(world: World, tmp_path: Path) -> Iterator[Path]:
+    """``--adapter-dir`` of ``world``, with the adapters a and b."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    with Settings(adapter_dirs=(str(tmp_path),)).exported():
+        yield tmp_path

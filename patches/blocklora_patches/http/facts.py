@@ -14,26 +14,18 @@ from typing import Any
 
 import msgspec
 from sglang.srt.plugins.hook_registry import HookType
+from sglang_blocklora.naming.turns import Tasks
 from sglang_blocklora.reporting.facts import Facts
 from sglang_blocklora.reporting.replicas import merge_replicas
 
 from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.scheduler.control import FACTS
 
-_calls: set[asyncio.Future[Any]] = set()  # the event loop alone would not keep them
+_calls = Tasks()
 
 
 async def _call(original: Any, self: Any, obj: Any) -> Any:
-    call = asyncio.ensure_future(original(self, obj))
-    _calls.add(call)
-    call.add_done_callback(_ended)
-    return await asyncio.shield(call)
-
-
-def _ended(call: asyncio.Future[Any]) -> None:
-    _calls.discard(call)
-    if not call.cancelled():
-        call.exception()  # looked at, so that a call whose asker went is not reported as forgotten
+    return await asyncio.shield(_calls.start(original(self, obj)))
 
 
 class SchedulerFacts:
