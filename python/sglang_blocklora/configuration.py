@@ -1,4 +1,4 @@
-"""``python -m sglang_blocklora.configuration``: ``docs/configuration.md``, made from the flags' own descriptions."""
+"""Writes ``docs/configuration.md`` from the flags' own descriptions: ``python -m sglang_blocklora.configuration``."""
 
 from __future__ import annotations
 
