@@ -117,6 +117,20 @@ def test_beyond_this_machine_and_without_a_key_nobody_loads(world: World, host: 
     world.run(scenario)
 
 
+def test_a_server_that_is_closed_says_so_once_when_it_starts(
+    world: World, hooked_process: HTTPProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    from blocklora_patches.http import routes
+    from sglang.srt.runtime_context import get_serving
+
+    for host, lines in (("0.0.0.0", 1), ("127.0.0.1", 0)):
+        caplog.clear()
+        with get_serving().override(host=host):
+            routes._setup_and_run_http_server(None, hooked_process.manager)
+        told = [record.getMessage() for record in caplog.records if "over HTTP is closed" in record.getMessage()]
+        assert len(told) == lines
+
+
 def test_with_folders_and_without_a_key_what_is_loaded_lies_in_them(world: World, folder: Path, tmp_path: Path) -> None:
     from sglang.srt.runtime_context import get_serving
 
