@@ -15,7 +15,7 @@ serve: $(VENV)/.demo  ## the demo server, until Ctrl-C
 	$(BIN)/python examples/demo/demo.py --serve
 
 test: $(VENV)/.installed  ## everything but the whole model x TP matrix
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not matrix"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not matrix"
 
 test-all: $(VENV)/.installed  ## the whole matrix too (about an hour on 2 cores)
 	$(BIN)/pytest

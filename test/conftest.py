@@ -14,14 +14,10 @@ from sglang_blocklora import cpu_only
 cpu_only.install_shims()  # before anything imports transformers or SGLang
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For several workers (``-n 2``): tests that share a server stay together, and those that start one go first."""
+    """With several workers (``-n 2``) the files that start servers go first, so that none is left alone at the end."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.path.parent.name != "e2e")
-    for item in items:
-        shared = "api_server" if "api_server" in item.fixturenames else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(shared))
 
 
 @pytest.fixture(scope="session")
