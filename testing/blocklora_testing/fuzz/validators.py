@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from sglang_blocklora.adapters.config import CONFIG_NAME, parse_config, read_config
+from sglang_blocklora.adapters.content_hash import content_hash
 from sglang_blocklora.adapters.errors import AdapterError
 from sglang_blocklora.adapters.loading import read_adapter
 from sglang_blocklora.adapters.weights_file import WeightsFile
@@ -88,9 +89,10 @@ class Validators:
 
     def _build(self) -> None:
         (self._root / "nested").mkdir(parents=True)
-        for name in ("sql", "legal", "a b", "ünï", ".hidden", "nested/deep"):
+        for name in ("sql", "a b", "ünï", ".hidden", "nested/deep"):
             write_adapter(self._root / name, self._model, targets=("q_proj", "o_proj"))
-        write_adapter(self._folder / "outside", self._model, targets=("q_proj", "o_proj"))
+        for seed, folder in ((1, self._folder / "outside"), (2, self._root / "legal")):
+            write_adapter(folder, self._model, targets=("q_proj", "o_proj"), seed=seed)
         (self._root / "file").write_text("")
         (self._root / "link-in").symlink_to("sql")
         (self._root / "link-out").symlink_to(self._folder / "outside")
@@ -99,6 +101,7 @@ class Validators:
         self._scratch = self._folder / "scratch"
         self._scratch.mkdir()
         self._folders = AdapterFolders((self._root,))
+        self._allowed = content_hash(self._root / "sql")
 
     def model_name(self, rng: Random) -> None:
         """A name is the base model, or an adapter it names whole or behind a prefix; all else is unknown."""
@@ -134,12 +137,12 @@ class Validators:
         assert (found is not None) or name not in ("sql", "legal", "a b", "ünï", "link-in"), "not found"
 
     def path(self, rng: Random) -> None:
-        """Only what lies below the root is read, and all else is a refusal in words."""
+        """Only bytes that lie below the root with all of their folder are read; all else is a refusal in words."""
         start = rng.choice((str(self._root), str(self._folder), "", f"{self._root}/sql"))
         where = start + "/" + cases.path(rng, WORDS) if rng.random() < 0.9 else cases.path(rng, WORDS)
         report, _ = read_adapter("fuzzed", where, self._spec, 64, str(self._root))
         if report.error is None:
-            self._inside(Path(os.path.realpath(where)))
+            assert report.content_hash == self._allowed, f"{where!r} is not below {self._root} with all its files"
             return
         assert UNFORESEEN not in report.error, report.error
         assert "fuzzed" in report.error
@@ -268,9 +271,3 @@ class Validators:
                     assert weights.read(name, None, None).shape == stored.shape
         finally:
             weights.close()
-
-    def _inside(self, folder: Path) -> None:
-        real = os.path.realpath(folder)
-        assert real.startswith(f"{self._root}/"), f"{real} is not below {self._root}"
-        for entry in os.scandir(real):
-            assert os.path.realpath(entry.path).startswith(f"{self._root}/"), f"{entry.path} leads out of the root"

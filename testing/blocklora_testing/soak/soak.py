@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -218,5 +217,5 @@ def _memory(watch: Watch, size: Size) -> list[Check]:
         Check(name=f"memory level after {size.settle_s:g} s: {growth.name}", held=growth.level, found=str(growth))
         for growth in growths
     ]
-    new = watch.processes() - watch.first
-    return [*found, Check(name="no process more", held=not new, found=json.dumps(sorted(new)))]
+    new = [watch.describe(pid) for pid in sorted(watch.processes() - watch.first)]
+    return [*found, Check(name="no process more", held=not new, found=", ".join(new) or "none")]

@@ -68,6 +68,16 @@ class Watch:
         """Process ids that are there now."""
         return {process.pid for process in self._all()}
 
+    def describe(self, pid: int) -> str:
+        """What runs there, and for how long."""
+        try:
+            process = psutil.Process(pid)
+            return (
+                f"{' '.join(process.cmdline())[:200]} ({process.status()}, {time.time() - process.create_time():.0f} s)"
+            )
+        except psutil.NoSuchProcess:
+            return f"{pid}, which has ended"
+
     def _all(self) -> list[psutil.Process]:
         return [self._root, *self._root.children(recursive=True)]
 
