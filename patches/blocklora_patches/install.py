@@ -29,6 +29,7 @@ from blocklora_patches.scheduler import (
     prefill_adder,
     queue_order,
     request,
+    sessions,
 )
 
 HOOKS = (
@@ -42,6 +43,7 @@ HOOKS = (
     *load_on_use.HOOKS,
     *runner.HOOKS,
     *request.HOOKS,
+    *sessions.HOOKS,
     *prefill_adder.HOOKS,
     *admission.HOOKS,
     *control.HOOKS,

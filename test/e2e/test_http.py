@@ -228,6 +228,16 @@ def test_no_request_ends_the_server(server: Server, llama: Case, name: str) -> N
         assert server.tokens(llama.prompts[0], adapter, NEW_TOKENS) == llama.expected[adapter and NAMES[adapter]][0]
 
 
+def test_a_session_that_is_replaced_does_not_end_the_server(server: Server) -> None:
+    """SGLang's first turn as its own examples write it, and again."""
+    session = call(server, "/open_session", {"capacity_of_str_len": 100})[1].strip('"')
+    body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 2}}
+    body |= {"session_params": {"id": session, "rid": None, "offset": -1, "replace": True}}
+    for _ in range(3):
+        assert call(server, "/generate", body)[0] == 200
+    assert call(server, "/close_session", {"session_id": session})[0] == 200
+
+
 def series(server: Server, prefix: str) -> dict[tuple[str, tuple], float]:
     """Samples of ``/metrics`` by name and sorted labels, read by prometheus_client's own parser."""
     text = call(server, "/metrics", key=None)[1]
