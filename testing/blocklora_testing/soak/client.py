@@ -86,6 +86,10 @@ def _headers(admin: bool) -> dict[str, str]:
 
 
 def _decoded(text: bytes) -> Any:
-    if text.startswith((b"{", b"[")):
+    """JSON, lines of it (Ollama's streams), or text."""
+    if not text.startswith((b"{", b"[")):
+        return text.decode(errors="replace")
+    try:
         return json.loads(text)
-    return text.decode(errors="replace")
+    except ValueError:
+        return [json.loads(line) for line in text.splitlines() if line]

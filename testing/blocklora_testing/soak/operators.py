@@ -115,7 +115,10 @@ class Disk:
 
     async def _single(self, rng: Random) -> None:
         run, name, how = self._run, rng.choice(self._names), rng.choice(HARMS)
-        folder = (run.place.named if name.startswith("n") else run.place.loaded) / name
+        named = name.startswith("n")
+        if named and how == "other bytes":
+            how = "gone"  # who names it while it is not loaded would get those, and rightly
+        folder = (run.place.named if named else run.place.loaded) / name
         async with run.locks[name]:
             with run.ledger.harm(name):
                 kept = run.place.harm(folder, how, rng.choice(sorted(run.world.contents)))

@@ -67,6 +67,8 @@ class Refusals:
         answer = await run.client.call(bad.path, bad.body, admin=bad.admin)
         if answer.status in bad.expected:
             run.tally.refused(f"bad: {kind}", answer.end - answer.begin)
+        elif "'type': 'abort'" in str(answer.body) and run.ledger.stormy(answer.begin, answer.end):
+            run.tally.aborted(f"bad: {kind}")  # before it was its turn to be refused
         else:
             text = f"{bad.path} {str(bad.body)[:200]}: {answer.status} {str(answer.body)[:200]}, not {bad.expected}"
             run.tally.problem(f"bad: {kind}", text)
