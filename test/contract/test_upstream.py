@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from sglang_blocklora import SGLANG_VERSION
 from sglang_blocklora.settings import SETTINGS_VARIABLE, SWITCH_VARIABLE, Settings
@@ -257,6 +259,18 @@ except ValueError as error:
     print("REFUSED", error)
 """
     assert "does not serve DeepseekV3ForCausalLM; it serves LlamaForCausalLM" in run(code).stdout
+
+
+def test_ranks_with_other_settings_are_refused() -> None:
+    """Several nodes have a launcher each, and TP ranks must decide alike."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SGLang warns while it is imported
+        from blocklora_patches.model.runner import refuse_other_settings
+    given = [Settings(adapter_memory_mb=3), Settings(adapter_memory_mb=3, decision_log="elsewhere")]
+    refuse_other_settings([msgspec.to_builtins(settings) for settings in given])
+    given.append(Settings(adapter_memory_mb=4, adapter_max_wait_steps=1))
+    with pytest.raises(ValueError, match=r"TP rank 2 .*: adapter_memory_mb 4 \(rank 0: 3\), adapter_max_wait_steps 1"):
+        refuse_other_settings([msgspec.to_builtins(settings) for settings in given])
 
 
 def test_settings_survive_the_trip(settings: dict[str, str]) -> None:

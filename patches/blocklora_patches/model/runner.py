@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.plugins.hook_registry import HookType
-from sglang.srt.runtime_context import get_lora
+from sglang.srt.runtime_context import get_lora, get_parallel
 from sglang_blocklora.settings import Settings
 
 from blocklora_patches.hooks.apply import check
@@ -17,7 +19,25 @@ from blocklora_patches.model.unsupported import refuse_unsupported
 def _load_model(self: Any) -> None:
     check()  # every plugin has run by now
     if get_lora().enable_lora:
-        refuse_unsupported(self.model_config, Settings.required().adapter_memory == "unified")
+        settings = Settings.required()
+        refuse_unsupported(self.model_config, settings.adapter_memory == "unified")
+        refuse_other_settings(get_parallel().tp_group.all_gather_object(msgspec.to_builtins(settings)))
+
+
+def refuse_other_settings(settings_of_ranks: Sequence[Mapping[str, Any]]) -> None:
+    """``ValueError`` naming what differs between TP ranks, which must decide alike; each node has a launcher.
+
+    Where the decision log is may differ.
+    """
+    first = settings_of_ranks[0]
+    for rank, other in enumerate(settings_of_ranks):
+        wrong = [name for name in first if name != "decision_log" and other[name] != first[name]]
+        if wrong:
+            told = ", ".join(f"{name} {other[name]!r} (rank 0: {first[name]!r})" for name in wrong)
+            raise ValueError(
+                f"TP rank {rank} was started with other settings of sglang-blocklora than rank 0: {told}. Give every "
+                "node's launcher the same flags."
+            )
 
 
 def _alloc_memory_pool(result: Any, self: Any, memory_pool_config: Any = None) -> None:
