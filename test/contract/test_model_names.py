@@ -129,6 +129,14 @@ def test_ollama_is_told_of_bad_options(process: HTTPProcess, path: str) -> None:
     assert "max_new_tokens is 2.5" in msgspec.json.decode(text.splitlines()[-1])["error"]
 
 
+def test_ollama_is_told_of_a_chat_that_cannot_be(process: HTTPProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No message, or one that the model's template refuses; both were internal errors."""
+    body = RESOLVES["/api/chat"] | {"model": BASE}
+    assert process.call("/api/chat", body | {"messages": []}) == (400, {"error": "messages is empty"})
+    monkeypatch.setattr(process.manager.tokenizer, "chat_template", "{{ raise_exception('no such role') }}")
+    assert process.call("/api/chat", body) == (400, {"error": "no such role"})
+
+
 def test_ollama_lists_adapters(process: HTTPProcess) -> None:
     models = process.call("/api/tags")[1]["models"]
     assert [model["name"] for model in models] == [BASE, ADAPTER]

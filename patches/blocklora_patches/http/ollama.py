@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 from fastapi.responses import JSONResponse
+from jinja2 import TemplateError
 from sglang.srt.plugins.hook_registry import HookType
 from sglang_blocklora.naming.model_names import UnknownModel
 
@@ -21,12 +22,14 @@ _adapter: ContextVar[str | None] = ContextVar("blocklora_ollama_adapter")
 
 
 async def _handle(original: Any, self: Any, request: Any, raw_request: Any) -> Any:
+    if getattr(request, "messages", None) == []:
+        return _error("messages is empty", 400)
     try:
         _adapter.set(await _adapter_of(self.tokenizer_manager, request.model))
         return await original(self, request, raw_request)
     except UnknownModel as error:
         return _error(str(error), error.status_code)
-    except ValueError as error:
+    except (ValueError, TemplateError) as error:  # the latter: of a chat that the model's template refuses
         return _error(str(error), 400)
 
 

@@ -32,7 +32,9 @@ class Client:
     def __init__(self, url: str, deadline_s: float) -> None:
         self._url, self._deadline = url, deadline_s
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(deadline_s)
+            # Uvicorn closes what was idle for 5 s: a request must not meet that.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
+            timeout=aiohttp.ClientTimeout(deadline_s),
         )
 
     async def __aenter__(self) -> Client:
@@ -86,10 +88,7 @@ def _headers(admin: bool) -> dict[str, str]:
 
 
 def _decoded(text: bytes) -> Any:
-    """JSON, lines of it (Ollama's streams), or text."""
-    if not text.startswith((b"{", b"[")):
-        return text.decode(errors="replace")
     try:
         return json.loads(text)
-    except ValueError:
-        return [json.loads(line) for line in text.splitlines() if line]
+    except ValueError:  # a line of text, a page of metrics, or several objects of a stream
+        return text.decode(errors="replace")
