@@ -152,3 +152,23 @@ def test_metrics_are_told_where_upstream_mounts_them(
 
     facts.facts_of.cache_clear()
     asyncio.run(main())
+
+
+def test_the_list_tells_an_adapter_once_though_it_is_unloaded_while_folders_are_looked_into(
+    facts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was told as loaded and as one to be loaded, and sorting the two was an internal error."""
+    from blocklora_patches.http import routes
+
+    loaded = {"a": SimpleNamespace(lora_path="/p/a", lora_id="1", pinned=False)}
+
+    async def folders(manager: Any) -> dict[str, Path]:
+        loaded.clear()
+        return {"a": Path("/p/a")}
+
+    monkeypatch.setattr(routes, "loaded_adapters", lambda manager: loaded)
+    monkeypatch.setattr(routes, "adapters_in_folders", folders)
+    monkeypatch.setattr(routes, "adapters_of", lambda manager: SimpleNamespace(errors={}))
+    nothing = msgspec.convert(told(0)[0]["blocklora"], Facts)
+    (one,) = asyncio.run(routes.AdapterRoutes(None)._adapters(nothing))
+    assert (one.name, one.lora_id, one.tier) == ("a", None, "disk")

@@ -63,9 +63,9 @@ class AdapterRoutes:
         self._manager = tokenizer_manager
 
     async def _adapters(self, facts: Facts) -> list[AdapterFacts]:
-        loaded = loaded_adapters(self._manager)
-        known = [(name, ref.lora_path, ref.lora_id, bool(ref.pinned)) for name, ref in loaded.items()]
         folders = await adapters_in_folders(self._manager)
+        loaded = loaded_adapters(self._manager)  # asked last: adapters come and go while folders are looked into
+        known = [(name, ref.lora_path, ref.lora_id, bool(ref.pinned)) for name, ref in loaded.items()]
         known += [(name, str(path), None, False) for name, path in folders.items() if name not in loaded]
         return merge_facts(facts, known, adapters_of(self._manager).errors)
 

@@ -173,7 +173,7 @@ def merge_facts(
     """
     loaded = {one.lora_id: one for one in facts.adapters}
     found = []
-    for name, path, lora_id, pinned in sorted(known):
+    for name, path, lora_id, pinned in sorted(known, key=lambda one: one[0]):
         there = loaded.get(lora_id) if lora_id else None
         one = there or AdapterFacts(name=name, path=path, lora_id=lora_id, pinned=pinned, tier="disk")
         found.append(msgspec.structs.replace(one, last_error=one.last_error or errors.get(name)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import traceback
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -96,6 +97,8 @@ class Run:
                 except NoAnswer as error:
                     self.tally.problem(kind, str(error))
                     await asyncio.sleep(1)  # the server may have ended
+                except (LookupError, TypeError) as error:
+                    self.tally.problem(kind, f"an answer of another form: {traceback.format_exc()[-600:]}{error!r}")
 
     def judge(
         self,

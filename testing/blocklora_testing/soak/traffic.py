@@ -123,17 +123,17 @@ class Traffic:
             "chat": (
                 "/v1/chat/completions",
                 {"messages": messages, "max_tokens": asked.tokens},
-                lambda answer: answer["choices"][0]["message"]["content"],
+                lambda answer: answer["choices"][0]["message"]["content"] or "",
             ),
             "responses": (
                 "/v1/responses",
                 {"input": CHAT, "max_output_tokens": asked.tokens + 2},  # SGLang keeps two back
-                lambda answer: answer["output"][0]["content"][0]["text"],
+                lambda answer: "".join(part["text"] for one in answer["output"] for part in one["content"]),
             ),
             "messages": (
                 "/v1/messages",
                 {"messages": messages, "max_tokens": asked.tokens},
-                lambda answer: answer["content"][0]["text"],
+                lambda answer: "".join(part["text"] for part in answer["content"]),
             ),
         }[kind]
         answer = await run.client.call(path, {"model": model, "temperature": 0, **body})
