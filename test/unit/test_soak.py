@@ -32,7 +32,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.fixture
 def run(clock: list[float]) -> Run:
     """``a`` held the old contents until 10 and holds the new ones since 12; in between it was unloaded and loaded."""
-    run = Run(world=WORLD, place=Any, client=Any, seed=0, popular=["a"])  # type: ignore[arg-type]
+    run = Run(world=WORLD, place=Any, client=Any, seed=0, popular=["a"], pool_tokens=1)  # type: ignore[arg-type]
     run.ledger.there("a", "old")
     old = run.ledger.newest("a")
     old.leaving, old.until = 9.0, 10.0

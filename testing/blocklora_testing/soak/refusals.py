@@ -180,7 +180,9 @@ class Refusals:
         return self._generate(rng, input_ids=rng.choice([[], [[]], [[5, 6], []]]))
 
     def _long_prompt(self, rng: Random) -> Bad:
-        return self._generate(rng, input_ids=[5] * rng.choice([700, 760, 800, 2047, 2048, 5000]))
+        return self._generate(
+            rng, input_ids=[5] * rng.choice([self._run.pool_tokens, self._run.pool_tokens + 1, 2047, 2048, 5000])
+        )
 
     def _bad_body(self, rng: Random) -> Bad:
         path = rng.choice(["/generate", "/v1/completions", "/load_lora_adapter", "/v1/load_lora_adapter"])

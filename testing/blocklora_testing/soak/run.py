@@ -35,6 +35,7 @@ class Run:
     """world, place    what is served, and from where
     ledger, tally      what may be answered, and what was
     popular            names that requests may be sent to, the most popular first
+    pool_tokens        slots of the KV pool: no longer prompt can ever run
     locks              who holds a name's lock may change its folder and what it means
     """
 
@@ -43,6 +44,7 @@ class Run:
     client: Client
     seed: int
     popular: Sequence[str]
+    pool_tokens: int
     ledger: Ledger = field(default_factory=Ledger)
     tally: Tally = field(default_factory=Tally)
     locks: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))

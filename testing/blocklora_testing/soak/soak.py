@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from blocklora_testing import slow_launcher
 from blocklora_testing.server import Server, running
 from blocklora_testing.soak import checks, world
 from blocklora_testing.soak.checks import Check
@@ -56,7 +57,7 @@ class Size:
 
 
 FULL = Size(
-    seconds=480,
+    seconds=450,
     requests=10_000,
     adapters=40,
     contents=46,
@@ -116,7 +117,8 @@ def _server(folder: Path, size: Size, place: Place, model: Path, names: list[str
     flags += ["--adapter-root", str(place.root), "--adapter-dir", str(place.named), "--random-seed", "0"]
     flags += ["--lora-paths", *(f"{name}={place.loaded / name}" for name in names if not name.startswith("n"))]
     debug = {"SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK": "1"}  # whenever idle, every slot has exactly one owner
-    with running(model, *flags, log=folder / "log", environment=debug, sound=False) as server:
+    script = slow_launcher.__file__  # storage that hangs while a folder says so
+    with running(model, *flags, log=folder / "log", environment=debug, module=(script,), sound=False) as server:
         yield server
 
 
@@ -126,7 +128,7 @@ async def _run(
     watch = Watch(server.process.pid)
     begin = time.monotonic()
     async with Client(server.url, deadline_s=60) as client:
-        run = Run(world=made, place=place, client=client, seed=seed, popular=names)
+        run = Run(world=made, place=place, client=client, seed=seed, popular=names, pool_tokens=size.pool_tokens)
         for i, name in enumerate(names):
             run.ledger.there(name, list(made.contents)[i % len(made.contents)])
         watching = asyncio.ensure_future(watch.run())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import Awaitable, Callable
 from random import Random
 from typing import Any
 
+from blocklora_testing.slow_launcher import HOLD
 from blocklora_testing.soak.client import Answer, NoAnswer
 from blocklora_testing.soak.operators import load, unload
 from blocklora_testing.soak.run import Asked, Run
@@ -130,27 +130,26 @@ class Weather:
 
     async def _slow_load(self, rng: Random) -> None:
         """A load whose storage does not answer, and requests for others meanwhile: those must be answered."""
-        run, kind = self._run, "load from slow storage"
-        folder = run.place.loaded / "slow"
-        run.place.put(folder, rng.choice(sorted(run.world.contents)))
-        config = folder / "adapter_config.json"
-        text = config.read_bytes()
-        config.unlink()
-        os.mkfifo(config)
+        run, kind, folder = self._run, "load from slow storage", self._run.place.loaded / "slow"
+        contents = rng.choice(sorted(run.world.contents))
+        run.place.put(folder, contents)
+        (folder / HOLD).touch()
         loading = asyncio.ensure_future(load(run, "slow", str(folder), rng))
-        await asyncio.sleep(0.5)
         before, deadline = run.tally.requests, time.monotonic() + PATIENCE_S
-        while run.tally.requests < before + OTHERS and not loading.done() and time.monotonic() < deadline:
+        while run.tally.requests < before + OTHERS and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        if run.tally.requests < before + OTHERS and not loading.done():
+        if run.tally.requests < before + OTHERS:
             run.tally.problem(kind, f"{run.tally.requests - before} requests of others were answered meanwhile")
-        while not loading.done():
-            _feed(config, text)
-            await asyncio.sleep(0.1)
-        answer = await loading
-        self._expect(kind, answer, (200, 400))
-        if answer.status == 200:
-            self._expect(f"{kind}, unload", await unload(run, "slow", rng), (200,))
+        if loading.done():
+            run.tally.problem(kind, f"answered before it was read: {loading.result()}")
+        (folder / HOLD).unlink()
+        self._expect(kind, await loading, (200,))
+        asked, traffic = Asked(name="slow", prompt=rng.randrange(run.world.long), tokens=4), Traffic(run)
+        span = run.ledger.coming("slow", contents)
+        answer = await run.client.call("/generate", traffic.body(asked))
+        traffic.judge(f"{kind}, request", [asked], answer, [answer.body])
+        self._expect(f"{kind}, unload", await unload(run, "slow", rng), (200,))
+        span.until = time.monotonic()
 
     def _expect(self, kind: str, answer: Answer, expected: tuple[int, ...]) -> None:
         if answer.status not in expected:
@@ -159,13 +158,3 @@ class Weather:
             self._run.tally.right(kind, answer.end - answer.begin)
         else:
             self._run.tally.refused(kind, answer.end - answer.begin)
-
-
-def _feed(fifo: Any, text: bytes) -> None:
-    """Give ``text`` to whoever reads; nothing where nobody does."""
-    with contextlib.suppress(OSError):
-        file = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
-        try:
-            os.write(file, text)
-        finally:
-            os.close(file)
