@@ -489,3 +489,21 @@ def test_an_unforeseen_error_becomes_an_outcome(tmp_path: Path, monkeypatch: pyt
     assert error is not None
     assert "MemoryError" in error
     assert "TP rank 1" in error
+
+
+def test_a_folder_that_goes_away_while_a_rank_reads_is_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Found by the soak: a traceback in the log, and a message about this server's own code."""
+
+    def load_and_go(*arguments, **options):
+        loaded = load_shard(*arguments, **options)
+        (tmp_path / "adapter_config.json").unlink()
+        return loaded
+
+    monkeypatch.setattr("sglang_blocklora.adapters.loading.load_shard", load_and_go)
+    write_adapter(tmp_path, MODEL)
+    error = read("mine", tmp_path, MODEL.spec(0, 1)).error
+    assert error is not None
+    assert f"{tmp_path} that went away while it was read" in error
+    assert not caplog.records

@@ -75,6 +75,11 @@ def read_adapter(
         return Report(slots=shard.slots, content_hash=contents), local
     except AdapterError as error:
         return Report(error=str(error)), None
+    except OSError as error:  # between two looks at it: each of them tells by itself what is missing
+        gone = AdapterError(
+            name, f"{path} that went away while it was read ({error.strerror})", "a folder that stays", "Load it again."
+        )
+        return Report(error=str(gone)), None
     except Exception as error:
         logger.exception("adapter %r: loading failed on TP rank %d", name, spec.tp_rank)
         message = f"adapter {name!r}: {type(error).__name__} while loading on TP rank {spec.tp_rank}: {error}"
