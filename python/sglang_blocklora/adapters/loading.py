@@ -136,7 +136,7 @@ def _checked_folder(name: str, path: str, root: str | None) -> Path:
                 raise AdapterError(
                     name,
                     f"{file}, a link to {real}",
-                    f"files below {root}",
+                    f"files below {root} (--adapter-root, or an --adapter-dir)",
                     "Copy the file into the adapter's folder.",
                 )
     return folder
