@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from blocklora_testing.server import Server
 
+BEHIND_S = 10.0
 KINDS_SEEN = ("load", "evict", "read", "host-evict", "failed")
 
 
@@ -21,13 +23,28 @@ class Check:
     found: str
 
 
+def settled(paths: list[Path]) -> list[list[str]]:
+    """Lines of logs that are written alike, once all have as many: one rank may be a step behind another.
+
+    Waits no longer than ``BEHIND_S``: then they differ.
+    """
+    end = time.monotonic() + BEHIND_S
+    while True:
+        logs = [path.read_text().splitlines() for path in paths]
+        if len({len(log) for log in logs}) == 1 or time.monotonic() > end:
+            return logs
+        time.sleep(0.05)
+
+
 def decision_logs(path: Path, ranks: int) -> list[Check]:
     """All TP ranks wrote the same decisions, and there were some of every kind that this load is made for."""
-    logs = [Path(f"{path}.{rank}").read_text().splitlines() for rank in range(ranks)]
+    logs = settled([Path(f"{path}.{rank}") for rank in range(ranks)])
     lines = Counter(json.loads(line)["decision"] for line in logs[0])
     differ = [i for i, together in enumerate(zip(*logs, strict=False)) if len(set(together)) > 1]
     same = len({len(log) for log in logs}) == 1 and not differ
     where = f"first other at line {differ[0] + 1}: {[log[differ[0]] for log in logs]}" if differ else ""
+    if not same and not differ:
+        where = f"{[len(log) for log in logs]} decisions"
     text = ", ".join(f"{count} {kind}" for kind, count in sorted(lines.items()))
     missing = [kind for kind in KINDS_SEEN if not lines[kind]]
     return [
