@@ -64,6 +64,26 @@ def test_a_slow_load_holds_up_nobody_else_and_answers_may_come_in_any_order(worl
     world.run(scenario)
 
 
+@pytest.mark.parametrize("route", ["/unload_lora_adapter", "/v1/unload_lora_adapter"])
+def test_an_unload_of_what_a_request_is_loading_comes_behind_it(world: World, folder: Path, route: str) -> None:
+    """Or the old files, which are read already, would serve after the unload was answered."""
+
+    async def scenario() -> None:
+        world.scheduler.slow = {"a"}
+        request = asyncio.ensure_future(world.generate("a"))
+        await until(lambda: bool(world.scheduler.asks("Load", "a")))
+        unload = asyncio.ensure_future(world.post(route, {"lora_name": "a"}))
+        await asyncio.sleep(0.1)
+        assert not unload.done(), "it was answered before the load that it concerns"
+        first, world.scheduler.slow = world.scheduler.asks("Load", "a")[0], set()
+        world.scheduler.answer(first)
+        assert (await unload)[0] == 200
+        assert (await request)[0] in (200, 400)
+        assert [ask.lora_id for ask in world.scheduler.asks("Unload", "a")] == [first.lora_id]
+
+    world.run(scenario)
+
+
 @pytest.mark.parametrize("mode", ["abort", "in_place", "retract"])
 def test_a_paused_server_replaces_adapters(world: World, mode: str) -> None:
     """Trainers pause, unload, load and continue. Requests that were paused end with the weights they began with."""

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 from sglang.srt.entrypoints import http_server
 from sglang.srt.entrypoints.openai.protocol import ModelCard
-from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput, UnloadLoRAAdapterReqInput
+from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.utils.auth import AuthLevel, auth_level
 from sglang_blocklora.naming.model_names import known_adapters
@@ -121,13 +121,14 @@ class AdapterRoutes:
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def unload(self, body: UnloadRequest, client: Request) -> Response:
-        if body.lora_name not in loaded_adapters(self._manager):
-            return _error(f"The lora adapter '{body.lora_name}' cannot be found.", 404, "lora_name")
-        request = UnloadLoRAAdapterReqInput(lora_name=body.lora_name)
+        self._manager.auto_create_handle_loop()
         try:
-            result = await self._manager.unload_lora_adapter(request, client)
+            permission.check(client)
+            result = await adapters_of(self._manager).unload(body.lora_name)
         except permission.NotAllowed as error:
             return _error(error.detail, 403)
+        except NotLoaded:  # nor is it on its way: an unload waits for its turn
+            return _error(f"The lora adapter '{body.lora_name}' cannot be found.", 404, "lora_name")
         if not result.success:
             return _error(result.error_message, 400)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

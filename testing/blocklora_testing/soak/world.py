@@ -61,7 +61,8 @@ class World:
         certain = self.expected[contents][prompt][:NEW_TOKENS]
         made = [str(self.decode(certain[:count])) for count in range(len(certain) + 1)]
         if text in made:
-            return certain[: made.index(text)]
+            longest = len(made) - 1 - made[::-1].index(text)  # a token may add nothing that can be read
+            return certain[:longest]
         return [*certain, 0][:NEW_TOKENS] if len(certain) < NEW_TOKENS and text.startswith(made[-1]) else None
 
     def who(self, prompt: int, answer: Sequence[int]) -> list[str]:
