@@ -71,7 +71,7 @@ def assemble(ptx: str, arch: int) -> dict[str, int]:
 def launches(arch: int) -> list[tuple[Any, dict[str, int], int, int]]:
     """Kernel, constants, warps and stages of every tile of the table that a GPU of ``arch`` would use."""
     key = f"sm_{arch}"
-    steps = tile_table.STEPS.get(key, tile_table.STEPS["default"])
+    steps = tile_table.TILINGS.get(key, tile_table.TILINGS["default"])
     most_splits = {block: max(s for _, b, s in steps if b == block) for _, block, _ in steps}
     common = {"WIDTH": 1024, "VECTOR": 8}
     found = []

@@ -2,7 +2,7 @@
 
     python benchmark/kernels/tune.py [--models 8B] [--tp 1 8]
 
-STEPS stay as they are: they fix how metadata are built. Shrink and expand are tuned each on its own: for each class of
+TILINGS stay: they fix how metadata are built. Shrink and expand are tuned each on its own: for each class of
 shapes the tile with the least sum of times relative to the best of each problem wins.
 """
 
@@ -118,10 +118,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("tune.py needs a GPU.")
     arch = tiles.architecture(torch.device("cuda"))
-    original = {name: dict(getattr(tile_table, name)) for name in ("STEPS", "SHRINK", "EXPAND")}
+    original = {name: dict(getattr(tile_table, name)) for name in ("TILINGS", "SHRINK", "EXPAND")}
     for table in original.values():
         table.pop(arch, None)
-    tile_table.STEPS = {"default": original["STEPS"]["default"]}
+    tile_table.TILINGS = {"default": original["TILINGS"]["default"]}
     best = tune(arguments.models, arguments.tp)
     for op, found in best.items():
         original[op][arch] = entries(found, original[op]["default"])

@@ -51,7 +51,7 @@ class BatchMetadata:
         self.max_segments = max_segments
         self.h_width = h_width
         self.device = device
-        self.capacity = max_segments + max_tokens // tiles.step(self.arch, 1).block_tokens
+        self.capacity = max_segments + max_tokens // tiles.tiling(self.arch, 1).block_tokens
         self.h = torch.empty(elements, dtype=torch.float32, device=device)
         size = 1 + 3 * self.capacity + max_tokens
         self._buffer = torch.zeros(size, dtype=torch.int32, device=device)
@@ -64,7 +64,7 @@ class BatchMetadata:
         self._turn = 0
         self.adapters = np.empty(0, np.int32)
         self.batch_tokens = 0
-        self.step = tiles.step(self.arch, 1)
+        self.tiling = tiles.tiling(self.arch, 1)
         self.grid_tiles = 0
 
     def update(
@@ -80,8 +80,8 @@ class BatchMetadata:
         """
         self._check(segments, batch_tokens)
         count, capacity = len(segments.tokens), self.capacity
-        self.step = tiles.step(self.arch, graph_tokens or batch_tokens)
-        segment, first, stop = cut_into_tiles(segments.starts, self.step.block_tokens)
+        self.tiling = tiles.tiling(self.arch, graph_tokens or batch_tokens)
+        segment, first, stop = cut_into_tiles(segments.starts, self.tiling.block_tokens)
         host = self._next_host()
         packed = host.numpy()
         packed[0] = len(segment)
@@ -99,7 +99,7 @@ class BatchMetadata:
 
     def most_tiles(self, batch_tokens: int) -> int:
         """Most tiles that ``batch_tokens`` tokens of at most ``max_segments`` adapters can form."""
-        block = tiles.step(self.arch, batch_tokens).block_tokens
+        block = tiles.tiling(self.arch, batch_tokens).block_tokens
         return (batch_tokens + min(batch_tokens, self.max_segments) * (block - 1)) // block
 
     def _next_host(self) -> torch.Tensor:

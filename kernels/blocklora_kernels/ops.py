@@ -65,15 +65,15 @@ class LoraLinear:
             self.check_addresses(batch)
         if not batch.grid_tiles:
             return
-        step = batch.step
-        tile = tiles.shrink_tile(batch.arch, step.block_tokens, self.rank, self.in_features)
+        tiling = batch.tiling
+        tile = tiles.shrink_tile(batch.arch, tiling.block_tokens, self.rank, self.in_features)
         aligned = (
             self._planes_aligned
             and self.in_features % GRANULE == 0
             and x.stride(0) % GRANULE == 0
             and x.data_ptr() % VECTOR_BYTES == 0
         )
-        shrink_kernel[(batch.grid_tiles * tile.lanes * step.splits,)](
+        shrink_kernel[(batch.grid_tiles * tile.lanes * tiling.splits,)](
             x,
             batch.h,
             *self.planes,
@@ -92,9 +92,9 @@ class LoraLinear:
             self.in_features,
             WIDTH=self.width,
             VECTOR=GRANULE if aligned else 1,
-            SPLITS=step.splits,
+            SPLITS=tiling.splits,
             LANES=tile.lanes,
-            BLOCK_T=step.block_tokens,
+            BLOCK_T=tiling.block_tokens,
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
             num_warps=tile.warps,
@@ -108,8 +108,8 @@ class LoraLinear:
             self.check_addresses(batch)
         if not batch.grid_tiles:
             return
-        step = batch.step
-        tile = tiles.expand_tile(batch.arch, step.block_tokens, self.rank, self.out_offsets[-1])
+        tiling = batch.tiling
+        tile = tiles.expand_tile(batch.arch, tiling.block_tokens, self.rank, self.out_offsets[-1])
         starts = (0, *self.out_ends)
         chunks = sum(-(-(starts[i + 1] - starts[i]) // tile.block_o) for i in range(MAX_SLICES))
         expand_kernel[(batch.grid_tiles * chunks,)](
@@ -132,11 +132,11 @@ class LoraLinear:
             self.scalings.stride(0),
             WIDTH=self.width,
             VECTOR=GRANULE if self._planes_aligned else 1,
-            SPLITS=step.splits,
+            SPLITS=tiling.splits,
             OUT_1=self.out_ends[0],
             OUT_2=self.out_ends[1],
             OUT_3=self.out_ends[2],
-            BLOCK_T=step.block_tokens,
+            BLOCK_T=tiling.block_tokens,
             BLOCK_O=tile.block_o,
             BLOCK_R=tile.block_r,
             num_warps=tile.warps,

@@ -3,14 +3,14 @@
 An architecture ("sm_90") without an entry uses "default". In each list the first entry whose limits hold is taken;
 a limit of None always holds.
 
-STEPS   (tokens of the batch, block_tokens, splits), splits a power of two
+TILINGS   (tokens of the batch, block_tokens, splits), splits a power of two
 SHRINK  (block_tokens, rank, input width, block_n, block_k, lanes, warps, stages)
 EXPAND  (block_tokens, rank, output width, block_o, block_r, warps, stages)
 
 "default" is reasoned, not measured (docs/kernels.md says how).
 """
 
-STEPS: dict[str, list[tuple[int | None, int, int]]] = {
+TILINGS: dict[str, list[tuple[int | None, int, int]]] = {
     "default": [
         (256, 16, 8),
         (4096, 64, 4),

@@ -10,7 +10,7 @@ import torch
 from blocklora_kernels import tile_table
 
 
-class Step(NamedTuple):
+class Tiling(NamedTuple):
     """Sizes that all launches of a batch share: tokens of a tile, and parts that shrink cuts its columns into."""
 
     block_tokens: int
@@ -52,12 +52,12 @@ def _holds(limit: int | None, value: int) -> bool:
 
 
 @cache
-def step(arch: str, tokens: int) -> Step:
+def tiling(arch: str, tokens: int) -> Tiling:
     """Sizes for a batch of ``tokens`` tokens; the same for every batch that replays one CUDA graph."""
-    for limit, *values in tile_table.STEPS.get(arch, tile_table.STEPS["default"]):
+    for limit, *values in tile_table.TILINGS.get(arch, tile_table.TILINGS["default"]):
         if _holds(limit, tokens):
-            return Step(*values)
-    raise ValueError(f"tile table: STEPS of {arch} has no entry for {tokens} tokens")
+            return Tiling(*values)
+    raise ValueError(f"tile table: TILINGS of {arch} has no entry for {tokens} tokens")
 
 
 @cache
@@ -80,6 +80,6 @@ def expand_tile(arch: str, block_tokens: int, rank: int, out_features: int) -> E
 
 def scratch_rows(arch: str, max_tokens: int) -> int:
     """Largest splits * tokens of any batch up to ``max_tokens``: rows of h that the scratch buffer must hold."""
-    limits = [limit for limit, *_ in tile_table.STEPS.get(arch, tile_table.STEPS["default"]) if limit is not None]
+    limits = [limit for limit, *_ in tile_table.TILINGS.get(arch, tile_table.TILINGS["default"]) if limit is not None]
     sizes = [min(limit, max_tokens) for limit in limits] + [max_tokens]
-    return max(step(arch, tokens).splits * tokens for tokens in sizes if tokens > 0)
+    return max(tiling(arch, tokens).splits * tokens for tokens in sizes if tokens > 0)

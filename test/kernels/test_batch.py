@@ -30,7 +30,7 @@ def test_tiles_cover_each_token_once(requests):
     seen = np.full(len(per_token), -1)
     for i in range(count):
         adapter, start, stop = packed[1 + i], packed[1 + capacity + i], packed[1 + 2 * capacity + i]
-        assert 0 < stop - start <= batch.step.block_tokens
+        assert 0 < stop - start <= batch.tiling.block_tokens
         rows = batch.tokens.numpy()[start:stop]
         assert (seen[rows] == -1).all()
         seen[rows] = adapter
@@ -38,9 +38,9 @@ def test_tiles_cover_each_token_once(requests):
 
 
 def test_tile_table_serves_every_batch():
-    for arch in tile_table.STEPS:
+    for arch in tile_table.TILINGS:
         for tokens in (0, 1, 16, 17, 256, 257, 4096, 10**6):
-            step = tiles.step(arch, tokens)
+            step = tiles.tiling(arch, tokens)
             assert step.splits & (step.splits - 1) == 0
             assert step.splits * tokens <= tiles.scratch_rows(arch, max(tokens, 1))
             for rank in (1, 16, 17, 256):
@@ -66,9 +66,9 @@ def test_update_refuses_what_does_not_fit():
 def test_tiles_of_the_graph_that_replays():
     batch = BatchMetadata(300, 2, 4, CPU)
     batch.update(Segments.build(np.zeros(40, np.int64)), 40)
-    assert (batch.step.block_tokens, batch.grid_tiles) == (16, 3)
+    assert (batch.tiling.block_tokens, batch.grid_tiles) == (16, 3)
     batch.update(Segments.build(np.zeros(40, np.int64)), 40, graph_tokens=300)
-    assert (batch.step.block_tokens, batch.grid_tiles) == (64, 1)
+    assert (batch.tiling.block_tokens, batch.grid_tiles) == (64, 1)
 
 
 def test_adapter_table():

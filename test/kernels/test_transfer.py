@@ -15,7 +15,7 @@ def test_on_a_device_without_streams_rows_are_there_at_once() -> None:
     arena = StaticArena(LAYERS, SLOTS, WIDTH, torch.float32, torch.device("cpu"))
     transfer, image = Transfer(torch.device("cpu")), torch.randn(LAYERS, 2, 5, WIDTH)
     transfer.join()
-    transfer.load(arena, torch.tensor([9, 2, 30, 31, 7]), image)
+    transfer.copy(arena, torch.tensor([9, 2, 30, 31, 7]), image)
     assert torch.equal(arena._rows[:, :, [9, 2, 30, 31, 7]], image)
 
 
@@ -35,7 +35,7 @@ def test_rows_change_after_the_running_pass_and_before_the_next(slots_device: st
         before = arena._rows.clone()
     with torch.cuda.stream(schedule):
         for start, image in zip((0, 8), images, strict=True):
-            transfer.load(arena, torch.arange(start, start + 8, device=slots_device), image)
+            transfer.copy(arena, torch.arange(start, start + 8, device=slots_device), image)
     assert not forward.query(), "the host waited for the running pass"
     with torch.cuda.stream(forward):
         transfer.join()

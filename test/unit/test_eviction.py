@@ -22,23 +22,23 @@ def come(strategy: EvictionStrategy, arrivals: str, kv_hit: int = 0) -> None:
 def test_lru_leaves_everything_to_the_tree() -> None:
     strategy = LRU()
     come(strategy, "aab")
-    assert strategy.held(RESIDENT, 100) == []
+    assert strategy.protected(RESIDENT, 100) == []
 
 
 def test_kv_first_holds_all_and_gives_up_the_least_recently_asked_for() -> None:
     strategy = KVFirst()
     come(strategy, "acba-")
-    assert strategy.held(RESIDENT, 100) == ["c", "b", "a"]
-    assert strategy.held(RESIDENT | {"never": 1}, 100) == ["never", "c", "b", "a"]
+    assert strategy.protected(RESIDENT, 100) == ["c", "b", "a"]
+    assert strategy.protected(RESIDENT | {"never": 1}, 100) == ["never", "c", "b", "a"]
 
 
 def test_cost_aware_holds_what_is_worth_more_per_slot_than_kv() -> None:
     """Of 10 arrivals 6 are for a, 3 for b, 1 for c. Worth per slot 0.6, 0.3, 0.1 x 1 token; KV as computed below."""
     strategy = CostAware(copy_tokens_per_slot=1.0)
     come(strategy, "aaaaaabbbc", kv_hit=20)
-    assert strategy.held(RESIDENT, kv_slots=100) == ["b", "a"], "KV: 20 tokens an arrival / 100 slots = 0.2"
-    assert strategy.held(RESIDENT, kv_slots=1000) == ["c", "b", "a"], "0.02"
-    assert strategy.held(RESIDENT, kv_slots=25) == [], "0.8"
+    assert strategy.protected(RESIDENT, kv_slots=100) == ["b", "a"], "KV: 20 tokens an arrival / 100 slots = 0.2"
+    assert strategy.protected(RESIDENT, kv_slots=1000) == ["c", "b", "a"], "0.02"
+    assert strategy.protected(RESIDENT, kv_slots=25) == [], "0.8"
 
 
 def test_a_dearer_copy_holds_more() -> None:
@@ -46,7 +46,7 @@ def test_a_dearer_copy_holds_more() -> None:
     for copy_tokens_per_slot in (0.1, 1.0, 10.0):
         strategy = CostAware(copy_tokens_per_slot)
         come(strategy, "aaaaaabbbc", kv_hit=20)
-        held.append(len(strategy.held(RESIDENT, kv_slots=100)))
+        held.append(len(strategy.protected(RESIDENT, kv_slots=100)))
     assert held == [0, 2, 3]
 
 
@@ -88,8 +88,8 @@ for name, make in STRATEGIES.items():
     source, strategy, names = random.Random(1), make(), [f"adapter {i}" for i in range(40)]
     for _ in range(3000):
         strategy.arrived(source.choice([None, *names]), lambda: source.randrange(5))
-    print(name, strategy.held({adapter: 100 for adapter in names}, 30))
-    print(name, strategy.held({adapter: 100 for adapter in names}, 3000))
+    print(name, strategy.protected({adapter: 100 for adapter in names}, 30))
+    print(name, strategy.protected({adapter: 100 for adapter in names}, 3000))
 """
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_blocklora.memory.counts import LoadCount
+from sglang_blocklora.memory.counts import AdapterCount
 from sglang_blocklora.reporting.facts import AdapterFacts, Facts, OwnedSlots, Requests, SlotFacts
 from sglang_blocklora.reporting.replicas import merge_replicas
 
@@ -19,7 +19,7 @@ def replica(running: int, tier: str, loads: int, *names: str) -> Facts:
                 tier=tier,
                 slots=7,
                 requests=Requests(running=running, waiting=1),
-                counts=LoadCount(hits=2, misses=loads, host_hits=1, loads=loads, load_seconds=0.5),
+                counts=AdapterCount(hits=2, misses=loads, host_hits=1, loads=loads, load_seconds=0.5),
             )
             for name in names
         ],
@@ -47,7 +47,7 @@ def test_counts_and_slots_add_up_and_the_best_tier_counts() -> None:
     for name in "ab":
         adapter = found[name]
         assert (adapter.tier, adapter.slots, adapter.requests) == ("resident", 7, Requests(running=4, waiting=2))
-        assert adapter.counts == LoadCount(hits=4, misses=1, host_hits=2, loads=1, load_seconds=1.0)
+        assert adapter.counts == AdapterCount(hits=4, misses=1, host_hits=2, loads=1, load_seconds=1.0)
     assert found["c"] == two.adapters[2]
     slots = merged.slots
     assert (slots.total, slots.free, slots.in_use, slots.adapter, slots.kv) == (200, 132, 0, 28, 40)

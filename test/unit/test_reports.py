@@ -9,7 +9,7 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from sglang_blocklora.memory.accounting import FORGOTTEN, SlotCounts, SlotOwners
-from sglang_blocklora.memory.counts import LoadCount, LoadCounts
+from sglang_blocklora.memory.counts import AdapterCount, AdapterCounts
 from sglang_blocklora.reporting.facts import (
     AdapterFacts,
     Facts,
@@ -47,7 +47,7 @@ def adapter(name: str, lora_id: str | None = None, running: int = 0, waiting: in
         tier="resident",
         slots=7,
         requests=Requests(running=running, waiting=waiting),
-        counts=LoadCount(**counts),
+        counts=AdapterCount(**counts),
     )
 
 
@@ -122,8 +122,8 @@ def test_two_adapters_of_one_name_are_both_counted() -> None:
 
 
 def test_every_count_is_a_series_and_a_field_of_the_list() -> None:
-    """A count that is added to ``LoadCount`` needs no other line to be told."""
-    numbers = {field: 10 + i for i, field in enumerate(LoadCount.__struct_fields__)}
+    """A count that is added to ``AdapterCount`` needs no other line to be told."""
+    numbers = {field: 10 + i for i, field in enumerate(AdapterCount.__struct_fields__)}
     collector = AdapterCollector(LabelBudget())
     collector.show(facts(adapter("a", **numbers)), 2.5)
     families = {family.name: family for family in text_string_to_metric_families(text(collector))}
@@ -182,7 +182,7 @@ def test_adapters_that_the_scheduler_put_out_are_on_disk_and_errors_are_told() -
 
 
 def test_a_load_that_fails_is_not_counted() -> None:
-    counts = LoadCounts()
+    counts = AdapterCounts()
     with counts.measure("a", 10):
         pass
     with pytest.raises(RuntimeError), counts.measure("a", 10):

@@ -96,7 +96,7 @@ def run_rank(
     for i, layer in enumerate(spec.layers):
         deltas.append([])
         for j, linear in enumerate(layer):
-            real = linear.inputs.shifted(0, linear.inputs.size)
+            real = linear.inputs.real
             x = torch.zeros(len(keys), linear.inputs.length, dtype=spec.dtype)
             x[:, : real.length] = inputs[i][j][:, real.start : real.stop]
             out = torch.zeros(len(keys), linear.out_offsets[-1], dtype=spec.dtype)
@@ -138,7 +138,7 @@ def check(model: ToyModel, size: int, adapters: dict[str, dict], keys: list[str 
                 for rank in range(size):
                     own = model.spec(rank, size).layers[i][j]
                     for index, offset in zip(source.slices, source.offsets, strict=True):
-                        rows = own.outputs[index].shifted(offset, source.size)
+                        rows = own.outputs[index].within(offset, source.size)
                         start, stop = own.out_offsets[index : index + 2]
                         part = found[rank][i][j][:, start:stop]
                         torch.testing.assert_close(

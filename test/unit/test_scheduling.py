@@ -107,7 +107,7 @@ class Queue:
         self.waiting = [self.waiting[i] for i in self.policy.order(*columns)]
         admitted: list[Request] = []
         for request in self.waiting:
-            if len(admitted) == capacity or self.policy.held:
+            if len(admitted) == capacity or self.policy.closed:
                 break
             if request.adapter in refuse:
                 self.policy.refused(request.ticket, will_fit=True)
@@ -165,9 +165,9 @@ def test_the_bound_is_reached_by_a_flood_of_better_requests() -> None:
 def test_an_overdue_request_that_can_never_fit_stops_nobody() -> None:
     policy = AffinityPolicy(0, LARGE, {})
     policy.refused(policy.ticket("a"), will_fit=False)
-    assert not policy.held
+    assert not policy.closed
     policy.refused(policy.ticket("a"), will_fit=True)
-    assert policy.held
+    assert policy.closed
 
 
 @settings(max_examples=60, deadline=None)

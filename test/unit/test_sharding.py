@@ -57,7 +57,7 @@ def combined(folder: Path, model: ToyModel, size: int) -> dict[str, torch.Tensor
                     for slice_index, offset in zip(source.slices, source.offsets, strict=True):
                         interval = own.outputs[slice_index]
                         start, stop = own.out_offsets[slice_index : slice_index + 2]
-                        real = interval.shifted(offset, source.size)
+                        real = interval.within(offset, source.size)
                         total[real.start : real.stop] = part[start : start + real.length]
                         assert not part[start + real.length : stop].any(), "a delta on padding"
                 result[module] = total

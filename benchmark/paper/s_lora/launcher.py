@@ -23,7 +23,7 @@ def install() -> None:
     from benchmark.paper.s_lora import sharding, step
 
     shard.plan_linear = sharding.plan_linear
-    lora_manager.TorchStep = step.SplitStep
+    lora_manager.TorchAdder = step.SplitStep
 
 
 if __name__ in ("__main__", "__mp_main__"):

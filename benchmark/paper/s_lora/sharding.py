@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from blocklora_kernels.descriptor import Address, Blocks, LinearDescriptor
 from sglang_blocklora.sharding import plan
-from sglang_blocklora.sharding.cut import ModuleShape, SliceCut, real_inputs
+from sglang_blocklora.sharding.cut import ModuleShape, SliceCut
 from sglang_blocklora.sharding.linears import Interval, LinearSpec, ModelSpec
 from sglang_blocklora.sharding.plan import LinearPlan, SlicePart
 
@@ -75,9 +75,9 @@ def cut_slice(
     A TP rank that holds only padding of the slice has its part of the other factor all the same.
     """
     r, output, tp_rank, tp_size = shape.rank, linear.outputs[slice_index], spec.tp_rank, spec.tp_size
-    inputs = real_inputs(linear)
+    inputs = linear.inputs.real
     column = linear.kind == "column"
-    rows = output.shifted(offset, size) if column else own_share(output.size, tp_rank, tp_size)
+    rows = output.within(offset, size) if column else own_share(output.size, tp_rank, tp_size)
     b_rows = output.length if column else rows.length
     return SliceCut(
         rank=r,

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 from blocklora_kernels import reference
-from sglang_blocklora.batch.torch_step import TorchStep
+from sglang_blocklora.batch.torch_adder import TorchAdder
 from sglang_blocklora.memory.loaded import Resident
 from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.sharding.linears import ModelSpec
@@ -50,7 +50,7 @@ class TPCollectives:
         return get_parallel().tp_group.all_reduce(values)
 
 
-class SplitStep(TorchStep):
+class SplitStep(TorchAdder):
     """The torch path, with a collective on each linear on which an adapter of the batch is split."""
 
     def __init__(self, spec: ModelSpec, pool: AdapterPool, collectives: Collectives | None = None) -> None:

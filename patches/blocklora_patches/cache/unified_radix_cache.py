@@ -223,23 +223,23 @@ class AdapterPrefixCache(UnifiedRadixCache):
         resident = self._entries.resident
         sizes = {content_hash: len(entry.marks) for content_hash, entry in resident.items()}
         kv_slots = self.evictable_size() + self.protected_size() - sum(sizes.values())
-        held = [resident[content_hash].node for content_hash in self.strategy.held(sizes, kv_slots)]
-        for node in held:
+        protected = [resident[content_hash].node for content_hash in self.strategy.protected(sizes, kv_slots)]
+        for node in protected:
             self.tree_core.inc_full_pin(node)
         given_up = 0
         try:
             result = evict(params)
-            while given_up < len(held) and result.num_tokens_evicted < params.num_tokens:
-                self.tree_core.dec_full_pin(held[given_up])
+            while given_up < len(protected) and result.num_tokens_evicted < params.num_tokens:
+                self.tree_core.dec_full_pin(protected[given_up])
                 given_up += 1
                 # Nothing but the adapter just given up is left to evict.
                 result.num_tokens_evicted += evict(params).num_tokens_evicted
         finally:
-            for node in held[given_up:]:
+            for node in protected[given_up:]:
                 self.tree_core.dec_full_pin(node)
             evicted = self._forget_evicted()
         self.decisions.record(
-            "evict", asked=params.num_tokens, evicted=result.num_tokens_evicted, held=len(held), adapters=evicted
+            "evict", asked=params.num_tokens, evicted=result.num_tokens_evicted, held=len(protected), adapters=evicted
         )
         return result
 

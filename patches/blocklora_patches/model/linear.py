@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
-from sglang_blocklora.batch.step import Step
+from sglang_blocklora.batch.delta_adder import DeltaAdder
 
 
 class AdaptedLinearMethod(LinearMethodBase):
@@ -21,7 +21,7 @@ class AdaptedLinearMethod(LinearMethodBase):
     for that class) fall back to ``apply``.
     """
 
-    def __init__(self, base: LinearMethodBase, step: Step, layer: int, linear: int) -> None:
+    def __init__(self, base: LinearMethodBase, step: DeltaAdder, layer: int, linear: int) -> None:
         self.base = base
         self._step = step
         self._layer = layer

@@ -16,9 +16,9 @@ from sglang.srt.model_executor.runner import get_is_capture_mode
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel
 from sglang_blocklora.adapters.loading import Found, LocalShard, Report, merge, read_adapter
-from sglang_blocklora.batch.step import Step
-from sglang_blocklora.batch.torch_step import TorchStep
-from sglang_blocklora.batch.triton_step import TritonStep
+from sglang_blocklora.batch.delta_adder import DeltaAdder
+from sglang_blocklora.batch.torch_adder import TorchAdder
+from sglang_blocklora.batch.triton_adder import TritonAdder
 from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.eviction import STRATEGIES
 from sglang_blocklora.memory.images import ImageStore
@@ -123,9 +123,9 @@ class BlockLoRAManager(LoRAManager):
     def _install_step(self, settings: Settings) -> None:
         """Put the batch's deltas behind every linear; the arena exists."""
         if settings.uses_triton(self.device.type == "cuda"):
-            step: Step = TritonStep(self._spec, self.pool, self._max_rank, self.device, settings.adapter_overlap)
+            step: DeltaAdder = TritonAdder(self._spec, self.pool, self._max_rank, self.device, settings.adapter_overlap)
         else:
-            step = TorchStep(self._spec, self.pool)
+            step = TorchAdder(self._spec, self.pool)
         self._step = step
         for layer, modules in enumerate(self._linears):
             for index, (_, module) in enumerate(modules):
@@ -134,7 +134,6 @@ class BlockLoRAManager(LoRAManager):
     def bind_kv_pool(self, k_buffers: list[torch.Tensor], v_buffers: list[torch.Tensor], total_slots: int) -> None:
         """Unified memory: adapters live in these buffers, each [slots, KV heads, head dimension], one per layer."""
         settings = Settings.required()
-        assert isinstance(self.pool, UnifiedPool)
         arena = KVArena(k_buffers, v_buffers)
         widths = {plane.shape[1] for layer in arena.planes for plane in layer}
         if widths != {self._spec.row_width}:

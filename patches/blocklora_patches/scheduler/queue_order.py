@@ -47,13 +47,13 @@ class AdapterAffinityPolicy(SchedulePolicy):
     def calc_priority(self, waiting_queue: list[Any], running_batch: Any = None, processed_tokens: int = 0) -> None:
         for req in waiting_queue:
             if not hasattr(req, "ticket"):
-                req.ticket = self._affinity.ticket(self._adapter_name(req.lora_id))
-                self._record("arrive", arrival=req.ticket.arrival, adapter=self._adapter_name(req.lora_id))
+                req.blocklora_ticket = self._affinity.ticket(self._adapter_name(req.lora_id))
+                self._record("arrive", arrival=req.blocklora_ticket.arrival, adapter=self._adapter_name(req.lora_id))
         deferred = self._match(waiting_queue)
         running = {req.lora_id for req in running_batch.reqs} if running_batch is not None else set()
         load_tokens = {key: self._load_tokens(key, running) for key in {req.lora_id: None for req in waiting_queue}}
         order = self._affinity.order(
-            [req.ticket for req in waiting_queue],
+            [req.blocklora_ticket for req in waiting_queue],
             [self._priority(req) for req in waiting_queue],
             [req.num_matched_prefix_tokens for req in waiting_queue],
             [load_tokens[req.lora_id] for req in waiting_queue],
@@ -61,12 +61,12 @@ class AdapterAffinityPolicy(SchedulePolicy):
             [req.rid in deferred for req in waiting_queue],
         )
         waiting_queue[:] = [waiting_queue[i] for i in order.tolist()]
-        arrivals = [req.ticket.arrival for req in waiting_queue]
+        arrivals = [req.blocklora_ticket.arrival for req in waiting_queue]
         self._record("order", step=self._affinity.steps, arrivals=arrivals, turns=self._affinity.turns.tolist())
 
     def admits(self, req: Any, running_loras: set[str | None], fits: Callable[[], bool]) -> bool:
         """Whether a request may join the batch as far as its adapter goes. ``fits`` asks upstream and the adapters."""
-        if self._affinity.held:
+        if self._affinity.closed:
             return False
         if fits():
             return True
@@ -74,7 +74,7 @@ class AdapterAffinityPolicy(SchedulePolicy):
             return False  # that takes as long as the storage does: nobody waits for it but its own requests
         adapter = self._manager.pool.loaded.get(req.lora_id)
         fits_alone = adapter is not None and self._manager.pool.reason_not_to_add(adapter.slots, False) is None
-        self._affinity.refused(req.ticket, will_fit=fits_alone and bool(running_loras))
+        self._affinity.refused(req.blocklora_ticket, will_fit=fits_alone and bool(running_loras))
         return False
 
     def _match(self, waiting_queue: list[Any]) -> set[str]:

@@ -69,8 +69,8 @@ class SlotOwners:
             if count:
                 number, is_weights = divmod(code, 2)
                 owner = known.get(number, FORGOTTEN)
-                held: dict[str | None, int] = weights if is_weights else kv  # type: ignore[assignment]
-                held[owner] = held.get(owner, 0) + count
+                owners: dict[str | None, int] = weights if is_weights else kv  # type: ignore[assignment]
+                owners[owner] = owners.get(owner, 0) + count
         return weights, kv
 
     def _number(self, owner: str | None) -> int:

@@ -14,7 +14,7 @@ def _series(name: str, text: str) -> msgspec.Meta:
     return msgspec.Meta(title=name, description=text)
 
 
-class LoadCount(msgspec.Struct, kw_only=True):
+class AdapterCount(msgspec.Struct, kw_only=True):
     """What happened to one adapter since it was loaded: numbers that grow, each of them a series on ``/metrics``.
 
     A new count is one field here, with its series and text, and a line that adds to it.
@@ -33,11 +33,11 @@ class LoadCount(msgspec.Struct, kw_only=True):
     evictions: Annotated[int, _series("evictions", "Times an adapter was put out of the arena.")] = 0
 
 
-class LoadCounts:
+class AdapterCounts:
     """The counts of all adapters, for reports only: they differ between TP ranks, so nothing may be decided by them."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, LoadCount] = {}
+        self._counts: dict[str, AdapterCount] = {}
 
     @contextmanager
     def measure(self, key: str, size_bytes: int) -> Iterator[None]:
@@ -68,11 +68,11 @@ class LoadCounts:
         """Count one time that an adapter was put out of the arena."""
         self._own(key).evictions += 1
 
-    def _own(self, key: str) -> LoadCount:
-        return self._counts.setdefault(key, LoadCount())
+    def _own(self, key: str) -> AdapterCount:
+        return self._counts.setdefault(key, AdapterCount())
 
-    def of(self, key: str) -> LoadCount:
-        return self._counts.get(key, LoadCount())
+    def of(self, key: str) -> AdapterCount:
+        return self._counts.get(key, AdapterCount())
 
     def forget(self, key: str) -> None:
         self._counts.pop(key, None)

@@ -26,7 +26,7 @@ class EvictionStrategy(Protocol):
     def arrived(self, adapter: str | None, kv_hit: Callable[[], int]) -> None:
         """Note one request, of ``adapter`` or the base model; ``kv_hit`` looks up how much of its KV is cached."""
 
-    def held(self, resident: Mapping[str, int], kv_slots: int) -> list[str]:
+    def protected(self, resident: Mapping[str, int], kv_slots: int) -> list[str]:
         """Adapters to hold while KV is evicted, in the order in which they may be given up.
 
         resident  slots of each resident adapter, in order of loading
@@ -83,7 +83,7 @@ class LRU:
     def arrived(self, adapter: str | None, kv_hit: Callable[[], int]) -> None:
         pass
 
-    def held(self, resident: Mapping[str, int], kv_slots: int) -> list[str]:
+    def protected(self, resident: Mapping[str, int], kv_slots: int) -> list[str]:
         return []
 
 
@@ -96,7 +96,7 @@ class KVFirst:
     def arrived(self, adapter: str | None, kv_hit: Callable[[], int]) -> None:
         self._arrivals.note(adapter)
 
-    def held(self, resident: Mapping[str, int], kv_slots: int) -> list[str]:
+    def protected(self, resident: Mapping[str, int], kv_slots: int) -> list[str]:
         return sorted(resident, key=self._arrivals.last)
 
 
@@ -114,7 +114,7 @@ class CostAware:
     def arrived(self, adapter: str | None, kv_hit: Callable[[], int]) -> None:
         self._arrivals.note(adapter, kv_hit())
 
-    def held(self, resident: Mapping[str, int], kv_slots: int) -> list[str]:
+    def protected(self, resident: Mapping[str, int], kv_slots: int) -> list[str]:
         kv_worth = self._arrivals.kv_hit_rate() / max(kv_slots, 1)
         worth = {adapter: self._arrivals.rate(adapter) * self._copy_tokens_per_slot for adapter in resident}
         return sorted((adapter for adapter in resident if worth[adapter] > kv_worth), key=worth.__getitem__)

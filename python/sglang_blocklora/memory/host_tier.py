@@ -17,21 +17,21 @@ class HostTier(Generic[Held]):
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
-        self._held: OrderedDict[str, tuple[int, Held]] = OrderedDict()  # least recently used first
+        self._entries: OrderedDict[str, tuple[int, Held]] = OrderedDict()  # least recently used first
 
     def __contains__(self, key: str) -> bool:
-        return key in self._held
+        return key in self._entries
 
     def peek(self, key: str) -> Held | None:
         """What is held under ``key``, which does not count as a use."""
-        return self._held[key][1] if key in self._held else None
+        return self._entries[key][1] if key in self._entries else None
 
     def get(self, key: str) -> Held | None:
         """What is held under ``key``, now the most recently used, or None."""
-        if key not in self._held:
+        if key not in self._entries:
             return None
-        self._held.move_to_end(key)
-        return self._held[key][1]
+        self._entries.move_to_end(key)
+        return self._entries[key][1]
 
     def put(self, key: str, size_bytes: int, value: Held) -> list[str]:
         """Hold ``value``, in the place of what the key held; returns the keys that gave way.
@@ -43,13 +43,13 @@ class HostTier(Generic[Held]):
             return []
         gone = []
         while self.used_bytes + size_bytes > self.budget_bytes:
-            gone.append(next(iter(self._held)))
+            gone.append(next(iter(self._entries)))
             self.remove(gone[-1])
-        self._held[key] = (size_bytes, value)
+        self._entries[key] = (size_bytes, value)
         self.used_bytes += size_bytes
         return gone
 
     def remove(self, key: str) -> None:
         """Let go of what ``key`` holds, if anything."""
-        if key in self._held:
-            self.used_bytes -= self._held.pop(key)[0]
+        if key in self._entries:
+            self.used_bytes -= self._entries.pop(key)[0]

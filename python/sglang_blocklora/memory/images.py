@@ -10,7 +10,7 @@ import torch
 
 from sglang_blocklora.adapters.errors import AdapterError
 from sglang_blocklora.adapters.loading import Found, Report
-from sglang_blocklora.memory.counts import LoadCounts
+from sglang_blocklora.memory.counts import AdapterCounts
 from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.host_tier import HostTier
 from sglang_blocklora.memory.loaded import LoadedAdapter
@@ -45,7 +45,7 @@ class ImageStore:
         pinned      whether ``read_again`` gives images in page-locked memory
         """
         self.host: HostTier[torch.Tensor] = HostTier(budget_bytes)
-        self.load_counts = LoadCounts()
+        self.load_counts = AdapterCounts()
         self.failures: dict[str, str] = {}
         self.last_errors: dict[str, str] = {}
         self._slot_bytes = slot_bytes

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from sglang_blocklora.memory.accounting import SlotCounts
-from sglang_blocklora.memory.counts import LoadCounts
+from sglang_blocklora.memory.counts import AdapterCounts
 from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.images import ImageStore
 from sglang_blocklora.memory.loaded import LoadedAdapter, Resident
@@ -52,7 +52,7 @@ class AdapterPool(ABC):
         self._transfer = transfer or Transfer()
 
     @property
-    def load_counts(self) -> LoadCounts:
+    def load_counts(self) -> AdapterCounts:
         return self.images.load_counts
 
     @property

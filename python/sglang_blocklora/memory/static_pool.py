@@ -122,7 +122,7 @@ class StaticPool(AdapterPool):
         with self.load_counts.measure(key, image.nbytes):
             slots = self._allocate(adapter, keep)
             self.decisions.record("load", adapter=adapter.name, slots=len(slots))
-            self._transfer.load(self.arena, slots, image)
+            self._transfer.copy(self.arena, slots, image)
             self.resident[key] = Resident(adapter, slots)
         return True
 
@@ -139,6 +139,6 @@ class StaticPool(AdapterPool):
     def _victim(self, keep: Sequence[str]) -> str | None:
         """Who gives way: the least recently used that the strategy does not hold, else the first it would give up."""
         sizes = {resident.adapter.content_hash: len(resident.slots) for resident in self.resident.values()}
-        held = {content_hash: place for place, content_hash in enumerate(self._strategy.held(sizes, 0), start=1)}
+        ranks = {content_hash: place for place, content_hash in enumerate(self._strategy.protected(sizes, 0), start=1)}
         idle = [key for key, one in self.resident.items() if key not in keep and not one.adapter.pinned]
-        return min(idle, key=lambda key: held.get(self.resident[key].adapter.content_hash, 0), default=None)
+        return min(idle, key=lambda key: ranks.get(self.resident[key].adapter.content_hash, 0), default=None)

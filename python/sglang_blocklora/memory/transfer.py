@@ -16,12 +16,12 @@ class Rows(Protocol):
 class Transfer:
     """Copies on a stream of its own.
 
-    ``load`` copies; ``join``, called where a forward pass begins, makes that wait for all copies so far.
+    ``copy`` copies; ``join``, called where a forward pass begins, makes that wait for all copies so far.
 
     With the overlap schedule a forward pass may still be running whose requests have ended: it reads or writes slots
     that are free again for the host. So the rows are written after all work that is queued on the stream where ``join``
     was called last; the copy from the host goes on before. The host never waits and never asks for an event.
-    On a device without streams ``load`` copies at once.
+    On a device without streams ``copy`` copies at once.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -31,7 +31,7 @@ class Transfer:
         self._forward: torch.cuda.Stream | None = None
         self._done = torch.cuda.Event() if self._side else None
 
-    def load(self, arena: Rows, slots: torch.Tensor, image: torch.Tensor) -> None:
+    def copy(self, arena: Rows, slots: torch.Tensor, image: torch.Tensor) -> None:
         """Write an image [layers, 2, S, W] from host memory to ``slots`` int64 (on the host or the device)."""
         if self._side is None or self._done is None:
             arena.write(slots, image)
@@ -50,7 +50,7 @@ class Transfer:
             self._done.record()
 
     def join(self) -> None:
-        """Make the current stream, on which a forward pass is about to be queued, wait for all loads so far."""
+        """Make the current stream, on which a forward pass is about to be queued, wait for all copies so far."""
         if self._done is not None:
             self._forward = torch.cuda.current_stream(self._device)
             self._forward.wait_event(self._done)

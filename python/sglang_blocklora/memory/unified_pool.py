@@ -208,7 +208,7 @@ class UnifiedPool(AdapterPool):
             self.decisions.record("load", adapter=adapter.name, slots=len(slots))
             try:
                 with self.load_counts.measure(key, image.nbytes):
-                    self._transfer.load(self.arena, slots, image)
+                    self._transfer.copy(self.arena, slots, image)
                     self.cache.publish(key, slots)
             except IntegrityError as error:
                 self.cache.give_back(slots)

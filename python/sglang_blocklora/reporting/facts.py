@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from sglang_blocklora.memory.counts import LoadCount
+from sglang_blocklora.memory.counts import AdapterCount
 from sglang_blocklora.memory.pool import AdapterPool
 
 MAX_PAGE = 1000
@@ -42,7 +42,7 @@ class AdapterFacts(msgspec.Struct, kw_only=True, frozen=True):
     slots: int | None = None
     bytes_per_tp_rank: int | None = None
     requests: Requests = Requests()
-    counts: LoadCount = msgspec.field(default_factory=LoadCount)
+    counts: AdapterCount = msgspec.field(default_factory=AdapterCount)
     last_error: str | None = None
 
 

@@ -14,16 +14,16 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sglang_blocklora.memory.counts import LoadCount
+from sglang_blocklora.memory.counts import AdapterCount
 from sglang_blocklora.reporting.facts import BASE, UNLOADED, Facts, OwnedSlots, SlotFacts, added
 
 # Labels are never given up again, so that no counter jumps; adapters beyond them share "other".
 MAX_LABELS = 100
 OTHER_LABEL = "other"
 PREFIX = "sglang_blocklora:"
-# Field of ``LoadCount`` -> what its series is called and tells.
+# Field of ``AdapterCount`` -> what its series is called and tells.
 SERIES: dict[str, msgspec.Meta] = {
-    field: hint.__metadata__[0] for field, hint in typing.get_type_hints(LoadCount, include_extras=True).items()
+    field: hint.__metadata__[0] for field, hint in typing.get_type_hints(AdapterCount, include_extras=True).items()
 }
 TTFT_BUCKETS_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 6, 10, 20, 40, 80)
 
@@ -77,14 +77,14 @@ class RequestMetrics:
 
 
 class AdapterCollector(Collector):
-    """Makes series from the scheduler's facts when they are scraped, one for each field of ``LoadCount``."""
+    """Makes series from the scheduler's facts when they are scraped, one for each field of ``AdapterCount``."""
 
     def __init__(self, budget: LabelBudget) -> None:
         self._budget = budget
         self._facts: Facts | None = None
         self._age_seconds = 0.0
-        self._last: dict[str | None, LoadCount] = {}
-        self._totals: dict[str, LoadCount] = {}
+        self._last: dict[str | None, AdapterCount] = {}
+        self._totals: dict[str, AdapterCount] = {}
 
     def show(self, facts: Facts | None, age_seconds: float) -> None:
         """Take facts, None where there are none yet. Totals outlive the adapters they count, so they never fall."""
@@ -92,9 +92,9 @@ class AdapterCollector(Collector):
         if facts is None:
             return
         for adapter in facts.adapters:
-            before = self._last.get(adapter.lora_id, LoadCount())
+            before = self._last.get(adapter.lora_id, AdapterCount())
             label = self._budget.label(adapter.name)
-            self._totals[label] = added(self._totals.get(label, LoadCount()), _gained(before, adapter.counts))
+            self._totals[label] = added(self._totals.get(label, AdapterCount()), _gained(before, adapter.counts))
         self._last = {adapter.lora_id: adapter.counts for adapter in facts.adapters}
 
     def collect(self) -> Iterator[Metric]:
@@ -154,9 +154,9 @@ class AdapterCollector(Collector):
         return family
 
 
-def _gained(before: LoadCount, now: LoadCount) -> LoadCount:
+def _gained(before: AdapterCount, now: AdapterCount) -> AdapterCount:
     """What was counted since; a count that fell was begun anew."""
-    return LoadCount(**{field: max(0, getattr(now, field) - getattr(before, field)) for field in SERIES})
+    return AdapterCount(**{field: max(0, getattr(now, field) - getattr(before, field)) for field in SERIES})
 
 
 def _gauge(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:

@@ -43,7 +43,7 @@ class AffinityPolicy:
     of the same adapter, or one of another whose turn was not earlier.
 
     turns           of the requests of this step, in the order that was given
-    held            in this step nobody behind an overdue request may go any more
+    closed          in this step nobody behind an overdue request may go any more
     max_wait_steps  steps for which a request may be overtaken
     quantum_tokens  tokens that an owner of weight 1 may take while others wait, before it is their turn
     weights         shares of adapters by name; 1 where none is given
@@ -52,7 +52,7 @@ class AffinityPolicy:
     def __init__(self, max_wait_steps: int, quantum_tokens: int, weights: Mapping[str, float]) -> None:
         self.max_wait_steps = max_wait_steps
         self.steps = 0
-        self.held = False
+        self.closed = False
         self.turns: Ints = np.zeros(0, np.int64)
         self._quantum_tokens = quantum_tokens
         self._weights = weights
@@ -82,7 +82,7 @@ class AffinityPolicy:
         having overtaken whom they left behind. An aborted one cannot be told from them.
         """
         self.steps += 1
-        self.held = False
+        self.closed = False
         for ticket in tickets:
             ticket.last_step = self.steps
         self._settle()
@@ -113,7 +113,7 @@ class AffinityPolicy:
 
         will_fit  whether it does once running requests have ended; otherwise waiting changes nothing, and others go on
         """
-        self.held = self.held or (will_fit and ticket.overtaken_steps >= self.max_wait_steps)
+        self.closed = self.closed or (will_fit and ticket.overtaken_steps >= self.max_wait_steps)
 
     def _settle(self) -> None:
         """Account for the last step: who left, who was overtaken, whose rounds have passed."""

@@ -79,7 +79,7 @@ def cut_slice(linear: LinearSpec, slice_index: int, offset: int, size: int, shap
     """
     output = linear.outputs[slice_index]
     n = shape.split_blocks(linear.kind)
-    inputs, outputs = real_inputs(linear), output.shifted(offset, size)
+    inputs, outputs = linear.inputs.real, output.within(offset, size)
     split = outputs if linear.kind == "column" else inputs
     if split.length == 0:
         return None
@@ -99,11 +99,6 @@ def cut_slice(linear: LinearSpec, slice_index: int, offset: int, size: int, shap
         b_rows=output.length,
         block_rank=block_rank if column else rank,
     )
-
-
-def real_inputs(linear: LinearSpec) -> Interval:
-    """The TP rank's input columns, padding left out."""
-    return linear.inputs.shifted(0, linear.inputs.size)
 
 
 def read_a(linear: LinearSpec, cut: SliceCut, shape: ModuleShape, read: Read) -> torch.Tensor:

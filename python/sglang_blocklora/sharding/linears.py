@@ -26,7 +26,12 @@ class Interval:
         """Positions on this TP rank, padding included."""
         return self.stop - self.start
 
-    def shifted(self, offset: int, size: int) -> Interval:
+    @property
+    def real(self) -> Interval:
+        """The unpadded part; may be empty."""
+        return self.within(0, self.size)
+
+    def within(self, offset: int, size: int) -> Interval:
         """The unpadded part, on an axis of ``size`` on which this one starts at ``offset``; may be empty."""
         return Interval(offset + min(self.start, self.size), offset + min(self.stop, self.size), size)
 

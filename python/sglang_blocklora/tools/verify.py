@@ -76,7 +76,7 @@ def _add_rank(
     adapted = [i for i, one in enumerate(shard.descriptors[layer][index].slices) if one.rank]
     own = linear.inputs
     x = torch.zeros(PROBES, own.length, dtype=torch.float64)
-    real = own.shifted(0, own.size)
+    real = own.real
     x[:, : real.length] = _probe(own.size)[:, real.start : real.stop]
     out = torch.zeros(PROBES, linear.out_offsets[-1], dtype=torch.float64)
     if adapted:
@@ -98,6 +98,6 @@ def _add_rank(
             total += out
             continue
         for slice_index, offset in zip(source.slices, source.offsets, strict=True):
-            place = linear.outputs[slice_index].shifted(offset, source.size)
+            place = linear.outputs[slice_index].within(offset, source.size)
             start = linear.out_offsets[slice_index]
             total[:, place.start : place.stop] = out[:, start : start + place.length]

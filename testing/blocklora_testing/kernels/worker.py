@@ -18,7 +18,7 @@ import numpy as np
 
 # Small tiles: many tiles, chunks, lanes and splits at sizes that the interpreter can afford.
 SMALL_TILES = {
-    "STEPS": {"default": [(24, 16, 4), (None, 32, 2)]},
+    "TILINGS": {"default": [(24, 16, 4), (None, 32, 2)]},
     "SHRINK": {"default": [(16, None, None, 16, 32, 2, 4, 1), (32, None, None, 16, 32, 2, 4, 1)]},
     "EXPAND": {"default": [(16, None, None, 32, 16, 4, 1), (32, None, None, 32, 16, 4, 1)]},
 }
@@ -63,7 +63,7 @@ def use_tiles(small: bool) -> None:
 
     for name, table in (SMALL_TILES if small else ORIGINAL_TILES).items():
         setattr(tile_table, name, table)
-    for function in (tiles.step, tiles.shrink_tile, tiles.expand_tile):
+    for function in (tiles.tiling, tiles.shrink_tile, tiles.expand_tile):
         function.cache_clear()
 
 

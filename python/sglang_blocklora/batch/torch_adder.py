@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from blocklora_kernels import reference
 
+from sglang_blocklora.batch.delta_adder import DeltaAdder
 from sglang_blocklora.batch.grouping import group_by_adapter
-from sglang_blocklora.batch.step import Step
 from sglang_blocklora.memory.loaded import Resident
 from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.sharding.linears import ModelSpec
@@ -17,7 +17,7 @@ from sglang_blocklora.sharding.linears import ModelSpec
 AdapterFactors = tuple[tuple[reference.LinearFactors | None, ...], ...]
 
 
-class TorchStep(Step):
+class TorchAdder(DeltaAdder):
     """Adds adapters' deltas to the outputs of linears, for the batch given to ``prepare``.
 
     Factors of a resident adapter are resolved once: views of the arena where its slots are adjacent.

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 
-class Step(Protocol):
+class DeltaAdder(Protocol):
     """Adds the deltas of one batch after another, on one TP rank; ``prepare`` comes before each forward pass."""
 
     def prepare(self, keys: Sequence[str | None], token_counts: Sequence[int] | None) -> None:

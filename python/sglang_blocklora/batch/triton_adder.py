@@ -14,8 +14,9 @@ from blocklora_kernels.side_stream import SideStream
 from blocklora_kernels.table import AdapterTable
 
 from sglang_blocklora.adapters.shard import AdapterShard
+from sglang_blocklora.batch.delta_adder import DeltaAdder
 from sglang_blocklora.batch.grouping import group_by_adapter
-from sglang_blocklora.batch.step import Step
+from sglang_blocklora.memory.accounting import IntegrityError
 from sglang_blocklora.memory.loaded import Resident
 from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.sharding.linears import ModelSpec
@@ -24,7 +25,7 @@ from sglang_blocklora.sharding.linears import ModelSpec
 USUAL_RANK = 64
 
 
-class TritonStep(Step):
+class TritonAdder(DeltaAdder):
     """Adds adapters' deltas to the outputs of linears, for the batch given to ``prepare``.
 
     Everything the kernels read lies in buffers that keep their addresses, so a captured CUDA graph replays with other
@@ -75,7 +76,8 @@ class TritonStep(Step):
         self._graph = self._new_metadata(max_tokens)
 
     def prepare_capture(self, tokens: int) -> None:
-        assert self._graph is not None, "init_graphs comes before the capture"
+        if self._graph is None:
+            raise IntegrityError("init_graphs comes before the capture")
         if tokens not in self._graph_sizes:
             self._graph_sizes = sorted([*self._graph_sizes, tokens])
         self._graph.update(group_by_adapter([], None), tokens, fixed_grid=True)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from blocklora_testing.toy import ToyModel, host_only_images, write_adapter
 from sglang_blocklora.adapters.shard import load_shard
-from sglang_blocklora.batch.step import Step
-from sglang_blocklora.batch.torch_step import TorchStep
+from sglang_blocklora.batch.delta_adder import DeltaAdder
+from sglang_blocklora.batch.torch_adder import TorchAdder
 from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.eviction import LRU
 from sglang_blocklora.memory.loaded import LoadedAdapter
@@ -44,12 +44,12 @@ def make(folder: Path, rank: int, size: int, step_class: type, slots: int):
             ),
             image,
         )
-    options = () if step_class is TorchStep else (16, torch.device("cpu"), rank == 1)  # overlapped on one rank
+    options = () if step_class is TorchAdder else (16, torch.device("cpu"), rank == 1)  # overlapped on one rank
     step = step_class(spec, pool, *options)
     return spec, pool, step, deltas
 
 
-def check(spec, step: Step, deltas, keys: list[str | None], counts: list[int] | None) -> None:
+def check(spec, step: DeltaAdder, deltas, keys: list[str | None], counts: list[int] | None) -> None:
     """Every linear's output after the step, against the dense deltas of the rank's rows and columns."""
     step.prepare(keys, counts)
     per_token = [key for key, count in zip(keys, counts or [1] * len(keys), strict=True) for _ in range(count)]
@@ -93,21 +93,21 @@ def check_batches(folder: Path, step_class: type) -> None:
             pool.check_integrity()
 
 
-def test_torch_step(tmp_path: Path) -> None:
-    check_batches(tmp_path, TorchStep)
+def test_torch_adder(tmp_path: Path) -> None:
+    check_batches(tmp_path, TorchAdder)
 
 
-def test_triton_step_in_the_interpreter(tmp_path: Path) -> None:
+def test_triton_adder_in_the_interpreter(tmp_path: Path) -> None:
     """In a process of its own: the interpreter is chosen before triton is imported."""
     code = (
         "import sys; sys.path[:0] = sys.argv[2:]\n"
         "from pathlib import Path\n"
-        "import unit_steps\n"
-        "from sglang_blocklora.batch.triton_step import TritonStep\n"
-        "unit_steps.check_batches(Path(sys.argv[1]), TritonStep)\n"
-        "unit_steps.check_graph_metadata(Path(sys.argv[1]) / 'graph', TritonStep)\n"
+        "import unit_adders\n"
+        "from sglang_blocklora.batch.triton_adder import TritonAdder\n"
+        "unit_adders.check_batches(Path(sys.argv[1]), TritonAdder)\n"
+        "unit_adders.check_graph_metadata(Path(sys.argv[1]) / 'graph', TritonAdder)\n"
     )
-    (tmp_path / "unit_steps.py").write_text(Path(__file__).read_text())
+    (tmp_path / "unit_adders.py").write_text(Path(__file__).read_text())
     paths = [str(tmp_path), str(Path(__file__).parents[1])]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path), *paths], env=environment, check=True)
@@ -135,7 +135,7 @@ def check_graph_metadata(folder: Path, step_class: type) -> None:
 
 
 @pytest.mark.parametrize("method", ["init_graphs", "prepare_capture"])
-def test_torch_step_refuses_cuda_graphs(tmp_path: Path, method: str) -> None:
-    _, _, step, _ = make(tmp_path, 0, 1, TorchStep, slots=200)
+def test_torch_adder_refuses_cuda_graphs(tmp_path: Path, method: str) -> None:
+    _, _, step, _ = make(tmp_path, 0, 1, TorchAdder, slots=200)
     with pytest.raises(ValueError, match="--disable-cuda-graph"):
         getattr(step, method)(4)
