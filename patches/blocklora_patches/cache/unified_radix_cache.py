@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -97,11 +97,6 @@ class AdapterPrefixCache(UnifiedRadixCache):
         """Slots (int64, on the allocator's device) of an adapter that is resident, else None. Asking is not a use."""
         return self._entries[lora_id].slots
 
-    def nodes_of(self, lora_ids: Iterable[str | None]) -> list[int]:
-        """The tree's nodes of those adapters that are resident."""
-        entries = (self._entries.get(lora_id) for lora_id in lora_ids)
-        return [entry.node for entry in entries if entry is not None and entry.node is not None]
-
     def arrived(self, lora_id: str | None, key: RadixKey) -> None:
         """Tell the strategy of a request that came, once each. ``key`` is as a match would have it."""
         entry = self._entries.get(lora_id)
@@ -125,9 +120,9 @@ class AdapterPrefixCache(UnifiedRadixCache):
         entry = self._entries.get(lora_id)
         return self._entries.pinned_slots + (len(entry.marks) if entry is not None and not entry.pins else 0)
 
-    def has_room(self, lora_id: str, spare: int = 0) -> bool:
-        """Whether an adapter's slots and ``spare`` more are free, or are once everything not in use is evicted."""
-        shortfall = len(self._entries[lora_id].marks) + spare - self.token_to_kv_pool_allocator.available_size()
+    def has_room(self, lora_id: str) -> bool:
+        """Whether an adapter's slots are free, or are once everything not in use is evicted."""
+        shortfall = len(self._entries[lora_id].marks) - self.token_to_kv_pool_allocator.available_size()
         return shortfall <= self.evictable_size()
 
     def reserve(self, lora_id: str) -> torch.Tensor | None:
@@ -201,16 +196,18 @@ class AdapterPrefixCache(UnifiedRadixCache):
             self.tree_core.dec_full_pin(node)
 
     @contextmanager
-    def keeping(self, nodes: Iterable[int]) -> Iterator[None]:
-        """Meanwhile nothing on the way to these nodes is evicted; those that are gone already are passed over."""
-        kept = [node for node in nodes if not self._is_gone(node)]
-        for node in kept:
-            self.tree_core.inc_full_pin(node)
+    def keeping(self, lora_id: str | None) -> Iterator[None]:
+        """Meanwhile the adapter is not evicted, where it is resident."""
+        entry = self._entries.get(lora_id)
+        node = None if entry is None else entry.node
+        if node is None:
+            yield
+            return
+        self.tree_core.inc_full_pin(node)
         try:
             yield
         finally:
-            for node in kept:
-                self.tree_core.dec_full_pin(node)
+            self.tree_core.dec_full_pin(node)
 
     def evict(self, params: EvictParams) -> EvictResult:
         return self._evict_by_strategy(super().evict, params)

@@ -22,7 +22,7 @@ def _preempt_to_schedule(original: Any, self: Any, req: Any) -> Any:
     cache = self.tree_cache
     if not isinstance(cache, AdapterPrefixCache):
         return original(self, req)
-    with cache.keeping(cache.nodes_of([req.lora_id])):
+    with cache.keeping(req.lora_id):
         return original(self, req)
 
 
