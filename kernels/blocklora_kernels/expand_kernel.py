@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from blocklora_kernels.addressing import load_matrix
+from blocklora_kernels.addressing import adapter_rows, load_matrix, tile_rows
 from blocklora_kernels.descriptor import HEAD_FIELDS, SLICE_FIELDS
 
 HEAD = tl.constexpr(HEAD_FIELDS)
@@ -102,15 +102,11 @@ def expand_kernel(
     block_rank = tl.load(d + 5)
     size = tl.load(d + 7)
     offset = tl.load(d + 8)
-    slots = p_slots + adapter.to(tl.int64) * slots_stride
-    first_slot = tl.load(p_first_slots + adapter)
+    slots, first_slot = adapter_rows(p_slots, p_first_slots, adapter, slots_stride)
     scaling = tl.load(p_scalings + adapter.to(tl.int64) * scalings_stride + s)
     aligned = (start | block_rank) % VECTOR == 0
 
-    t_start = tl.load(p_tiles + 1 + max_tiles + tile)
-    t_stop = tl.load(p_tiles + 1 + 2 * max_tiles + tile)
-    i_t = t_start + tl.arange(0, BLOCK_T)
-    m_t = i_t < t_stop
+    i_t, m_t = tile_rows(p_tiles, max_tiles, tile, BLOCK_T)
     i_h = i_t * h_stride + h_start  # [BLOCK_T], int32: the scratch has less than 2**31 elements
 
     first_chunk = tl.where(s == 0, 0, tl.where(s == 1, CHUNKS_1, CHUNKS_2))

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from blocklora_kernels.addressing import granules, load_matrix
+from blocklora_kernels.addressing import adapter_rows, granules, load_matrix, tile_rows
 
 NARROW = tl.constexpr(16)  # columns at a time of a matrix that is not aligned: an address per element costs registers
 
@@ -84,8 +84,6 @@ def shrink_kernel(
     if tile >= tl.load(p_tiles):
         return
     adapter = tl.load(p_tiles + 1 + tile)
-    t_start = tl.load(p_tiles + 1 + max_tiles + tile)
-    t_stop = tl.load(p_tiles + 1 + 2 * max_tiles + tile)
     d = p_descriptors + adapter.to(tl.int64) * descriptors_stride
     h_width = tl.load(d)
     if h_width == 0:
@@ -96,12 +94,10 @@ def shrink_kernel(
     blocks = tl.load(d + 5)
     size = tl.load(d + 6)
     offset = tl.load(d + 7)
-    slots = p_slots + adapter.to(tl.int64) * slots_stride
-    first_slot = tl.load(p_first_slots + adapter)
+    slots, first_slot = adapter_rows(p_slots, p_first_slots, adapter, slots_stride)
     aligned = (start | size | offset) % VECTOR == 0
 
-    i_t = t_start + tl.arange(0, BLOCK_T)
-    m_t = i_t < t_stop
+    i_t, m_t = tile_rows(p_tiles, max_tiles, tile, BLOCK_T)
     p_x_t = p_x + tl.load(p_tokens + i_t, mask=m_t, other=0).to(tl.int64) * x_stride  # [BLOCK_T]
     chunks_per_block = (a_rows + BLOCK_N - 1) // BLOCK_N
     for chunk in range(lane, chunks_per_block * blocks, LANES):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from sglang_blocklora import cpu_only
@@ -165,21 +166,10 @@ def peft_tokens(
     model_folder: Path, adapters: Mapping[str, Path], prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> dict[str | None, list[list[int]]]:
     """Greedy tokens of PEFT's own ``generate`` for the base model (key None) and every adapter, prompt by prompt."""
-    from peft import PeftModel
 
-    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    peft_model = None
-    for name, path in adapters.items():
-        if peft_model is None:
-            peft_model = PeftModel.from_pretrained(base, path, adapter_name=name)
-        else:
-            peft_model.load_adapter(path, adapter_name=name)
-    assert peft_model is not None
-    peft_model.eval()
-
-    def generate() -> list[list[int]]:
+    def answers(model: Any) -> list[list[int]]:
         return [
-            peft_model.generate(
+            model.generate(
                 input_ids=torch.tensor([prompt]),
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                 max_new_tokens=new_tokens,
@@ -190,13 +180,28 @@ def peft_tokens(
             for prompt in prompts
         ]
 
+    return answers_by_adapter(model_folder, adapters, answers)
+
+
+def answers_by_adapter(
+    model_folder: Path, adapters: Mapping[str, Path], answers: Callable[[Any], list[list[int]]]
+) -> dict[str | None, list[list[int]]]:
+    """What ``answers`` makes of PEFT's model (float32) with each adapter in turn, and of the base model (key None)."""
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    first, *others = adapters
+    model = PeftModel.from_pretrained(base, adapters[first], adapter_name=first)
+    for name in others:
+        model.load_adapter(adapters[name], adapter_name=name)
+    model.eval()
     expected: dict[str | None, list[list[int]]] = {}
     with torch.inference_mode():
         for name in adapters:
-            peft_model.set_adapter(name)
-            expected[name] = generate()
-        with peft_model.disable_adapter():
-            expected[None] = generate()
+            model.set_adapter(name)
+            expected[name] = answers(model)
+        with model.disable_adapter():
+            expected[None] = answers(model)
     return expected
 
 

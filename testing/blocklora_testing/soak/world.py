@@ -9,9 +9,9 @@ from random import Random
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from blocklora_testing.models import VOCAB, AdapterChoice, build_adapters, build_model
+from blocklora_testing.models import VOCAB, AdapterChoice, answers_by_adapter, build_adapters, build_model
 
 BLOCKS = (None, 1, 2, 4)  # plain, and block-diagonal of several n
 SIZES: Mapping[str, int] = {
@@ -102,27 +102,14 @@ def _prompts(rng: Random, count: int) -> list[list[int]]:
 def _peft_answers(
     model: Path, folders: Mapping[str, Path], prompts: Sequence[Sequence[int]]
 ) -> dict[str | None, list[list[int]]]:
-    from peft import PeftModel
-
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    names = list(folders)
-    peft_model = PeftModel.from_pretrained(base, folders[names[0]], adapter_name=names[0])
-    for name in names[1:]:
-        peft_model.load_adapter(folders[name], adapter_name=name)
-    peft_model.eval()
     lengths = [LONG_TOKENS if i == len(prompts) - 1 else NEW_TOKENS for i in range(len(prompts))]
-
-    def answers() -> list[list[int]]:
-        return [_certain_tokens(peft_model, prompt, n) for prompt, n in zip(prompts, lengths, strict=True)]
-
-    expected: dict[str | None, list[list[int]]] = {}
-    with torch.inference_mode():
-        for name in names:
-            peft_model.set_adapter(name)
-            expected[name] = answers()
-        with peft_model.disable_adapter():
-            expected[None] = answers()
-    return expected
+    return answers_by_adapter(
+        model,
+        folders,
+        lambda peft_model: [
+            _certain_tokens(peft_model, prompt, length) for prompt, length in zip(prompts, lengths, strict=True)
+        ],
+    )
 
 
 def _certain_tokens(model: Any, prompt: Sequence[int], new_tokens: int) -> list[int]:
