@@ -46,7 +46,7 @@ class AdapterAffinityPolicy(SchedulePolicy):
 
     def calc_priority(self, waiting_queue: list[Any], running_batch: Any = None, processed_tokens: int = 0) -> None:
         for req in waiting_queue:
-            if not hasattr(req, "ticket"):
+            if not hasattr(req, "blocklora_ticket"):
                 req.blocklora_ticket = self._affinity.ticket(self._adapter_name(req.lora_id))
                 self._record("arrive", arrival=req.blocklora_ticket.arrival, adapter=self._adapter_name(req.lora_id))
         deferred = self._match(waiting_queue)
