@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,21 +21,33 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_model(tmp_path_factory.mktemp("tiny") / "model", "llama", layers=1)
 
 
+@contextlib.contextmanager
+def routes(process: HTTPProcess) -> Iterator[None]:
+    """Our endpoints in the process's application, which is the same for all processes."""
+    from blocklora_patches.http.routes import add_to
+
+    theirs = list(process.app.router.routes)
+    add_to(process.app, process.manager)
+    yield
+    process.app.router.routes[:] = theirs
+
+
 @pytest.fixture(scope="module")
 def served(tiny_llama: Path) -> Iterator[HTTPProcess]:
     """It serves ``llama`` with one adapter, ``sql``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SGLang warns while it is imported
-        from blocklora_patches.http import aborts, door, messages, model_names, ollama, registry, responses
+        from blocklora_patches.http import aborts, door, model_names, registry
         from sglang.srt.lora.lora_registry import LoRARef
 
-        modules = (aborts, door, messages, model_names, ollama, registry, responses)
+        modules = (aborts, door, model_names, registry)
         with hooked([hook for module in modules for hook in module.HOOKS]):
             process = HTTPProcess(tiny_llama, "--served-model-name", "llama", "--enable-lora", "--max-lora-rank", "64")
             ref = LoRARef(lora_name="sql", lora_path="/sql")
             process.run(process.manager.lora_registry.register(ref))
             process.manager.lora_ref_cache["sql"] = ref
-            yield process
+            with routes(process):
+                yield process
             process.close()
 
 
@@ -53,16 +66,13 @@ def hooked_process(tiny_llama: Path) -> Iterator[HTTPProcess]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SGLang warns while it is imported
         from blocklora_patches.hooks.hook import Process
-        from blocklora_patches.http.routes import AdapterRoutes
         from blocklora_patches.install import HOOKS
 
         with hooked([hook for hook in HOOKS if hook.process is Process.HTTP and ".lang." not in hook.target]):
             flags = ["--served-model-name", "tiny", "--enable-lora", "--max-lora-rank", "64"]
             process = HTTPProcess(tiny_llama, *flags, "--lora-target-modules", "all")
-            routes = list(process.app.router.routes)
-            AdapterRoutes(process.manager).add_to(process.app)
-            yield process
-            process.app.router.routes[:] = routes
+            with routes(process):
+                yield process
             process.close()
 
 

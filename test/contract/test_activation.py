@@ -197,7 +197,7 @@ def note(*args, **kwargs):
 def run():
     HookRegistry.register({target!r}, note, HookType.BEFORE)
 """
-OURS = "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._resolve_lora_path"
+OURS = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 METHOD = "sglang.srt.lora.lora_manager.LoRAManager.fetch_new_loras"
 
 

@@ -1,4 +1,4 @@
-"""``/server_info`` of SGLang's own app, with our route before upstream's."""
+"""``/server_info`` of SGLang's own app, with our endpoint in the place of upstream's."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def test_no_key_is_told(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def told() -> Any:
         return {"admin_api_key": "k1", "launch_command": "launch --admin-api-key k1", "port": 1}
 
-    monkeypatch.setattr(http_server, "server_info", told)
     app = FastAPI()
     app.router.routes.extend(http_server.app.router.routes)
     server_info.add_to(app)
+    monkeypatch.setattr(http_server, "server_info", told)
     answer = TestClient(app).get(path).json()
     assert answer == {"admin_api_key": HIDDEN, "launch_command": f"launch --admin-api-key {HIDDEN}", "port": 1}

@@ -21,7 +21,7 @@ STATE = """
 import json, sys
 from collections import Counter
 from sglang.srt.plugins.hook_registry import HookRegistry
-import sglang.srt.lora.lora_manager as m, sglang.srt.entrypoints.openai.serving_base as s
+import sglang.srt.lora.lora_manager as m, sglang.srt.entrypoints.http_server as s
 import sglang.srt.model_executor.model_runner as r
 install = sys.modules.get("blocklora_patches.install")
 print("STATE" + json.dumps({
@@ -31,7 +31,7 @@ print("STATE" + json.dumps({
     "imported": sorted(n for n in sys.modules if n.startswith("blocklora_patches")),
     "manager": m.LoRAManager.__name__,
     "runner": r.LoRAManager.__name__,
-    "wrapped": hasattr(s.OpenAIServingBase._resolve_lora_path, "__wrapped__"),
+    "wrapped": hasattr(s._setup_and_run_http_server, "__wrapped__"),
 }))
 """
 

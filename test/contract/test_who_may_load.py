@@ -118,11 +118,12 @@ def test_beyond_this_machine_and_without_a_key_nobody_loads(world: World, host: 
 
 
 def test_a_server_that_is_closed_says_so_once_when_it_starts(
-    world: World, hooked_process: HTTPProcess, caplog: pytest.LogCaptureFixture
+    world: World, hooked_process: HTTPProcess, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from blocklora_patches.http import routes
     from sglang.srt.runtime_context import get_serving
 
+    monkeypatch.setattr(routes, "add_to", lambda app, manager: None)  # the process has our routes
     for host, lines in (("0.0.0.0", 1), ("127.0.0.1", 0)):
         caplog.clear()
         with get_serving().override(host=host):

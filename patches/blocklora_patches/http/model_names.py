@@ -1,36 +1,32 @@
-"""Lets ``model`` name an adapter, and answers an unknown one with a 404 (``entrypoints/openai/serving_base.py``).
+"""Lets ``model`` name an adapter, on every route of SGLang that takes one; an unknown one is a 404.
 
-What each route makes of ``model`` is listed in docs/api.md; ``test/contract/test_model_names.py`` knows every one.
+An endpoint of SGLang (``entrypoints/http_server.py``) is asked once it is known who answers. What each route makes of
+``model`` is listed in docs/api.md; ``test/contract/test_model_names.py`` knows every one.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.entrypoints.openai.protocol import DEFAULT_MODEL_NAME
-from sglang.srt.entrypoints.openai.serving_classify import OpenAIServingClassify
-from sglang.srt.entrypoints.openai.serving_decisions import OpenAIServingDecisions
-from sglang.srt.entrypoints.openai.serving_score import OpenAIServingScore
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from sglang.srt.entrypoints import http_server
+from sglang.srt.entrypoints.openai.protocol import DEFAULT_MODEL_NAME, ErrorResponse
 from sglang.srt.plugins.hook_registry import HookType
 from sglang_blocklora.naming.model_names import UnknownModel, adapter_name, resolve_model
 
 from blocklora_patches.hooks.hook import Hook, Process
+from blocklora_patches.http.endpoints import replace
 from blocklora_patches.http.load_on_use import adapter_folders, find_folder, loaded_adapters
 
-AdapterNames = str | list[str | None] | None
-# Upstream gives their requests no adapter on their way. ``/v1/systemone`` is a kind of decisions.
-BASE_ONLY = (OpenAIServingClassify, OpenAIServingDecisions, OpenAIServingScore)
-
-
-class BaseModelOnly(ValueError):
-    """A request named an adapter on a route that the base model answers alone."""
-
-    def __init__(self, adapter: str) -> None:
-        super().__init__(f"This route is answered by the base model only, not by the adapter '{adapter}'.")
+# An API's form of a refusal, from its message and HTTP status.
+Refusal = Callable[[str, int], JSONResponse]
 
 
 async def adapter_of_model(tokenizer_manager: Any, model: str | None) -> str | None:
-    """The adapter that an OpenAI request's ``model`` asks for, None for the base model.
+    """The adapter that a request's ``model`` asks for, None for the base model.
 
     Raises ``UnknownModel`` where there is no such adapter, and ``NoAnswer`` where the file system does not tell.
     """
@@ -41,65 +37,95 @@ async def adapter_of_model(tokenizer_manager: Any, model: str | None) -> str | N
     return resolve_model(model, base, DEFAULT_MODEL_NAME, known, adapter_folders().roots)
 
 
-async def _handle_request(original: Any, self: Any, request: Any, raw_request: Any) -> Any:
-    try:
-        adapter = await adapter_of_model(self.tokenizer_manager, getattr(request, "model", None))
-        if adapter is not None and isinstance(self, BASE_ONLY):
-            raise BaseModelOnly(adapter)
-    except UnknownModel as error:
-        return self.create_error_response(
-            str(error), err_type="NotFoundError", status_code=error.status_code, param="model"
-        )
-    except BaseModelOnly as error:
-        return self.create_error_response(str(error), param="model")
-    return await original(self, request, raw_request)
+def _openai(message: str, status: int) -> JSONResponse:
+    kind = "BadRequestError" if status == 400 else "NotFoundError"
+    body = ErrorResponse(message=message, type=kind, param="model", code=status)
+    return JSONResponse(body.model_dump(), status)
 
 
-def _resolve_lora_path(original: Any, self: Any, request_model: str, explicit_lora_path: AdapterNames) -> AdapterNames:
-    """Whether there is an adapter of that name was asked above, and is asked again when it is loaded or looked up."""
-    base = self.tokenizer_manager.served_model_name
-    name = adapter_name(request_model or DEFAULT_MODEL_NAME, base, DEFAULT_MODEL_NAME)
-    return explicit_lora_path if name is None else name
+def _openai_responses(message: str, status: int) -> JSONResponse:
+    error = {"message": message, "type": "invalid_request_error", "param": "model", "code": status}
+    return JSONResponse({"error": error}, status)
 
 
-async def _create_transcription(
-    original: Any, self: Any, audio_data: bytes, model: str, *args: Any, **rest: Any
-) -> Any:
-    try:
-        adapter = await adapter_of_model(self.tokenizer_manager, model)
-    except UnknownModel as error:
-        return self.create_error_response(
-            str(error), err_type="NotFoundError", status_code=error.status_code, param="model"
-        )
-    if adapter is not None:
-        return self.create_error_response(str(BaseModelOnly(adapter)), param="model")
-    return await original(self, audio_data, model, *args, **rest)
+def _anthropic(message: str, status: int) -> JSONResponse:
+    return JSONResponse({"type": "error", "error": {"type": "not_found_error", "message": message}}, status)
 
 
-_BASE = "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase"
+# Endpoint -> how its API refuses.
+ANY_MODEL: dict[Callable[..., Any], Refusal] = {
+    http_server.openai_v1_completions: _openai,
+    http_server.openai_v1_chat_completions: _openai,
+    http_server.sagemaker_chat_completions: _openai,
+    http_server.openai_v1_embeddings: _openai,
+    http_server.openai_v1_tokenize: _openai,
+    http_server.openai_v1_detokenize: _openai,
+    http_server.v1_responses_request: _openai_responses,
+    http_server.anthropic_v1_messages: _anthropic,
+    http_server.anthropic_v1_count_tokens: _anthropic,
+}
+# Upstream gives the requests of these no adapter on their way.
+BASE_MODEL_ONLY: dict[Callable[..., Any], Refusal] = {
+    http_server.openai_v1_classify: _openai,
+    http_server.v1_score_request: _openai,
+    http_server.v1_decisions_request: _openai,
+    http_server.systemone_decisions: _openai,
+    http_server.openai_v1_audio_transcriptions: _openai,
+}
+
+
+def add_to(app: FastAPI, tokenizer_manager: Any) -> None:
+    """Resolve ``model`` on every route that the tables above name."""
+    for endpoint, refusal in (ANY_MODEL | BASE_MODEL_ONLY).items():
+        replace(app, endpoint, _resolving(endpoint, refusal, tokenizer_manager))
+
+
+def _resolving(endpoint: Callable[..., Any], refusal: Refusal, tokenizer_manager: Any) -> Callable[..., Any]:
+    """``endpoint``, asked where ``model`` names somebody who answers there."""
+
+    @functools.wraps(endpoint)  # and so FastAPI parses what upstream's parameters ask for
+    async def resolved(*, raw_request: Request, request: Any = None, **form: Any) -> Any:
+        try:
+            adapter = await adapter_of_model(tokenizer_manager, form["model"] if request is None else request.model)
+        except UnknownModel as error:
+            return refusal(str(error), error.status_code)
+        if adapter is not None and endpoint in BASE_MODEL_ONLY:
+            return refusal(f"This route is answered by the base model only, not by the adapter '{adapter}'.", 400)
+        # `lora_path` of some bodies has a name for each prompt; `model` comes first.
+        raw_request.state.blocklora_adapter = adapter or getattr(request, "lora_path", None)
+        body = {} if request is None else {"request": request}
+        return await endpoint(raw_request=raw_request, **body, **form)
+
+    return resolved
+
+
+def _generate_request(self: Any, obj: Any, request: Any = None) -> None:
+    """What ``resolved`` found out counts, whatever upstream has made of the model on the way."""
+    state = getattr(request, "state", None)
+    if hasattr(state, "blocklora_adapter"):
+        obj.lora_path = state.blocklora_adapter
+
+
+def _validate_model(original: Any, self: Any, model: Any) -> None:
+    """Unknown names have been refused; upstream knows none that is yet to be loaded."""
+
+
 HOOKS = (
     Hook(
-        f"{_BASE}.handle_request",
-        _handle_request,
-        HookType.AROUND,
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+        _generate_request,
+        HookType.BEFORE,
         process=Process.HTTP,
-        why="Stock SGLang answers an unknown model with the base model in silence.",
-        retire_when="upstream refuses it",
+        why="Upstream knows no adapter by its name alone, takes a name with a colon apart at the first one, and drops "
+        "the adapter on some routes.",
+        retire_when="upstream takes an adapter's name as the model on every route",
     ),
     Hook(
-        f"{_BASE}._resolve_lora_path",
-        _resolve_lora_path,
+        "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses._validate_model",
+        _validate_model,
         HookType.AROUND,
         process=Process.HTTP,
-        why="Upstream knows no adapter by its name alone, and takes a name with a colon apart at the first one.",
-        retire_when="upstream takes an adapter's name as the model",
-    ),
-    Hook(
-        "sglang.srt.entrypoints.openai.serving_transcription.OpenAIServingTranscription.create_transcription",
-        _create_transcription,
-        HookType.AROUND,
-        process=Process.HTTP,
-        why="Stock SGLang answers an unknown model with the base model in silence.",
-        retire_when="upstream refuses it",
+        why="Upstream refuses adapters that a request may load, and names of a model that has a colon.",
+        retire_when="upstream asks one resolver for every route",
     ),
 )

@@ -1,4 +1,4 @@
-"""Adds the routes about adapters, and their series on ``/metrics`` (``entrypoints/http_server.py``)."""
+"""Adds our routes to SGLang's application, and adapters' series to ``/metrics`` (``entrypoints/http_server.py``)."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ from sglang_blocklora.reporting.facts import (
 )
 
 from blocklora_patches.hooks.hook import Hook, Process
-from blocklora_patches.http import permission, server_info
+from blocklora_patches.http import model_names, permission, server_info
 from blocklora_patches.http.adapters import NotLoaded, PinRefused, adapters_of
+from blocklora_patches.http.endpoints import replace
 from blocklora_patches.http.facts import facts_of
 from blocklora_patches.http.load_on_use import adapters_in_folders, loaded_adapters
+from blocklora_patches.http.ollama import OllamaRoutes
 
 logger = logging.getLogger(__name__)
 
@@ -151,10 +153,8 @@ class AdapterRoutes:
         return cards.get(model) or await http_server.retrieve_model(model)
 
     def add_to(self, app: FastAPI) -> None:
-        app.add_api_route("/v1/models", self.list_models, methods=["GET"])
-        app.add_api_route("/v1/models/{model:path}", self.show_model, methods=["GET"])
-        for _ in range(2):  # before upstream's of the same paths
-            app.router.routes.insert(0, app.router.routes.pop())
+        replace(app, http_server.available_models, self.list_models)
+        replace(app, http_server.retrieve_model, self.show_model)
         app.add_api_route("/adapters", self.list_adapters, methods=["GET"])
         app.add_api_route("/adapters/{name:path}/pin", self.pin, methods=["POST"])
         app.add_api_route("/adapters/{name:path}/unpin", self.unpin, methods=["POST"])
@@ -162,9 +162,16 @@ class AdapterRoutes:
         app.add_api_route("/v1/unload_lora_adapter", self.unload, methods=["POST"])
 
 
+def add_to(app: FastAPI, tokenizer_manager: Any) -> None:
+    """Give SGLang's application all endpoints of ours."""
+    model_names.add_to(app, tokenizer_manager)
+    OllamaRoutes(tokenizer_manager).add_to(app)
+    AdapterRoutes(tokenizer_manager).add_to(app)
+    server_info.add_to(app)
+
+
 def _setup_and_run_http_server(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
-    AdapterRoutes(tokenizer_manager).add_to(http_server.app)
-    server_info.add_to(http_server.app)
+    add_to(http_server.app, tokenizer_manager)
     closed = permission.reason_not_to_manage()
     if closed is not None:
         logger.warning("%s", closed)
@@ -198,7 +205,7 @@ HOOKS = (
         _setup_and_run_http_server,
         HookType.BEFORE,
         process=Process.HTTP,
-        why="Routes that upstream lacks.",
+        why="Routes that upstream lacks, or whose endpoints know no adapters.",
         retire_when="plugins can add routes",
     ),
     Hook(

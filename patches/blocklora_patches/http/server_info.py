@@ -11,6 +11,8 @@ from fastapi import FastAPI
 from sglang.srt.entrypoints import http_server
 from sglang_blocklora.reporting.secrets import without_secrets
 
+from blocklora_patches.http.endpoints import replace
+
 
 async def server_info() -> Any:
     """Upstream's answer, its secrets hidden."""
@@ -18,7 +20,6 @@ async def server_info() -> Any:
 
 
 def add_to(app: FastAPI) -> None:
-    """Put our route before upstream's of the same path."""
-    for path in ("/server_info", "/get_server_info"):
-        app.add_api_route(path, server_info, methods=["GET"])
-        app.router.routes.insert(0, app.router.routes.pop())
+    """Answer in the place of upstream's endpoints."""
+    for endpoint in (http_server.server_info, http_server.get_server_info):
+        replace(app, endpoint, server_info)
