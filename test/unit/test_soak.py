@@ -11,14 +11,14 @@ from blocklora_testing.soak.client import Answer
 from blocklora_testing.soak.ledger import GRACE_S
 from blocklora_testing.soak.run import Asked, Run
 from blocklora_testing.soak.watch import Growth, Sample
-from blocklora_testing.soak.world import World
+from blocklora_testing.soak.world import NEW_TOKENS, World
 
 WORLD = World(
     model=Path(),
     contents={"old": Path("old"), "new": Path("new")},
     prompts=[[1]],
     expected={None: [[1, 1, 1]], "old": [[2, 2, 2]], "new": [[3, 3]]},  # the third token of "new" is a near tie
-    decode=str,
+    decode=lambda tokens: "".join(map(str, tokens)),
 )
 
 
@@ -112,3 +112,10 @@ def test_growth(last: tuple[float, int, int], level: bool) -> None:
     rss_mib, files, threads = last
     growth = Growth(name="p", first=first, last=Sample(seconds=1, rss_mib=rss_mib, files=files, threads=threads))
     assert growth.level == level
+
+
+@pytest.mark.parametrize(("text", "count"), [("33", 2), ("3344", NEW_TOKENS), ("3", 1), ("34", None)])
+def test_a_text_is_as_many_tokens_as_are_certain_and_whole_where_it_goes_on(text: str, count: int | None) -> None:
+    """One content has a single certain token: its answers of four were counted as two, which nobody had aborted."""
+    tokens = WORLD.tokens_of("new", 0, text)
+    assert (None if tokens is None else len(tokens)) == count

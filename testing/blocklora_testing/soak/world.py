@@ -63,7 +63,9 @@ class World:
         if text in made:
             longest = len(made) - 1 - made[::-1].index(text)  # a token may add nothing that can be read
             return certain[:longest]
-        return [*certain, 0][:NEW_TOKENS] if len(certain) < NEW_TOKENS and text.startswith(made[-1]) else None
+        if len(certain) < NEW_TOKENS and text.startswith(made[-1]):
+            return [*certain, *[0] * (NEW_TOKENS - len(certain))]
+        return None
 
     def who(self, prompt: int, answer: Sequence[int]) -> list[str]:
         """Contents that answer so, for the report of a wrong answer."""
