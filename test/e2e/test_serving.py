@@ -41,7 +41,7 @@ def server(llama: Case, root: Path, tmp_path_factory) -> Iterator[Server]:
         "4",
         "--enable-cache-report",
     ]
-    with running(llama.model, *flags, *llama.lora_paths, log=log) as server:
+    with running(llama.model, *flags, *llama.lora_paths, log=log, warm=True) as server:
         yield server
 
 

@@ -24,7 +24,7 @@ MATRIX = REPRESENTATIVE + [
 @pytest.mark.parametrize(("family", "kv_heads", "tp"), MATRIX)
 def test_tokens_equal_peft(case, tmp_path: Path, family: str, kv_heads: int, tp: int) -> None:
     chosen = case(family, kv_heads)
-    with running(chosen.model, "--tp", str(tp), *chosen.lora_paths, log=tmp_path / "log") as server:
+    with running(chosen.model, "--tp", str(tp), *chosen.lora_paths, log=tmp_path / "log", warm=True) as server:
         for warmth in ("cold", "warm prefix cache"):
             found = server.many(chosen.requests(), NEW_TOKENS)
             assert found == chosen.answers(), warmth

@@ -44,7 +44,7 @@ def server(many, tmp_path_factory) -> Iterator[Server]:
     ]
     paths = ["--lora-paths", *(f"{name}={path}" for name, path in adapters.items())]
     debug = {"SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK": "1"}  # whenever idle, every slot has exactly one owner
-    with running(model, *flags, *paths, log=folder / "log", environment=debug) as server:
+    with running(model, *flags, *paths, log=folder / "log", environment=debug, warm=True) as server:
         yield server
     first = same_decisions(folder / "decisions")
     assert first.count('"load"') > ADAPTERS, "nothing was evicted and loaded again: the pool is too large for this test"

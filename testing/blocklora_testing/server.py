@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blocklora_testing.warm import WarmProcess
+
 START_TIMEOUT_S = 420
 STOP_TIMEOUT_S = 10
 POLL_S = 0.5
@@ -37,7 +39,7 @@ class Server:
 
     port: int
     log: Path
-    process: subprocess.Popen
+    process: subprocess.Popen | WarmProcess
 
     @property
     def url(self) -> str:
@@ -123,6 +125,7 @@ def running(
     module: tuple[str, ...] = ("-m", "sglang_blocklora.launch_server"),
     port: int = 0,
     sound: bool = True,
+    warm: bool = False,
     waiting: Callable[[float, Server], None] = lambda seconds, server: None,
 ) -> Iterator[Server]:
     """A server for ``model`` that answers, for the length of the block; whatever happens, its processes end with it.
@@ -130,21 +133,26 @@ def running(
     flags    behind defaults for tiny models, which they may replace
     sound    whether its log is checked at the end of the block: no traceback and no leak, or ``AssertionError``
     port     0: any free one
+    warm     fork it from a process that has imported SGLang (``warm.py``); ``module`` is not used
     waiting  called about twice a second with the seconds since the start, until the server answers
     It has a process group of its own, so a Ctrl-C reaches only its parent. ``ServerFailed`` where it does not answer.
     """
     port = free_port(port)
-    command = [sys.executable, *module, "--model-path", str(model), "--port", str(port), "--dtype", "float32"]
-    command += ["--max-total-tokens", "16384", "--random-seed", "0", *flags]
+    arguments = ["--model-path", str(model), "--port", str(port), "--dtype", "float32"]
+    arguments += ["--max-total-tokens", "16384", "--random-seed", "0", *flags]
+    variables = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | dict(environment or {})
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | dict(environment or {}),
-        )
+    if warm:
+        process: subprocess.Popen | WarmProcess = WarmProcess(arguments, log, variables)
+    else:
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [sys.executable, *module, *arguments],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ | variables,
+            )
     server = Server(port, log, process)
     try:
         _wait(server, waiting)
@@ -174,11 +182,11 @@ def _wait(server: Server, waiting: Callable[[float, Server], None]) -> None:
     raise ServerFailed(f"The server did not answer within {START_TIMEOUT_S} s.\n{server.tail()}")
 
 
-def stop(process: subprocess.Popen) -> None:
-    """End the process group of a server: politely, then not, and at once where a second Ctrl-C comes meanwhile."""
+def stop(process: subprocess.Popen | WarmProcess) -> None:
+    """End a server politely, then its process group not, and at once where a second Ctrl-C comes meanwhile."""
     try:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+            os.kill(process.pid, signal.SIGTERM)  # its children end with it: to SGLang each would be a crash
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT_S)
     finally:
