@@ -23,7 +23,7 @@ from blocklora_patches.http.front_ends import refuse_other_front_ends
 
 def run_sglang(argv: Sequence[str]) -> None:
     """What ``python -m sglang.launch_server`` does with ``argv``; ends with every child process."""
-    _put_hooks_in_place()
+    put_hooks_in_place()
     server_args = _server_args(argv)
     try:
         run_server(server_args)
@@ -35,7 +35,7 @@ def make_engine(argv: Sequence[str]) -> Any:
     """An ``Engine`` of this process with the server arguments ``argv``."""
     from sglang.srt.entrypoints.engine import Engine
 
-    _put_hooks_in_place()
+    put_hooks_in_place()
     return Engine(server_args=_server_args(argv))
 
 
@@ -47,7 +47,26 @@ def make_runtime(argv: Sequence[str]) -> Any:
     return Runtime(**{field.name: getattr(arguments, field.name) for field in record_fields(type(arguments))})
 
 
-def _put_hooks_in_place() -> None:
+def rehearse(argv: Sequence[str]) -> None:
+    """End as ``run_sglang`` does where it refuses ``argv`` before weights are read; otherwise start nothing.
+
+    It leaves this process with the configuration that a scheduler would have.
+    """
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.runtime_context import publish
+
+    from blocklora_patches.model.unsupported import refuse_unsupported
+
+    put_hooks_in_place()
+    arguments = _server_args(argv)
+    arguments.resolve_once()
+    arguments.check_server_args()
+    publish(arguments, role="scheduler")
+    refuse_unsupported(ModelConfig.from_server_args(arguments), Settings.required().adapter_memory == "unified")
+
+
+def put_hooks_in_place() -> None:
+    """What a launching process does first; does nothing else where the settings are not exported."""
     load_plugins()
     if Settings.from_environment() is not None:
         plugin.activate()  # SGLang calls plugins once: it may have done so before the settings were there
@@ -59,12 +78,12 @@ def _put_hooks_in_place() -> None:
 def _server_args(argv: Sequence[str]) -> ServerArgs:
     arguments = prepare_server_args(list(argv))
     if Settings.from_environment() is not None:
-        _refuse_to_be_left_out()
+        refuse_to_be_left_out()
         refuse_other_front_ends(arguments)
     return arguments
 
 
-def _refuse_to_be_left_out() -> None:
+def refuse_to_be_left_out() -> None:
     """``SystemExit`` unless SGLang calls our plugin in the processes that it starts."""
     if "blocklora" in load_plugins_by_group(GENERAL_PLUGINS_GROUP, _get_excluded_dists()):
         return

@@ -1,6 +1,6 @@
 """Nothing fails open: whatever goes wrong while our hooks are put in place ends the process, and says what to do.
 
-Every case runs in a fork of one process that has imported SGLang and nothing of ours but ``releases.contract``.
+Every case runs in a fork (``blocklora_testing.forks``).
 """
 
 from __future__ import annotations
@@ -11,70 +11,12 @@ import os
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from blocklora_testing.forks import STOPPED, Ended, run_cases
 from sglang_blocklora import SGLANG_VERSION
 from sglang_blocklora.settings import SETTINGS_VARIABLE, SWITCH_VARIABLE, Settings
-
-FORKS = """
-import json, os, sys, traceback
-from sglang_blocklora import cpu_only; cpu_only.prepare(1)
-from blocklora_patches.releases import contract
-contract.check("server"), contract.check("frontend")  # imports all of it
-contract.check.cache_clear()
-found = {}
-for name, (environment, code) in json.load(sys.stdin).items():
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.dup2(writer, 1), os.dup2(writer, 2)
-        os.environ.update(environment)
-        status = 0
-        try:
-            exec(code, {})
-        except SystemExit as end:
-            print("SystemExit:", end.code, flush=True)
-            status = 3
-        except BaseException:
-            traceback.print_exc()
-            status = 4
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    os.close(writer)
-    with os.fdopen(reader, errors="replace") as pipe:
-        text = pipe.read()
-    found[name] = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text]
-print("FOUND" + json.dumps(found))
-"""
-STOPPED = 3
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a case ended: its exit status (3: a ``SystemExit``), and what it printed."""
-
-    status: int
-    text: str
-
-
-def run_cases(cases: dict[str, tuple[dict[str, str], str]]) -> dict[str, Ended]:
-    """Run ``name -> (environment, code)``, each by itself."""
-    kept = {k: v for k, v in os.environ.items() if k not in (SETTINGS_VARIABLE, SWITCH_VARIABLE)}
-    texts = {name: (environment, textwrap.dedent(code)) for name, (environment, code) in cases.items()}
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORKS],
-        env=kept,
-        input=json.dumps(texts),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "FOUND" in result.stdout, result.stderr[-3000:]
-    return {name: Ended(*ended) for name, ended in json.loads(result.stdout.split("FOUND")[1]).items()}
-
 
 ON = {SETTINGS_VARIABLE: json.dumps({"adapter_memory_mb": 3})}
 LOAD = "from sglang.srt.plugins import load_plugins; load_plugins()\n"
@@ -386,7 +328,7 @@ import blocklora_patches.launch as launch
 import sglang.srt.lora.lora_manager as m
 print(m.LoRAManager.__name__)
 with Settings().exported():
-    launch._put_hooks_in_place()
+    launch.put_hooks_in_place()
 print(m.LoRAManager.__name__)
 """
 )

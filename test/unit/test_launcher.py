@@ -213,8 +213,8 @@ ALLOWED = {
     "python": {"blocklora_kernels", "sglang_blocklora"},
     "patches": {"blocklora_kernels", "sglang_blocklora", "blocklora_patches", "sglang"},
 }
-# These two reach SGLang, through patches/ only.
-DOORS = {"python/sglang_blocklora/launch_server.py", "python/sglang_blocklora/frontend.py"}
+# These reach SGLang, through patches/ only.
+DOORS = {f"python/sglang_blocklora/{name}.py" for name in ("launch_server", "frontend", "doctor/upstream")}
 
 
 @pytest.mark.parametrize("root", ALLOWED)

@@ -45,9 +45,11 @@ SERVER: dict[str, tuple[str, ...]] = {
         "register",
     ),
     "sglang.srt.server_args.ServerArgs": (
+        "check_server_args",
         "encoder_only",
         "grpc_mode",
         "grpc_port",
+        "resolve_once",
         "smg_grpc_mode",
         "tokenizer_worker_num",
         "use_ray",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from sglang_blocklora.adapters.content_hash import content_hash
 from sglang_blocklora.adapters.notes import notes
 from sglang_blocklora.adapters.tokenizer_files import TOKEN_FILES
 from sglang_blocklora.sharding.architectures import kind_of, suffix_of
+from sglang_blocklora.sharding.cut import ModuleShape
 from sglang_blocklora.sharding.layout import place
 from sglang_blocklora.sharding.plan import plan_linear
-from sglang_blocklora.tools.base_model import BaseSizes
+from sglang_blocklora.tools.base_model import BaseSizes, KnownSizes
 from sglang_blocklora.tools.opened import OpenedAdapter, open_adapter
 
 
@@ -72,7 +73,8 @@ def inspect_adapter(
     with open_adapter(folder, base) as adapter:
         groups = _groups(adapter)
         spec = adapter.spec(0, 1, dtype)
-        costs = [_cost(adapter, size, dtype) for size in tp_sizes]
+        shapes = {path: module.shape for path, module in adapter.modules.items()}
+        costs = [_cost(adapter, shapes, size, dtype) for size in tp_sizes]
         return Inspection(
             path=str(folder),
             content_hash=content_hash(folder),
@@ -117,23 +119,34 @@ def _groups(adapter: OpenedAdapter) -> list[ModuleGroup]:
     return groups
 
 
-def _cost(adapter: OpenedAdapter, tp_size: int, dtype: torch.dtype) -> TpCost:
+def cost_per_rank(
+    sizes: BaseSizes | KnownSizes, shapes: Mapping[str, ModuleShape], tp_size: int, dtype: torch.dtype
+) -> tuple[list[int], int, int]:
+    """Bytes of an adapter's weights on each TP rank, the slots they take, and bytes of those.
+
+    sizes   of the base model; what an adapter alone tells of them gives no slots that a server would need
+    shapes  path of an adapted module -> what the weights hold for it
+    """
     weights, slots = [], 0
     for rank in range(tp_size):
-        spec = adapter.spec(rank, tp_size, dtype)
-        shapes = {path: module.shape for path, module in adapter.modules.items()}
+        spec = sizes.spec(dtype, rank, tp_size)
         elements = 0
         for layer in spec.layers:
-            sizes = [size for linear in layer for size in plan_linear(linear, shapes, spec).sizes()]
-            elements += sum(sizes)
-            slots = max(slots, place(sizes, spec.row_width).rows)
+            counts = [count for linear in layer for count in plan_linear(linear, shapes, spec).sizes()]
+            elements += sum(counts)
+            slots = max(slots, place(counts, spec.row_width).rows)
         weights.append(elements * dtype.itemsize)
-    base = adapter.base
+    return weights, slots, len(spec.layers) * 2 * slots * spec.row_width * dtype.itemsize
+
+
+def _cost(adapter: OpenedAdapter, shapes: Mapping[str, ModuleShape], tp_size: int, dtype: torch.dtype) -> TpCost:
+    weights, slots, arena_bytes = cost_per_rank(adapter.sizes, shapes, tp_size, dtype)
+    known = adapter.base is not None
     return TpCost(
         tp_size=tp_size,
         bytes_per_rank=weights,
-        slots=slots if base else None,
-        arena_bytes=base.layers * 2 * slots * spec.row_width * dtype.itemsize if base else None,
+        slots=slots if known else None,
+        arena_bytes=arena_bytes if known else None,
     )
 
 

@@ -1,0 +1,132 @@
+"""The doctor names what of the installed SGLang does not fit, and which flags a start would refuse for a model."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+
+import pytest
+from blocklora_testing.forks import run_cases
+from sglang_blocklora import SGLANG_VERSION
+from sglang_blocklora.doctor.finding import Asked
+
+CHECK = """
+import json
+from dataclasses import asdict
+from sglang_blocklora.doctor.finding import Asked
+from sglang_blocklora.doctor.upstream import check
+for asked in {asked}:
+    print("FINDINGS" + json.dumps([asdict(finding) for finding in check(asked)]))
+"""
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 2,
+    "vocab_size": 256,
+}
+# What happened to SGLang or to us -> what is at fault, and what is told of it.
+BROKEN = {
+    "a symbol vanished": (
+        "import sglang.srt.managers.schedule_policy as m; del m.CLIP_MAX_NEW_TOKENS",
+        ("contract, server", "schedule_policy.CLIP_MAX_NEW_TOKENS: expected, and not found"),
+    ),
+    "a signature changed": (
+        "import sglang.srt.lora.lora_manager as m; m.LoRAManager.fetch_new_loras = lambda self, other: None",
+        ("contract, server", "expected parameters (self, new_loras, running_loras), found (self, other)"),
+    ),
+    "an attribute vanished": (
+        "import sglang.srt.managers.tokenizer_manager as m; m.ReqState = type('ReqState', (), {'__module__': 'm'})",
+        ("contract, server", "tokenizer_manager.ReqState.ttft_observed: expected, and not found"),
+    ),
+    "the language changed": (
+        "import sglang.lang.backend.runtime_endpoint as m; del m.RuntimeEndpoint._assert_success",
+        ("contract, frontend", "RuntimeEndpoint._assert_success: expected, and not found"),
+    ),
+    "another release": (
+        "import sglang_blocklora.doctor.upstream as u; u.version = lambda name: '0.5.1'",
+        ("SGLang", "0.5.1; supported: "),
+    ),
+    "a plugin on our target": (
+        """
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+        HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.on_idle", lambda *a, **k: None, HookType.BEFORE)
+        HookRegistry.apply_hooks()
+        """,
+        ("hooks", "Scheduler.on_idle"),
+    ),
+    "a plugin that is left out": (
+        "import os; os.environ['SGLANG_PLUGINS'] = 'other'",
+        ("hooks", "SGLANG_PLUGINS"),
+    ),
+}
+# Flags -> what is told of them; None: nothing is refused.
+FLAGS = {
+    (): None,
+    ("--adapter-memory", "static", "--disable-radix-cache"): None,
+    ("--adapter-memory-mb", "0"): "--adapter-memory-mb 0 must be at least 1",
+    ("--adapter-memory-mb", "5"): "--adapter-memory-mb has no effect without --adapter-memory static",
+    ("--no-such-flag",): "unrecognized arguments: --no-such-flag",
+    ("--disable-radix-cache",): "--disable-radix-cache (adapters live in the radix tree)",
+    ("--pp-size", "2"): "--pp-size (a TP rank would hold only some layers of an adapter)",
+    ("--tokenizer-worker-num", "2"): "--tokenizer-worker-num 2",
+    ("--max-loras-per-batch", "0"): "max_loras_per_batch",
+}
+
+
+Findings = list[dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Findings]]:
+    """Name of a case -> findings for each ``Asked``. Starts are checked in one process: all need the same hooks."""
+    empty, model = tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("model")
+    (model / "config.json").write_text(json.dumps(MODEL))
+    starts = [Asked(), Asked(model=str(empty)), *(Asked(model=str(model), tp=2, flags=flags) for flags in FLAGS)]
+    alone = CHECK.format(asked=[Asked()])
+    cases = {name: ({}, f"{textwrap.dedent(code)}\n{alone}") for name, (code, _) in BROKEN.items()}
+    ended = run_cases(cases | {"starts": ({}, CHECK.format(asked=starts))})
+    return {
+        name: [json.loads(line[8:]) for line in case.text.splitlines() if line.startswith("FINDINGS")]
+        for name, case in ended.items()
+    }
+
+
+def flags_of(findings: Findings) -> dict[str, str]:
+    (found,) = [finding for finding in findings if finding["what"] == "flags"]
+    return found
+
+
+def test_a_release_that_fits(found: dict[str, list[Findings]]) -> None:
+    findings = {finding["what"]: finding for finding in found["starts"][0]}
+    assert {what: finding["result"] for what, finding in findings.items()} == {
+        "SGLang": "ok",
+        "contract, server": "ok",
+        "contract, frontend": "ok",
+        "hooks": "ok",
+        "flags": "skipped",
+    }
+    assert findings["SGLang"]["found"] == SGLANG_VERSION
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_does_not_fit_is_named(found: dict[str, list[Findings]], name: str) -> None:
+    what, text = BROKEN[name][1]
+    faults = [finding for finding in found[name][0] if finding["result"] == "fault"]
+    assert {finding["what"] for finding in faults} == {what}
+    assert any(text in finding["found"] for finding in faults), faults
+    assert all(finding["advice"] for finding in faults)
+
+
+def test_a_folder_without_a_model_is_a_fault(found: dict[str, list[Findings]]) -> None:
+    assert flags_of(found["starts"][1])["result"] == "fault"
+
+
+@pytest.mark.parametrize("number", range(len(FLAGS)), ids=map(" ".join, FLAGS))
+def test_flags_are_refused_as_a_start_refuses_them(found: dict[str, list[Findings]], number: int) -> None:
+    refused, told = [*FLAGS.values()][number], flags_of(found["starts"][2 + number])
+    assert told["result"] == ("ok" if refused is None else "fault"), told
+    assert refused is None or refused in told["found"]
