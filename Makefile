@@ -1,12 +1,15 @@
-# Everything runs from .venv, which the first target that needs it creates. For machines without an accelerator;
-# on a GPU machine use pip install . (README).
+# Everything runs from the virtual environment of an SGLang release, which the first target that needs it creates: the
+# newest one's, or that of make test SGLANG=0.5.21. For machines without an accelerator; on a GPU machine use
+# pip install . (README).
 PYTHON ?= python3
 SEED ?= 0
-VENV := .venv
+# Figures and simulators stay with the release that they were made with.
+SGLANG ?= $(if $(filter bench bench-report research-test,$(MAKECMDGOALS)),0.5.21,0.5.23)
+VENV := .venv-$(SGLANG)
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo serve test test-all research-test soak fuzz lint bench bench-report bench-gpu clean
+.PHONY: demo serve test test-release test-all contract research-test soak fuzz lint bench bench-report bench-gpu clean
 
 demo: $(VENV)/.demo  ## start a server at TP 2, ask base and every adapter the same question, stop it
 	$(BIN)/python examples/demo/demo.py
@@ -17,6 +20,10 @@ serve: $(VENV)/.demo  ## the demo server, until Ctrl-C
 test: $(VENV)/.installed  ## everything but the whole model x TP matrix
 	$(BIN)/pytest -n 2 --dist loadfile -m "not matrix"
 
+test-release: $(VENV)/.installed  ## what can differ between SGLang releases: hooks, the cache, tokens of one server
+	$(BIN)/pytest -n 2 --dist loadfile test/contract
+	$(BIN)/pytest "test/e2e/test_tokens.py::test_tokens_equal_peft[llama-2-2]"
+
 test-all: $(VENV)/.installed  ## the whole matrix too (about an hour on 2 cores)
 	$(BIN)/pytest
 
@@ -25,6 +32,9 @@ soak: $(VENV)/.installed  ## 10 minutes of everything at once on a server at TP 
 
 fuzz: $(VENV)/.installed  ## a million random inputs to the checks, ten thousand to a server at TP 2; SEED=1 for others
 	$(BIN)/python -m blocklora_testing.fuzz --seed $(SEED)
+
+contract: $(VENV)/.installed  ## write down what patches/ uses of this SGLang (docs/releases.md)
+	$(BIN)/python -W ignore -m blocklora_patches.porting --write
 
 research-test: $(VENV)/.installed  ## the simulators: cases by hand, their documents, each experiment for a moment
 	$(BIN)/pytest research
@@ -43,12 +53,12 @@ bench-report: $(VENV)/.bench  ## tables and plots of README.md and docs/benchmar
 bench-gpu:  ## kernels on a GPU: correctness first, then figures; uses the Python that has torch and SGLang there
 	PYTHON=$(PYTHON) sh benchmark/kernels/run_gpu.sh
 
-$(VENV)/.installed: requirements/torch.txt requirements/cpu.txt requirements/dev.txt pyproject.toml testing/pyproject.toml
+$(VENV)/.installed: requirements/torch.txt requirements/cpu.txt requirements/sglang-$(SGLANG).txt requirements/dev.txt pyproject.toml testing/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; use make PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (some minutes the first time) ..."
 	@echo "  torch" && $(PIP) -r requirements/torch.txt
-	@echo "  SGLang and what it imports" && $(PIP) --no-deps -r requirements/cpu.txt
+	@echo "  SGLang $(SGLANG) and what it imports" && $(PIP) --no-deps -r requirements/cpu.txt -r requirements/sglang-$(SGLANG).txt
 	@echo "  tests and lint" && $(PIP) --no-deps -r requirements/dev.txt
 	@echo "  sglang-blocklora" && $(PIP) --no-deps --no-build-isolation -e . -e testing
 	@touch $@
@@ -62,4 +72,4 @@ $(VENV)/.bench: $(VENV)/.demo requirements/bench.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .models build *.egg-info python/*.egg-info
+	rm -rf .venv* .models build *.egg-info python/*.egg-info

@@ -18,7 +18,7 @@ from blocklora_patches.http import (
     updates,
 )
 from blocklora_patches.language import offline_engine
-from blocklora_patches.model import lora_manager, runner
+from blocklora_patches.model import linear, lora_manager, runner
 from blocklora_patches.scheduler import (
     adapter_updates,
     admission,
@@ -36,6 +36,7 @@ HOOKS = (
     *facts.HOOKS,
     *replicas.HOOKS,
     *lora_manager.HOOKS,
+    *linear.HOOKS,
     *registry.HOOKS,
     *load_on_use.HOOKS,
     *runner.HOOKS,

@@ -20,7 +20,7 @@ def activate() -> None:
         settings.keep()
         from blocklora_patches.releases.contract import check
 
-        check("server")  # before anything that imports what it lists
+        check("server", settings.accept_unknown_sglang)  # before anything that imports what it lists
         from blocklora_patches.install import install
 
         install()

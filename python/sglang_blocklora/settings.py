@@ -140,6 +140,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             told="off",
         ),
     ] = None
+    accept_unknown_sglang: Annotated[
+        bool,
+        Flag(
+            help="run with an SGLang release that was never tested, if all that is used of it looks as in the last one "
+            "that was (docs/releases.md)"
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         check(self)

@@ -14,6 +14,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+from blocklora_testing import upstream as calls
 
 from benchmark.serving.workload import Session
 from research.simulation import upstream
@@ -157,14 +158,14 @@ class Simulator:
 
     def _extend(self, batch: list[upstream.Req], matches: int) -> None:
         """Allocate, compute and cache the batch's prompts; each finished prompt gives its first token."""
+        prefixes = [calls.prefix_slots(self.cache, req) for req in batch]
         self.rows.alloc(batch)
-        needed = sum(req.extend_range.length for req in batch)
-        slots = self._allocate(needed)
+        slots = self._allocate(sum(end - start for start, end in map(calls.extent, batch)))
         work, seen = Work(), set()
-        for req in batch:
-            start, end = req.extend_range
+        for req, prefix in zip(batch, prefixes, strict=True):
+            start, end = calls.extent(req)
             row = self.table[req.kv.req_pool_idx]
-            row[:start] = req.prefix_indices[:start]
+            row[:start] = prefix[:start]
             row[start:end], slots = slots[: end - start], slots[end - start :]
             self.system.owner[row[start:end]] = req.adapter.index
             req.kv.kv_allocated_len = req.kv.kv_committed_len = end
@@ -177,14 +178,14 @@ class Simulator:
         for req in batch:
             if req is self.chunked:
                 req.inflight_middle_chunks += 1
-                upstream.maybe_cache_unfinished_req(req, self.cache, chunked=True)
+                calls.keep_computed(self.cache, req, more_prompt=True)
                 continue
             req.generated += 1
             req.record.first_token_s = req.record.first_token_s or self.now_s
             if req.generated >= req.record.new_tokens:
                 self._finish(req)
             else:
-                upstream.maybe_cache_unfinished_req(req, self.cache)
+                calls.keep_computed(self.cache, req)
                 self.running.append(req)
 
     # --- decode
@@ -238,7 +239,7 @@ class Simulator:
                 raise RuntimeError("one request alone does not fit the pool")
             worst = upstream.ScheduleBatch._get_decode_retraction_order(self.running)[-1]
             req = self.running.pop(worst)
-            upstream.release_kv_cache(req, self.cache, is_insert=False)
+            calls.release(self.cache, req, keep=False)
             req.reset_for_retract()
             self.waiting.append(req)
             self.outcome.retractions += 1
@@ -284,7 +285,7 @@ class Simulator:
         req.record.end_s = self.now_s
         self.outcome.records.append(req.record)
         conversation = req.conversation
-        upstream.release_kv_cache(req, self.cache)
+        calls.release(self.cache, req)
         following = conversation.answered(array("q", req.output_ids))
         if following is not None:
             self._expect(self.now_s + following.think_s, conversation)

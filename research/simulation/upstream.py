@@ -31,7 +31,7 @@ with warnings.catch_warnings():
     from sglang.srt.managers.scheduler_components.new_token_ratio_tracker import NewTokenRatioTracker
     from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-    from sglang.srt.mem_cache.common import evict_from_tree_cache, maybe_cache_unfinished_req, release_kv_cache
+    from sglang.srt.mem_cache.common import evict_from_tree_cache
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
     from sglang.srt.mem_cache.radix_cache import RadixKey
     from sglang.srt.mem_cache.unified_cache.components import ComponentType
@@ -57,10 +57,8 @@ __all__ = [
     "UnifiedRadixCache",
     "affinity_policy",
     "evict_from_tree_cache",
-    "maybe_cache_unfinished_req",
     "name_adapter",
     "new_cache",
-    "release_kv_cache",
     "schedule_batch",
 ]
 

@@ -11,11 +11,11 @@ import os
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from blocklora_testing.forks import STOPPED, Ended, run_cases
-from sglang_blocklora import SGLANG_VERSION
 from sglang_blocklora.settings import SETTINGS_VARIABLE, SWITCH_VARIABLE, Settings
 
 ON = {SETTINGS_VARIABLE: json.dumps({"adapter_memory_mb": 3})}
@@ -79,10 +79,6 @@ BROKEN = {
         """,
         ["TypeError: cannot wrap sglang.srt"],
     ),
-    "another release": (
-        "import blocklora_patches.releases.contract as c; c.version = lambda name: '0.5.22'",
-        [f"sglang=={SGLANG_VERSION} only, found 0.5.22"],
-    ),
 }
 
 
@@ -90,8 +86,33 @@ BROKEN = {
 def test_a_misfit_ends_the_process_and_says_which(ended: dict[str, Ended], name: str) -> None:
     case = ended[name]
     assert case.status == STOPPED, case.text
-    for part in [*BROKEN[name][1], "sglang-blocklora", SGLANG_VERSION, "stock SGLang"]:
+    for part in [*BROKEN[name][1], "sglang-blocklora", version("sglang"), "stock SGLang"]:
         assert part in case.text
+
+
+UNKNOWN = """
+import blocklora_patches.releases.contract as c
+c.SGLANG_VERSIONS = (c.version("sglang"),)
+c.version = lambda name, last=c.version("sglang"): last + ".dev1"
+"""
+ACCEPTING = {SETTINGS_VARIABLE: json.dumps({"accept_unknown_sglang": True})}
+UNKNOWN_RELEASES = {
+    "an unknown release": (ON, UNKNOWN),
+    "an unknown release that is accepted": (ACCEPTING, UNKNOWN),
+    "an unknown release that misfits": (ACCEPTING, BROKEN["a method vanished"][0] + UNKNOWN),
+}
+
+
+def test_an_unknown_release_is_held_to_the_last_one_and_let_in_only_when_asked(ended: dict[str, Ended]) -> None:
+    refused, accepted, misfit = (ended[name] for name in UNKNOWN_RELEASES)
+    last = version("sglang")
+    assert (refused.status, accepted.status, misfit.status) == (STOPPED, 0, STOPPED), (refused, accepted, misfit)
+    assert f"found {last}.dev1. All that it uses looks there as in {last};" in refused.text
+    assert "--accept-unknown-sglang" in refused.text
+    assert f"{last}.dev1 is unknown and taken for {last}" in accepted.text
+    assert "PATCHED True" in accepted.text
+    assert f"does not fit the installed SGLang {last}.dev1:\n" in misfit.text
+    assert BROKEN["a method vanished"][1][0] in misfit.text
 
 
 NOT_UNDERSTOOD = {
@@ -368,6 +389,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
         **with_plugins(tmp_path_factory.mktemp("plugins")),
     }
     cases |= {name: (ON, textwrap.dedent(code) + "\n" + LOAD) for name, (code, _) in BROKEN.items()}
+    patched = "from sglang.srt.plugins.hook_registry import HookRegistry; print('PATCHED', bool(HookRegistry._patched))"
+    cases |= {name: (on, f"{code}\n{LOAD}{patched}") for name, (on, code) in UNKNOWN_RELEASES.items()}
     cases |= {name: ({SETTINGS_VARIABLE: text}, LOAD) for name, text in NOT_UNDERSTOOD.items()}
     cases |= {name: (ON | extra, LAUNCH.format(flags=flags)) for name, (flags, extra, _) in PAST_US.items()}
     return run_cases(cases)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from blocklora_testing import upstream
 from blocklora_testing.real_cache import digest, new_cache
 from blocklora_testing.toy import host_only_images
 from sglang_blocklora.adapters.shard import AdapterShard
@@ -162,7 +163,8 @@ class Admission:
 
     def allocate(self, request: Req) -> None:
         """Slots for the rest of the prompt and for the whole answer."""
-        needed = request.extend_range.length + request.sampling_params.max_new_tokens
+        start, end = upstream.extent(request)
+        needed = end - start + request.sampling_params.max_new_tokens
         needed = -(-needed // PAGE) * PAGE
         allocator = self.cache.token_to_kv_pool_allocator
         allocator.evict_to_free_tokens(self.cache, needed)
@@ -172,7 +174,7 @@ class Admission:
     def finish(self, request: Req) -> None:
         self.running.remove(request)
         self.cache.token_to_kv_pool_allocator.free(request.own)
-        self.cache.dec_lock_ref(request.last_node, request.lock_receipt)
+        upstream.unlock_match(self.cache, request)
         self.is_full = False
 
 

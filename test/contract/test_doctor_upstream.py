@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import textwrap
+from importlib.metadata import version
 
 import pytest
 from blocklora_testing.forks import run_cases
-from sglang_blocklora import SGLANG_VERSION
 from sglang_blocklora.doctor.finding import Asked
 
 CHECK = """
@@ -48,7 +48,7 @@ BROKEN = {
     ),
     "another release": (
         "import sglang_blocklora.doctor.upstream as u; u.version = lambda name: '0.5.1'",
-        ("SGLang", "0.5.1; supported: "),
+        ("SGLang", "0.5.1; tested: "),
     ),
     "a plugin on our target": (
         """
@@ -109,7 +109,7 @@ def test_a_release_that_fits(found: dict[str, list[Findings]]) -> None:
         "hooks": "ok",
         "flags": "skipped",
     }
-    assert findings["SGLang"]["found"] == SGLANG_VERSION
+    assert findings["SGLang"]["found"] == version("sglang")
 
 
 @pytest.mark.parametrize("name", BROKEN)

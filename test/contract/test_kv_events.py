@@ -10,10 +10,11 @@ import pytest
 import torch
 from blocklora_testing.real_cache import AdapterPrefixCache, UnifiedRadixCache, digest, key_of, new_cache
 from blocklora_testing.subscriber import Subscriber
+from blocklora_testing.upstream import insert_params, matched_slots
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
-    from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
 POOL_TOKENS = 240
@@ -64,17 +65,17 @@ class Operations:
             self.cache.publish(lora_id, self.cache.reserve(lora_id))
         match = self.cache.match_prefix(MatchPrefixParams(key=self.key(space, tokens)))
         receipt = self.cache.inc_lock_ref(match.last_device_node).to_dec_params()
-        matched = match.device_indices
+        matched = matched_slots(self.cache, match)
         own = self.reserve(len(tokens) - len(matched)) if len(tokens) > len(matched) else matched[:0]
         values = torch.cat([matched, own])
         for end in sorted({max(middle, len(matched)), len(tokens)}):
-            params = InsertParams(key=self.key(space, tokens[:end]), value=values[:end], prev_prefix_len=len(matched))
+            params = insert_params(self.key(space, tokens[:end]), values[:end], len(matched))
             if self.cache.insert(params).rotation_tail_declined:
                 assert set(tokens[:end]) & set(NO_IDS)
                 self.cache.token_to_kv_pool_allocator.free(values[len(matched) :])
                 break
-            found = self.cache.match_prefix(MatchPrefixParams(key=self.key(space, tokens[:end]))).device_indices
-            values[:end], matched = found, found
+            found = self.cache.match_prefix(MatchPrefixParams(key=self.key(space, tokens[:end])))
+            matched = values[:end] = matched_slots(self.cache, found)
         self.cache.dec_lock_ref(match.last_device_node, receipt)
         self.inserted[space].add(tuple(tokens[: len(matched)]))
 
@@ -86,8 +87,8 @@ class Operations:
             contents = CONTENTS[name]
             number = int(digest(contents)[:15], 16) if contents else None
             for tokens in keys:
-                hit = self.cache.match_prefix(MatchPrefixParams(key=self.key(space, list(tokens)))).device_indices
-                ends = range(self.page_size, len(hit) + 1, self.page_size)
+                match = self.cache.match_prefix(MatchPrefixParams(key=self.key(space, list(tokens))))
+                ends = range(self.page_size, len(matched_slots(self.cache, match)) + 1, self.page_size)
                 found |= {(number, salt, tokens[:end], user) for end in ends}
         return Counter(entry[:3] for entry in found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,10 @@ from sglang_blocklora.tools.base_model import BaseSizes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
+    from blocklora_patches.model import linear as adapted
     from blocklora_patches.model.linears import adaptable_linears, build_spec
     from sglang.srt.configs.update_config import adjust_config_with_unaligned_cpu_tp
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
     from sglang.srt.models import gemma2, llama, mistral, qwen2, qwen3
     from sglang.srt.runtime_context import get_context, get_parallel
 
@@ -52,8 +55,11 @@ def tp_rank(rank: int, size: int) -> Iterator[None]:
             attn_tp_rank=rank,
             attn_tp_group=group,
             moe_tp_size=size,
+            moe_tp_group=group,
             moe_ep_size=1,
             moe_dp_size=1,
+            pp_size=1,
+            pp_rank=0,
             pp_group=alone,
         ),
     ):
@@ -155,3 +161,17 @@ def test_a_layer_with_other_linears_stops_the_server() -> None:
         linears = adaptable_linears(sglang_model("llama", config))
         with pytest.raises(ValueError, match="other linears than"):
             build_spec([linears[0][::-1]], config, {"all"}, torch.bfloat16, 0, 1)
+
+
+@pytest.mark.parametrize("hook", adapted.HOOKS, ids=lambda hook: hook.target)
+def test_no_kernel_computes_an_adapted_linear_past_its_quant_method(hook: Any) -> None:
+    """Upstream's ``DualGemm`` looks at the quant method when a model is built, and never again."""
+    owner, _, name = hook.target.rpartition(".")
+    kernel = object.__new__(pkgutil.resolve_name(owner))
+    vars(kernel).update(mode="unquantised", max_tokens=16, tp_size=1)
+    original, base = getattr(type(kernel), name), UnquantizedLinearMethod()
+    tokens, plain = torch.zeros(1, 8), SimpleNamespace(quant_method=base)
+    joined = SimpleNamespace(quant_method=adapted.AdaptedLinearMethod(base, None, 0, 0))
+    assert original(kernel, tokens, joined), "it would be left out"
+    assert hook.handler(original, kernel, tokens, plain)
+    assert not hook.handler(original, kernel, tokens, joined)

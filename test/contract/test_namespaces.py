@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from blocklora_testing import upstream
 from blocklora_testing.real_cache import AdapterPrefixCache, digest, key_of, new_cache, request_of
 from blocklora_testing.tiers import LAYERS, WIDTH, Disk, numbered
 from sglang_blocklora.memory.accounting import IntegrityError
@@ -18,7 +19,6 @@ from sglang_blocklora.memory.unified_pool import LINGER_ADAPTERS, LINGER_STEPS, 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
     from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
-    from sglang.srt.mem_cache.common import release_kv_cache
     from sglang.srt.mem_cache.radix_cache import RadixKey
     from sglang.srt.runtime_context import get_context
 
@@ -50,13 +50,16 @@ class Cache:
     def match(self, key: RadixKey):
         return self.cache.match_prefix(MatchPrefixParams(key=key))
 
+    def found(self, key: RadixKey) -> torch.Tensor:
+        return upstream.matched_slots(self.cache, self.match(key))
+
     def serve(self, key: RadixKey) -> int:
         """One request from its match to its end; how many tokens it found."""
         found = self.match(key)
         receipt = self.cache.inc_lock_ref(found.last_device_node).to_dec_params()
-        matched = found.device_indices
+        matched = upstream.matched_slots(self.cache, found)
         own = self.allocator.alloc(len(key) - len(matched)) if len(key) > len(matched) else matched[:0]
-        params = InsertParams(key=key, value=torch.cat([matched, own]), prev_prefix_len=len(matched))
+        params = upstream.insert_params(key, torch.cat([matched, own]), len(matched))
         if self.cache.insert(params).rotation_tail_declined:
             self.allocator.free(own)
         self.cache.dec_lock_ref(found.last_device_node, receipt)
@@ -88,17 +91,17 @@ def test_no_request_finds_or_writes_what_is_an_adapters(page_size: int, core: st
     made.publish(B)
     own = made.serve(key_of(PROMPT, A))
     assert own == 0
-    right = made.match(key_of(PROMPT, A)).device_indices
+    right = made.found(key_of(PROMPT, A))
     for key in hostile_keys(published):
         with_b = key.extra_key is not None and B in key.extra_key
         before = set(right.tolist()) | set(cache.slots_of(A).tolist())
-        found = made.match(key).device_indices
+        found = made.found(key)
         assert not before & set(found.tolist()), "a request was given an adapter's slots"
         if with_b:
             assert not set(found.tolist()) & set(cache.slots_of(B).tolist())
         if len(key) <= made.allocator.available_size():
             made.serve(key)
-        assert torch.equal(made.match(key_of(PROMPT, A)).device_indices, right)
+        assert torch.equal(made.found(key_of(PROMPT, A)), right)
         assert min([*cache.slot_counts().kv.values(), *cache.slot_counts().adapters.values()]) > 0
     for key in hostile_keys(published):
         cache.reset()
@@ -107,7 +110,7 @@ def test_no_request_finds_or_writes_what_is_an_adapters(page_size: int, core: st
             made.publish(B)
         made.serve(key)
         made.publish(A)
-        assert len(made.match(key_of(PROMPT, A)).device_indices) == 0, "KV of someone else"
+        assert len(made.found(key_of(PROMPT, A))) == 0, "KV of someone else"
         made.serve(key_of(PROMPT, A))
         cache.check_slots(in_use=0)
 
@@ -162,17 +165,18 @@ def test_upstreams_own_steps_of_a_request_that_is_not_cached_leave_nothing_behin
     pool.write((request.kv.req_pool_idx, slice(0, 16)), slots)
     found = made.match(key_of([], lora_id))
     request.last_node = found.last_device_node
-    request.lock_receipt = cache.inc_lock_ref(request.last_node).to_dec_params()
+    upstream.lock_match(cache, request)
     for end in (8, 16):
         request.full_untruncated_fill_ids = request.origin_input_ids
         request.get_fill_ids = lambda end=end: request.origin_input_ids[:end]
-        cache.cache_unfinished_req(request, chunked=True)
+        request.extend_end = end
+        upstream.keep_computed(cache, request, more_prompt=True)
         kept = 8 if lora_id != "unknown" else 0
         assert request.kv.cache_protected_len == kept
-        assert request.prefix_indices.tolist() == slots[:end].tolist()
+        assert upstream.prefix_slots(cache, request).tolist() == slots[:end].tolist()
     request.kv.kv_allocated_len = request.kv.kv_committed_len = 16
     with get_context().override_server_args(device="cpu"):
-        release_kv_cache(request, cache, is_insert=ends)
+        upstream.release(cache, request, keep=ends)
     assert made.allocator.available_size() == free - kept
     cache.check_slots(in_use=0)
 

@@ -8,19 +8,22 @@ from blocklora_testing.cache_machine import (
     RADIX_EVICTION_POLICY_CHOICES,
     CacheMachine,
     EvictParams,
-    InsertParams,
     MatchPrefixParams,
 )
-from blocklora_testing.real_cache import AdapterPrefixCache, digest, key_of
+from blocklora_testing.real_cache import AdapterPrefixCache, UnifiedRadixCache, digest, key_of
+from blocklora_testing.upstream import insert_params, matched_slots
 from hypothesis import settings
 from sglang_blocklora.memory.eviction import CostAware, KVFirst
 
 
 def test_only_these_methods_of_upstream_are_overridden() -> None:
     """Upstream's cache has many methods; one of ours with a name of theirs would break it in silence."""
-    inherited = {name for base in AdapterPrefixCache.__mro__[1:-1] for name in vars(base)}
-    own = {name for name in vars(AdapterPrefixCache) if not name.startswith("_")}
-    assert own & inherited == {"reset", "evict", "evict_for_alloc", "match_prefix", "insert", "take_events"}
+    inherited = {name for base in UnifiedRadixCache.__mro__[:-1] for name in vars(base)}
+    ours = AdapterPrefixCache.__mro__[: AdapterPrefixCache.__mro__.index(UnifiedRadixCache)]
+    own = {name for base in ours for name in vars(base) if not name.startswith("_")}
+    everywhere = {"reset", "evict", "evict_for_alloc", "insert", "take_events"}
+    since_0_5_22 = {"touch_prefix", "path_device_indices", "prefix_device_indices"}
+    assert own & inherited == everywhere | (since_0_5_22 if since_0_5_22 <= inherited else {"match_prefix"})
 
 
 def test_a_pinned_adapter_stays_until_it_is_unpinned() -> None:
@@ -62,7 +65,7 @@ def three_adapters_with_kv(page_size: int, eviction_policy: str = "lru") -> tupl
         machine.adapters[lora_id] = f"{contents} of 32"
         assert machine.make_resident(lora_id)
         own = machine.allocate(16)
-        machine.cache.insert(InsertParams(key=key_of(range(16), lora_id), value=own))
+        machine.cache.insert(insert_params(key_of(range(16), lora_id), own, 0))
     return machine, ids
 
 
@@ -123,12 +126,12 @@ def test_reloading_the_same_bytes_hits_and_other_bytes_do_not(page_size: int) ->
     assert machine.make_resident(ids[0])
     own = machine.allocate(-(-40 // page_size) * page_size)
     aligned = 40 // page_size * page_size
-    machine.cache.insert(InsertParams(key=key_of(tokens, ids[0]).page_aligned(page_size), value=own[:aligned]))
+    machine.cache.insert(insert_params(key_of(tokens, ids[0]).page_aligned(page_size), own[:aligned], 0))
     machine.cache.token_to_kv_pool_allocator.free(own[aligned:])
 
     def hit(lora_id: str | None, user: str | None = None) -> int:
         found = machine.cache.match_prefix(MatchPrefixParams(key=key_of(tokens, lora_id, user)))
-        return len(found.device_indices)
+        return len(matched_slots(machine.cache, found))
 
     assert hit(ids[0]) == hit(ids[1]) == aligned, "the same bytes under another id"
     assert hit(ids[0], "user") == 0

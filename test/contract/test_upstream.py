@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 import warnings
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
-from sglang_blocklora import SGLANG_VERSION
+from blocklora_testing.upstream import HAS_MEGAKERNELS
+from sglang_blocklora import SGLANG_VERSIONS
 from sglang_blocklora.settings import SETTINGS_VARIABLE, SWITCH_VARIABLE, Settings
 
 PREPARE = "from sglang_blocklora import cpu_only; cpu_only.prepare(1)\n"
@@ -70,7 +72,7 @@ def test_the_contract_is_what_the_code_uses_of_the_installed_release() -> None:
 
 def test_the_contract_finds_what_is_used(releases: Any) -> None:
     """Of each kind of use one, so that a generator that overlooks it is found out."""
-    contract = json.loads(releases.file_of(SGLANG_VERSION).read_text())
+    contract = json.loads(releases.file_of(version("sglang")).read_text())
     server, frontend = contract["server"], contract["frontend"]
     scheduler = "sglang.srt.managers.scheduler.Scheduler"
     assert server["symbols"][f"{scheduler}.on_idle"] == "self", "hooked"
@@ -80,6 +82,14 @@ def test_the_contract_finds_what_is_used(releases: Any) -> None:
     assert "waiting_queue" in server["attributes"][scheduler], "used of a hook's self"
     assert "rid_to_state" in server["attributes"]["sglang.srt.managers.tokenizer_manager.TokenizerManager"], "listed"
     assert not [name for name in frontend["symbols"] if name.startswith("sglang.srt.") and ".plugins" not in name]
+
+
+def test_every_release_that_is_tested_has_its_files(releases: Any) -> None:
+    """And nothing else has: a contract or an adapter module that is never read would tell nothing."""
+    names = {release.replace(".", "_") for release in SGLANG_VERSIONS}
+    assert {file.stem for file in releases.FOLDER.glob("*.json")} == names
+    assert {file.stem for file in releases.FOLDER.glob("v*_*.py")} == {f"v{name}" for name in names}
+    assert [*SGLANG_VERSIONS] == sorted(SGLANG_VERSIONS, key=lambda release: [int(part) for part in release.split(".")])
 
 
 class Base:
@@ -151,15 +161,16 @@ def refusal(unified, **changed):
     bags = {n: SimpleNamespace(**{f: getattr(bag, f, None) for f in bag.__struct_fields__}) for n, bag in real.items()}
     for name, bag in real.items():  # defaults of the fields that have one
         vars(bags[name]).update(zip(bag.__struct_fields__[-len(bag.__struct_defaults__):], bag.__struct_defaults__))
-    bags["get_exec"] = SimpleNamespace(overlap=exec_.ExecOverlap(), graph=exec_.ExecGraph())
-    bags["get_parallel"].attn_dcp_size = 1
+    groups = {"overlap": exec_.ExecOverlap(), "graph": exec_.ExecGraph(), "kernel": exec_.ExecKernel()}
+    bags["get_exec"] = SimpleNamespace(**groups)
+    vars(bags["get_parallel"]).update(attn_dcp_size=1, attn_dp_enabled=False)
     bags["get_memory"].radix_cache_backend = "blocklora" if unified else None
     config = SimpleNamespace(
         hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]), attention_arch=AttentionArch.MHA,
         is_hybrid_swa=False, dtype=torch.bfloat16, head_dim=64, v_head_dim=64, get_num_kv_heads=lambda tp: 8 // tp,
     )
     u.uses_ssm_state = lambda config: changed.get("uses_ssm_state", False)
-    for target in (config, *bags.values(), bags["get_exec"].overlap, bags["get_exec"].graph):
+    for target in (config, *bags.values(), *groups.values()):
         for name, value in changed.items():
             if hasattr(target, name):
                 setattr(target, name, value)
@@ -178,6 +189,8 @@ for changed in [c for _, c, _ in cases]:
         changed["hf_config"] = SimpleNamespace(architectures=changed.pop("architectures"))
 print("FOUND" + json.dumps([refusal(unified, **changed) for unified, changed, _ in cases]))
 """
+# The field that tells of it in 0.5.21, and the one in later releases.
+DP_ATTENTION = {"enable_dp_attention": True, "attn_dp_enabled": True}
 STATIC, STOCK = "Use --adapter-memory static", "start stock SGLang"
 # unified?, what is on, what one message must name
 REFUSED = [
@@ -186,6 +199,12 @@ REFUSED = [
     (True, {"kv_cache_dtype": "bf16", "kv_events_config": "{}"}, []),
     (True, {"head_dim": 12, "v_head_dim": 12, "tp_size": 8}, ["a K row of 12 elements", STATIC]),
     (False, {"pp_size": 2, "enable_torch_compile": True}, ["--pp-size", "--enable-torch-compile", STOCK]),
+    (False, DP_ATTENTION, ["--enable-dp-attention", STOCK]),
+    (
+        False,
+        {"enable_nvidia_megakernel": True, "enable_amd_monokernel": True},
+        ["--enable-nvidia-megakernel", "--enable-amd-monokernel", STOCK] if HAS_MEGAKERNELS else [],
+    ),
     (False, {"radix_cache_backend": "blocklora"}, ["--radix-cache-backend blocklora"]),
     (True, {"radix_cache_backend": "theirs"}, ["--radix-cache-backend theirs", STATIC]),
     (

@@ -9,6 +9,7 @@ import pytest
 import torch
 from blocklora_testing.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens
 from blocklora_testing.server import Server, running, same_decisions
+from blocklora_testing.upstream import KV_BEYOND_ANSWER
 
 ADAPTERS = 40
 NEW_TOKENS = 8
@@ -134,8 +135,7 @@ def test_slots_are_reported_by_owner(server: Server, many) -> None:
     slots, listed = answer["slots"], {one["name"]: one for one in answer["data"]}
     assert slots["total"] == POOL_TOKENS
     assert slots["free"] + slots["in_use"] + slots["adapter"] + slots["kv"] == POOL_TOKENS
-    # The overlap schedule has begun the next step, with the last token, before it knows that token to be the last.
-    tokens = len(prompts[0]) + NEW_TOKENS
+    tokens = len(prompts[0]) + NEW_TOKENS - 1 + KV_BEYOND_ANSWER
     assert slots["owners"] == {
         "a5": {"adapter": listed["a5"]["slots"], "kv": tokens},
         "(base)": {"adapter": 0, "kv": tokens},

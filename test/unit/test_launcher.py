@@ -144,6 +144,7 @@ GIVEN = {
     "--adapter-max-wait-steps": (["2"], 2),
     "--adapter-weight": (["a=2", "b=0.5"], {"a": 2.0, "b": 0.5}),
     "--adapter-decision-log": (["log"], "log"),
+    "--accept-unknown-sglang": ([], True),
 }
 
 

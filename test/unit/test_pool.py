@@ -124,7 +124,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert pool.images.host.used_bytes <= HOST_SLOTS
         first, second = ([(k, r.slots.tolist()) for k, r in pool.resident.items()] for pool in self.pools)
         assert first == second
-        first, second = (list(pool.images.host._held) for pool in self.pools)
+        first, second = (list(pool.images.host._entries) for pool in self.pools)
         assert first == second, "the host tiers differ"
 
 

@@ -58,3 +58,27 @@ def test_no_room_imports_another_in_a_circle(root: str) -> None:
 
 def test_the_ground_floor_knows_no_files_and_no_memory() -> None:
     assert rooms(PACKAGES["python"]).get("sharding", set()) == set()
+
+
+RELEASE_ROOMS = ("releases", "porting", "doctor")  # the last one tells which it is
+_ASKING = ("SGLANG_VERSIONS", "compared_with")
+
+
+def asks_for_the_release(path: Path) -> list[str]:
+    """What in a file of ours could tell SGLang's releases apart."""
+    nodes = [*ast.walk(ast.parse(path.read_text()))]
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    found = [call for call in calls if [getattr(one, "value", None) for one in call.args] == ["sglang"]]
+    found += [node for node in nodes if isinstance(node, ast.Attribute) and node.attr in ("__version__", "version")]
+    asked = [ast.unparse(node) for node in found]
+    names = {name.rpartition(".")[2] for name in imported(path)}
+    return asked + sorted(name for name in names if name in _ASKING or name.startswith("v0_"))
+
+
+def test_only_these_rooms_ask_which_release_sglang_is() -> None:
+    """The others take what differs from ``releases/current.py``."""
+    files = [path for root in ("python", "patches") for path in PACKAGES[root].rglob("*.py")]
+    asking = {str(path.relative_to(REPOSITORY)): asks_for_the_release(path) for path in files}
+    asking = {path: found for path, found in asking.items() if found}
+    assert {path for path in asking if path.split("/")[2] not in RELEASE_ROOMS} == set()
+    assert len(asking) > 3, "the question is not recognised any more"

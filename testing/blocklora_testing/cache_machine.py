@@ -12,11 +12,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sglang_blocklora.memory.eviction import STRATEGIES
 
 from blocklora_testing.real_cache import digest, key_of, new_cache
+from blocklora_testing.upstream import insert_params, matched_slots
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
     from sglang.srt.arg_groups.choices import RADIX_EVICTION_POLICY_CHOICES
-    from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
 POOL_TOKENS = 192
@@ -167,13 +168,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.arrived(lora_id, key)
         if lora_id and self.cache.slots_of(lora_id) is None:
             missed = self.cache.match_prefix(MatchPrefixParams(key=key))
-            assert len(missed.device_indices) == 0, "KV without its adapter"
+            assert len(matched_slots(self.cache, missed)) == 0, "KV without its adapter"
             assert missed.last_device_node == self.cache.root_node_handle()
         if lora_id and not self.make_resident(lora_id):
             return
         expected = self.cache.cached_tokens(key)
         found = self.cache.match_prefix(MatchPrefixParams(key=key))
-        matched = found.device_indices
+        matched = matched_slots(self.cache, found)
         assert len(matched) == expected == found.full_kv_hit_length
         space = f"{contents}|{user!r}|{salt!r}"
         receipt = self.cache.inc_lock_ref(found.last_device_node).to_dec_params()
@@ -204,8 +205,8 @@ class CacheMachine(RuleBasedStateMachine):
         return self.allocator.alloc(count)
 
     @precondition(lambda self: self.running)
-    @rule(data=st.data(), more=st.lists(st.integers(0, 2) | ANY_ID, max_size=20), chunked=st.booleans())
-    def go_on(self, data, more: list[int], chunked: bool) -> None:
+    @rule(data=st.data(), more=st.lists(st.integers(0, 2) | ANY_ID, max_size=20), again=st.booleans())
+    def go_on(self, data, more: list[int], again: bool) -> None:
         """A chunk of prefill or some decoding: the request grows, its KV goes into the tree and its lock moves on."""
         request = self.running[data.draw(st.integers(0, len(self.running) - 1))]
         grown = self.allocate(len(request.tokens) + len(more) - len(request.matched) - len(request.own))
@@ -215,19 +216,19 @@ class CacheMachine(RuleBasedStateMachine):
         self.write(request)
         values = torch.cat([request.matched, request.own])
         key = request.key.page_aligned(self.page_size)
-        if not self.insert(key, values[: len(key)], request, chunked):
+        if not self.insert(key, values[: len(key)], request, again):
             return
         found = self.cache.match_prefix(MatchPrefixParams(key=key))
-        assert len(found.device_indices) == len(key), "what was just inserted does not match"
+        matched = matched_slots(self.cache, found)
+        assert len(matched) == len(key), "what was just inserted does not match"
         receipt = self.cache.inc_lock_ref(found.last_device_node).to_dec_params()
         self.cache.dec_lock_ref(request.node, request.receipt)
-        request.matched, request.own = found.device_indices, values[len(key) :]
+        request.matched, request.own = matched, values[len(key) :]
         request.node, request.receipt = found.last_device_node, receipt
 
-    def insert(self, key: RadixKey, value: torch.Tensor, request: Running, chunked: bool = False) -> bool:
+    def insert(self, key: RadixKey, value: torch.Tensor, request: Running, again: bool = False) -> bool:
         """Whether the tree took the slots: it must where no one else's tokens or adapter can be meant."""
-        params = InsertParams(key=key, value=value, prev_prefix_len=len(request.matched), chunked=chunked)
-        result = self.cache.insert(params)
+        result = self.cache.insert(insert_params(key, value, len(request.matched), again=again))
         ordinary = all(0 <= token < 1 << 32 for token in key.token_ids)
         assert result.rotation_tail_declined != (ordinary and request.adapter in {None, *self.adapters})
         if result.rotation_tail_declined:

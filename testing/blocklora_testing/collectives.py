@@ -89,6 +89,7 @@ def count_collectives() -> None:
 
     # Only now: SGLang takes some of these functions by name when it is imported.
     from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.runtime_context import get_parallel
 
     forward = ModelRunner.forward
 
@@ -99,7 +100,7 @@ def count_collectives() -> None:
             result = forward(self, forward_batch, *args, **kwargs)
         used = [key for key in forward_batch.lora_ids or [] if key is not None]
         line = {
-            "rank": self.tp_rank,
+            "rank": get_parallel().tp_rank,
             "mode": forward_batch.forward_mode.name,
             "tokens": len(forward_batch.input_ids),
             "adapters": len(used),

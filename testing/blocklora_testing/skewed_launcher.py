@@ -34,13 +34,14 @@ def skew_clocks() -> None:
 
 def skew_rank_1() -> None:
     from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.runtime_context import get_parallel
 
     original = Scheduler.__init__
 
     @functools.wraps(original)
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        if self.tp_worker.model_runner.tp_rank == 1:
+        if get_parallel().tp_rank == 1:
             skew_clocks()
             print(SKEWED, flush=True)
 

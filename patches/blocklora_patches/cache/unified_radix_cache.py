@@ -31,7 +31,6 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
-from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang_blocklora.memory.accounting import IntegrityError, SlotCounts, SlotOwners
 from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.entries import Entries, Entry
@@ -39,8 +38,10 @@ from sglang_blocklora.memory.eviction import LRU, EvictionStrategy
 from sglang_blocklora.memory.prefix import are_token_ids, salted_tokens, split_key
 
 from blocklora_patches.cache.events import KVEvents, Namespace
+from blocklora_patches.releases.current import release
 
 logger = logging.getLogger(__name__)
+_NOTHING = RadixKey(array("q"))
 
 
 @dataclass(slots=True)
@@ -55,7 +56,7 @@ class Place:
     key: RadixKey
 
 
-class AdapterPrefixCache(UnifiedRadixCache):
+class AdapterPrefixCache(release.CacheBase):
     """The default radix cache, in which an adapter is the first part of every key under it.
 
     Keys without an adapter are upstream's own. ``match_prefix`` never loads anything: an adapter that is not resident
@@ -210,12 +211,9 @@ class AdapterPrefixCache(UnifiedRadixCache):
             self.tree_core.dec_full_pin(node)
 
     def evict(self, params: EvictParams) -> EvictResult:
-        return self._evict_by_strategy(super().evict, params)
+        return self.evict_by_strategy(super().evict, params)
 
-    def evict_for_alloc(self, params: EvictParams) -> EvictResult:
-        return self._evict_by_strategy(super().evict_for_alloc, params)
-
-    def _evict_by_strategy(self, evict: Callable[[EvictParams], EvictResult], params: EvictParams) -> EvictResult:
+    def evict_by_strategy(self, evict: Callable[[EvictParams], EvictResult], params: EvictParams) -> EvictResult:
         """Evict in upstream's order, with the adapters that the strategy holds locked until it gives them up."""
         resident = self._entries.resident
         sizes = {content_hash: len(entry.marks) for content_hash, entry in resident.items()}
@@ -258,20 +256,27 @@ class AdapterPrefixCache(UnifiedRadixCache):
         except KeyError:
             return True
 
-    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+    def match_behind(self, match: Callable[[MatchPrefixParams], MatchResult], params: MatchPrefixParams) -> MatchResult:
+        """``match``, upstream's, of what lies behind the adapter that a request's key names."""
         place = self._place(params.key)
         if place is None:
-            return super().match_prefix(dataclasses.replace(params, key=RadixKey(array("q"))))
+            return match(dataclasses.replace(params, key=_NOTHING))
         if place.entry is None:
-            return super().match_prefix(params)
+            return match(params)
         weights = len(place.entry.marks)
-        result = super().match_prefix(dataclasses.replace(params, key=place.key))
-        if len(result.device_indices) < weights:
+        result = match(dataclasses.replace(params, key=place.key))
+        if release.matched_tokens(result) < weights:
             return zero_match_result(self, result)
-        return result._replace(
-            device_indices=result.device_indices[weights:],
-            full_kv_hit_length=max(result.full_kv_hit_length - weights, 0),
-        )
+        return release.without_weights(result, weights)
+
+    def tree_key(self, key: RadixKey) -> RadixKey:
+        """The key of the tree for a request's key; an empty one where the tree has nothing of it."""
+        place = self._place(key)
+        return _NOTHING if place is None else place.key
+
+    def holds_weights(self, node: int) -> bool:
+        """Whether a node of the tree is a resident adapter's weights."""
+        return node in self._entries.nodes
 
     def insert(self, params: InsertParams) -> InsertResult:
         place = self._place(params.key)
@@ -309,10 +314,7 @@ class AdapterPrefixCache(UnifiedRadixCache):
         weights = len(entry.marks)
         result = super().insert(
             dataclasses.replace(
-                params,
-                key=key,
-                value=torch.cat([entry.slots, params.value]),
-                prev_prefix_len=weights + params.prev_prefix_len,
+                release.behind_weights(params, weights), key=key, value=torch.cat([entry.slots, params.value])
             )
         )
         return dataclasses.replace(result, prefix_len=result.prefix_len - weights, total_len=result.total_len - weights)

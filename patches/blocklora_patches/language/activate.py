@@ -13,7 +13,7 @@ from blocklora_patches.releases.fail_closed import fail_closed
 def activate() -> None:
     """Let ``sglang``'s language choose adapters. ``SystemExit`` where the installed SGLang does not fit."""
     with fail_closed():
-        check("frontend")  # before anything that imports what it lists
+        check("frontend", accept_unknown=True)  # before anything that imports what it lists; servers check themselves
         from blocklora_patches.hooks.apply import apply
 
         apply(hooks())

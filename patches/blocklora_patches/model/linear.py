@@ -11,14 +11,18 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
+from sglang.srt.plugins.hook_registry import HookType
 from sglang_blocklora.batch.delta_adder import DeltaAdder
+
+from blocklora_patches.hooks.hook import Hook, Process
+from blocklora_patches.releases.current import release
 
 
 class AdaptedLinearMethod(LinearMethodBase):
     """A quant method that does what the base layer's own does, and adds the batch's deltas.
 
     It is not an instance of the base method's class, so upstream's fast paths that read ``weight`` directly (they test
-    for that class) fall back to ``apply``.
+    for that class) fall back to ``apply``. Those that tested before it was there are asked again, by the hooks below.
     """
 
     def __init__(self, base: LinearMethodBase, step: DeltaAdder, layer: int, linear: int) -> None:
@@ -50,3 +54,21 @@ class AdaptedLinearMethod(LinearMethodBase):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base, name)
+
+
+def _can_run(original: Any, self: Any, x: Any, linear: Any) -> bool:
+    return not isinstance(linear.quant_method, AdaptedLinearMethod) and bool(original(self, x, linear))
+
+
+HOOKS = tuple(
+    Hook(
+        target,
+        _can_run,
+        HookType.AROUND,
+        process=Process.SCHEDULER,
+        why="Upstream decides as the model is built, without adapters, that one kernel computes a linear and what "
+        "follows it: the deltas would be left out in silence.",
+        retire_when="upstream asks the quant method of each call",
+    )
+    for target in release.FUSED_LINEARS
+)

@@ -10,6 +10,8 @@ from sglang.srt.layers.utils import get_layer_id
 from sglang_blocklora.sharding.architectures import ARCHITECTURES, LINEARS, Axes, model_spec
 from sglang_blocklora.sharding.linears import Interval, ModelSpec
 
+from blocklora_patches.releases.current import release
+
 Linears = list[list[tuple[str, torch.nn.Module]]]
 
 
@@ -64,15 +66,16 @@ def _layer(linears: list[tuple[str, torch.nn.Module]], config: Any) -> tuple[str
     if [path for path, _ in linears] != [f"{layer}.{linear.path}" for linear in LINEARS]:
         raise ValueError(f"SGLang's layer {layer} has other linears than {', '.join(one.path for one in LINEARS)}")
     qkv, o, gate_up, down = (module for _, module in linears)
+    rank = release.tp_rank_of(qkv)
     heads = getattr(config, "original_num_attention_heads", config.num_attention_heads)
     kv_heads = getattr(config, "original_total_num_kv_heads", config.num_key_value_heads)
     intermediate = getattr(config, "original_intermediate_size", config.intermediate_size)
     axes: Axes = {
         "hidden": Interval(0, qkv.input_size, qkv.input_size),
-        "query": _share(qkv.q_proj_shard_size, qkv.tp_rank, heads * qkv.head_size),
+        "query": _share(qkv.q_proj_shard_size, rank, heads * qkv.head_size),
         # KV heads are dealt out, or replicated where there are more TP ranks than heads
-        "key_value": _share(qkv.kv_proj_shard_size, qkv.tp_rank // qkv.num_kv_head_replicas, kv_heads * qkv.head_size),
-        "intermediate": _share(gate_up.output_partition_sizes[0], gate_up.tp_rank, intermediate),
+        "key_value": _share(qkv.kv_proj_shard_size, rank // qkv.num_kv_head_replicas, kv_heads * qkv.head_size),
+        "intermediate": _share(gate_up.output_partition_sizes[0], release.tp_rank_of(gate_up), intermediate),
     }
     cut = (o.input_size_per_partition, down.input_size_per_partition, o.output_size, down.output_size)
     expected = (axes["query"].length, axes["intermediate"].length, qkv.input_size, qkv.input_size)

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -35,38 +34,34 @@ from torch.distributed.distributed_c10d import _get_default_store
 from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.model.linear import AdaptedLinearMethod
 from blocklora_patches.model.linears import adaptable_linears, build_spec
+from blocklora_patches.releases.current import release
 
 logger = logging.getLogger(__name__)
 
 
-class BlockLoRAManager(LoRAManager):
+class BlockLoRAManager(release.ManagerBase):
     """What the scheduler and the model runner call as SGLang's manager of adapters, over an ``AdapterPool``.
 
     One lives in each TP rank's process. Nothing of upstream's slot pool, backends or LoRA layers is used; its
     ``__init__`` is not called, because it builds them.
     """
 
-    enable_dp_attention = False
     memory_pool = None  # upstream's gauges of its slot pool are left out
     supports_prefill_cuda_graph = False
     prefill_cuda_graph_max_bs = None
 
-    def __init__(
+    def start(
         self,
         base_model: torch.nn.Module,
         base_hf_config: Any,
         max_loras_per_batch: int,
-        load_config: Any,
         dtype: torch.dtype,
-        server_args: Any,
-        lora_backend: str = "triton",
-        tp_size: int = 1,
-        tp_rank: int = 0,
-        max_lora_rank: int | None = None,
-        target_modules: Iterable[str] | None = None,
-        lora_paths: list[LoRARef] | None = None,
+        max_lora_rank: int | None,
+        target_modules: Iterable[str] | None,
+        lora_paths: list[LoRARef] | None,
     ) -> None:
-        settings = Settings.required()
+        """What ``__init__`` does, whose parameters are the release's."""
+        settings, tp_rank, tp_size = Settings.required(), get_parallel().tp_rank, get_parallel().tp_size
         self._max_rank = max_lora_rank or 256
         self.device = next(base_model.parameters()).device
         self.lora_refs: dict[str, LoRARef] = {}
@@ -240,9 +235,9 @@ class BlockLoRAManager(LoRAManager):
     def reset_lora_batch(self) -> None:
         self._step.reset()
 
-    def init_cuda_graph_batch_info(self, max_bs_in_cuda_graph: int, num_tokens_per_req: int) -> None:
-        """Called before decode graphs are captured; ``num_tokens_per_req`` is 1 without speculative decoding."""
-        self._step.init_graphs(max_bs_in_cuda_graph * num_tokens_per_req)
+    def init_graphs(self, max_tokens: int) -> None:
+        """Called before decode graphs of up to ``max_tokens`` tokens are captured."""
+        self._step.init_graphs(max_tokens)
 
     def can_use_prefill_cuda_graph(self, forward_batch: ForwardBatch) -> bool:
         """Prefill runs without graphs; upstream's answer would ask its own backend, which is not there."""

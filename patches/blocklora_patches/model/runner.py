@@ -40,7 +40,7 @@ def refuse_other_settings(settings_of_ranks: Sequence[Mapping[str, Any]]) -> Non
             )
 
 
-def _alloc_memory_pool(result: Any, self: Any, memory_pool_config: Any = None) -> None:
+def _alloc_memory_pool(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     manager = self.lora_manager
     if manager is None or not manager.unified:
         return

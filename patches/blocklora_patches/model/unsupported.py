@@ -21,6 +21,8 @@ from sglang.srt.runtime_context import (
 from sglang_blocklora.sharding.architectures import ARCHITECTURES
 from sglang_blocklora.sharding.layout import ALIGNMENT_ELEMENTS
 
+from blocklora_patches.releases.current import release
+
 BACKEND_NAME = "blocklora"  # of --radix-cache-backend: the cache in which adapters are prefixes
 
 Table = tuple[tuple[str, bool, str], ...]  # what, whether it is on, why it is not supported
@@ -52,7 +54,7 @@ def _everywhere(model_config: Any) -> Table:
     return (
         ("/".join(names), not set(names) & set(ARCHITECTURES), f"it serves {', '.join(ARCHITECTURES)}"),
         ("--pp-size", parallel.pp_size > 1, "a TP rank would hold only some layers of an adapter"),
-        ("--enable-dp-attention", parallel.enable_dp_attention, "tokens of one batch differ between ranks"),
+        ("--enable-dp-attention", release.uses_dp_attention(parallel), "tokens of one batch differ between ranks"),
         ("--attn-cp-size", parallel.attn_cp_size > 1, part_of_batch),
         ("--dcp-size", parallel.attn_dcp_size > 1, part_of_batch),
         ("--enable-layernorm-sp", parallel.enable_layernorm_sp, part_of_batch),
@@ -65,6 +67,7 @@ def _everywhere(model_config: Any) -> Table:
             get_spec().speculative_algorithm is not None,
             "verification batches are not grouped by adapter yet",
         ),
+        *release.unsupported(execution),
     )
 
 

@@ -58,7 +58,6 @@ SERVER: dict[str, tuple[str, ...]] = {
         "disable_radix_cache",
         "disaggregation_mode",
         "dp_size",
-        "enable_dp_attention",
         "enable_flexkv",
         "enable_hierarchical_cache",
         "enable_layernorm_sp",
@@ -127,8 +126,8 @@ SERVER: dict[str, tuple[str, ...]] = {
     "sglang.srt.distributed.parallel_state.GroupCoordinator": ("all_gather_object",),
     "sglang.srt.layers.quantization.base_config.QuantizeMethodBase": ("process_weights_after_loading",),
     "sglang.srt.layers.linear.LinearBase": ("input_size", "output_size", "quant_method"),
-    "sglang.srt.layers.linear.ColumnParallelLinear": ("output_partition_sizes", "tp_rank"),
-    "sglang.srt.layers.linear.RowParallelLinear": ("forward", "input_size_per_partition", "tp_rank"),
+    "sglang.srt.layers.linear.ColumnParallelLinear": ("output_partition_sizes",),
+    "sglang.srt.layers.linear.RowParallelLinear": ("forward", "input_size_per_partition"),
     "sglang.srt.layers.linear.QKVParallelLinear": (
         "head_size",
         "kv_proj_shard_size",
@@ -151,7 +150,7 @@ SERVER: dict[str, tuple[str, ...]] = {
     "sglang.srt.mem_cache.base_prefix_cache.EvictParams": ("num_tokens",),
     "sglang.srt.mem_cache.base_prefix_cache.EvictResult": ("num_tokens_evicted",),
     "sglang.srt.mem_cache.base_prefix_cache.InsertResult": ("last_device_node", "prefix_len", "total_len"),
-    "sglang.srt.mem_cache.base_prefix_cache.MatchResult": ("device_indices", "full_kv_hit_length"),
+    "sglang.srt.mem_cache.base_prefix_cache.MatchResult": ("full_kv_hit_length",),
 }
 
 # ... and where the frontend language runs.

@@ -2,7 +2,7 @@
 
 Symbols are what is hooked, what is imported, what is used of an imported module or class, and what our subclasses
 override. Attributes are those a hook uses of its ``self``, those our subclasses use of theirs, and those listed in
-``attributes.py``; methods among them become symbols, with their parameters.
+``attributes.py`` and in the release's module; methods among them become symbols, with their parameters.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from blocklora_patches.install import HOOKS
 from blocklora_patches.language import activate
 from blocklora_patches.porting.attributes import ELSEWHERE, FRONTEND, SERVER
 from blocklora_patches.releases.contract import Contract, Part
+from blocklora_patches.releases.current import release
 from blocklora_patches.releases.look import has_attribute, parameters, resolve
 
 _PACKAGE = "blocklora_patches"
@@ -30,9 +31,12 @@ _OWN_PREFIX = "blocklora"  # of what we keep on upstream's objects
 
 def contract() -> Contract:
     """The contract with the installed SGLang, in which nothing of ours is in place yet."""
+    own = release.ATTRIBUTES
+    listed = {owner: (*SERVER.get(owner, ()), *own.get(owner, ())) for owner in SERVER | own}
+    roots = [*(f"{_PACKAGE}.{name}" for name in ("plugin", "install", "launch")), release.__name__]
     return Contract(
-        server=_part([*HOOKS], _closure("plugin", "install", "launch"), SERVER),
-        frontend=_part([*activate.hooks()], _closure("language.activate"), FRONTEND),
+        server=_part([*HOOKS], _closure(*roots), listed),
+        frontend=_part([*activate.hooks()], _closure(f"{_PACKAGE}.language.activate"), FRONTEND),
     )
 
 
@@ -76,7 +80,7 @@ def _closure(*modules: str) -> list[Path]:
     """Files of this package that ``modules`` import, directly or not, and their own."""
     done = set()
     found: list[Path] = []
-    waiting = [f"{_PACKAGE}.{name}" for name in modules]
+    waiting = [*modules]
     while waiting:
         module = waiting.pop()
         file = _ROOT / (module.replace(".", "/") + ".py")
@@ -95,6 +99,7 @@ class _Source:
 
     def __init__(self, file: Path) -> None:
         self.tree = ast.parse(file.read_text())
+        self.module = ".".join(file.relative_to(_ROOT).with_suffix("").parts)
         self.imported: dict[str, str] = {}  # name in the file -> dotted path
         for node in ast.walk(self.tree):
             if isinstance(node, ast.ImportFrom):
@@ -120,15 +125,12 @@ class _Source:
 
     def inherited(self) -> Iterator[tuple[str, str]]:
         """(upstream class, name) of what our subclasses override, and what they use of ``self`` and do not have."""
-        for owner in (node for node in ast.walk(self.tree) if isinstance(node, ast.ClassDef)):
-            bases = [
-                self.upstream[base.id]
-                for base in owner.bases
-                if isinstance(base, ast.Name) and base.id in self.upstream
-            ]
-            if not bases:
+        for owner in (node for node in self.tree.body if isinstance(node, ast.ClassDef)):
+            ours = resolve(f"{self.module}.{owner.name}")
+            upstream = next((base for base in ours.__mro__ if base.__module__.split(".")[0] == "sglang"), None)
+            if upstream is None:
                 continue
-            base, upstream = bases[0], resolve(bases[0])
+            base = f"{upstream.__module__}.{upstream.__qualname__}"
             own = {node.name for node in owner.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
             own |= {target.id for node in owner.body for target in _targets(node) if isinstance(target, ast.Name)}
             yield from ((base, name) for name in sorted(own) if has_attribute(upstream, name))

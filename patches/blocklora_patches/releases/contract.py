@@ -1,7 +1,8 @@
-"""Checks that an SGLang release is as we need it: what we use of it must look as its data file says."""
+"""Checks that the installed SGLang is as we need it: what we use of it must look as a release's data file says."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
@@ -9,8 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+from sglang_blocklora import SGLANG_VERSIONS
 
 from blocklora_patches.releases.look import has_attribute, parameters, resolve
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 
@@ -47,28 +51,37 @@ def read(release: str) -> Contract:
     return msgspec.json.decode(file_of(release).read_bytes(), type=Contract)
 
 
-def releases() -> list[str]:
-    """SGLang releases that have a contract."""
-    return sorted(file.stem.replace("_", ".") for file in FOLDER.glob("*.json"))
+def compared_with() -> str:
+    """The release that the installed SGLang is taken for: itself, or the last one that is tested."""
+    installed = version("sglang")
+    return installed if installed in SGLANG_VERSIONS else SGLANG_VERSIONS[-1]
 
 
 @cache
-def check(part: Literal["server", "frontend"]) -> None:
-    """``SystemExit`` unless the installed SGLang has a contract, or naming all of ``part`` that misfits."""
-    installed, known = version("sglang"), releases()
-    if installed not in known:
-        raise SystemExit(
-            f"sglang-blocklora works with sglang=={' or '.join(known)} only, found {installed}. "
-            f"Install that release (pip install sglang=={known[-1]}), or start stock SGLang."
-        )
-    wrong = list(misfits(getattr(read(installed), part)))
-    if wrong:
+def check(part: Literal["server", "frontend"], accept_unknown: bool = False) -> None:
+    """``SystemExit`` naming all of ``part`` that misfits in the installed SGLang.
+
+    accept_unknown  go on with a release that was never tested, where nothing misfits; else that is a ``SystemExit`` too
+    """
+    installed, release = version("sglang"), compared_with()
+    wrong = "".join(f"\n  {line}" for line in misfits(getattr(read(release), part)))
+    tested = f"sglang-blocklora is tested with SGLang {', '.join(SGLANG_VERSIONS)}"
+    instead = f"Install one of these (pip install sglang=={SGLANG_VERSIONS[-1]}), or start stock SGLang."
+    if wrong and release == installed:
         raise SystemExit(
             f"sglang-blocklora does not fit the installed SGLang {installed} although its version is right (was it "
-            "edited?):\n  "
-            + "\n  ".join(wrong)
-            + f"\nInstall it again (pip install --force-reinstall --no-deps sglang=={installed}) or start stock SGLang."
+            f"edited?):{wrong}\n"
+            f"Install it again (pip install --force-reinstall --no-deps sglang=={installed}) or start stock SGLang."
         )
+    if wrong:
+        raise SystemExit(f"{tested}, and does not fit the installed SGLang {installed}:{wrong}\n{instead}")
+    if release != installed and not accept_unknown:
+        raise SystemExit(
+            f"{tested}, found {installed}. All that it uses looks there as in {release}; whether it does the same is "
+            f"not known. {instead} To go on at your own risk: --accept-unknown-sglang."
+        )
+    if release != installed:
+        logger.warning("%s; %s is unknown and taken for %s.", tested, installed, release)
 
 
 def misfits(part: Part) -> Iterator[str]:

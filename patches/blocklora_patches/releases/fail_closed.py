@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
-from sglang_blocklora import SGLANG_VERSION
+from sglang_blocklora import SGLANG_VERSIONS
 
 
 @contextmanager
@@ -21,8 +21,8 @@ def fail_closed() -> Iterator[None]:
         raise SystemExit(
             f"sglang-blocklora {_installed('sglang-blocklora')} cannot be put in place in SGLang "
             f"{_installed('sglang')}: {type(error).__name__}: {error}\n"
-            f"It is written for SGLang {SGLANG_VERSION}. Install both again (pip install --force-reinstall "
-            f"sglang-blocklora sglang=={SGLANG_VERSION}), or start stock SGLang (python -m sglang.launch_server)."
+            f"It is tested with SGLang {', '.join(SGLANG_VERSIONS)}. Install both again (pip install --force-reinstall "
+            f"sglang-blocklora sglang=={SGLANG_VERSIONS[-1]}), or start stock SGLang (python -m sglang.launch_server)."
         ) from error
 
 

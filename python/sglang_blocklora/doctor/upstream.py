@@ -11,25 +11,27 @@ from typing import Literal, get_args
 from blocklora_patches.releases import contract
 from blocklora_patches.releases.fail_closed import fail_closed
 
-from sglang_blocklora import cpu_only, launch_server
+from sglang_blocklora import SGLANG_VERSIONS, cpu_only, launch_server
 from sglang_blocklora.doctor.finding import Asked, Finding, fault, ok, skipped
 
 Part = Literal["server", "frontend"]
 PARTS: tuple[Part, ...] = get_args(Part)
 CONTRACT, HOOKS, FLAGS = "contract", "hooks", "flags"
 AGAIN = "Install SGLang again (pip install --force-reinstall --no-deps sglang=={})."
+ACCEPT = "--accept-unknown-sglang"
+MISSING = "not installed"
 
 
 def check(asked: Asked) -> Iterator[Finding]:
     cpu_flags = cpu_only.prepare(launch_server.rank_count(asked.launch_flags))  # before SGLang is imported
-    release = installed()
+    release = installed(ACCEPT in asked.launch_flags)
     yield release
-    if release.result == "fault":
-        yield skipped(CONTRACT, "this release has none with us")
+    if release.found == MISSING:
+        yield skipped(CONTRACT, "there is nothing to compare")
         return
-    faults = 0
+    faults = int(release.result == "fault")
     for part in PARTS:
-        for finding in misfits(part, release.found):
+        for finding in misfits(part):
             faults += finding.result == "fault"
             yield finding
     if faults:
@@ -39,19 +41,24 @@ def check(asked: Asked) -> Iterator[Finding]:
     yield from start(asked, cpu_flags)
 
 
-def installed() -> Finding:
-    """Whether the release is one that we have a contract with."""
-    known = contract.releases()
-    advice = f"pip install sglang=={known[-1]}"
+def installed(accept_unknown: bool) -> Finding:
+    """Whether the release is one that is tested, or is accepted though it is not."""
+    advice = f"pip install sglang=={SGLANG_VERSIONS[-1]}"
     try:
         found = version("sglang")
     except PackageNotFoundError:
-        return fault("SGLang", "not installed", advice)
-    return ok("SGLang", found) if found in known else fault("SGLang", f"{found}; supported: {', '.join(known)}", advice)
+        return fault("SGLang", MISSING, advice)
+    if found in SGLANG_VERSIONS:
+        return ok("SGLang", found)
+    told = f"{found}; tested: {', '.join(SGLANG_VERSIONS)}"
+    return (
+        ok("SGLang", told) if accept_unknown else fault("SGLang", told, f"{advice}, or {ACCEPT} where nothing misfits")
+    )
 
 
-def misfits(name: Part, release: str) -> Iterator[Finding]:
-    """What of the installed SGLang is not as the contract with ``release`` says."""
+def misfits(name: Part) -> Iterator[Finding]:
+    """What of the installed SGLang is not as the contract says of its release, or of the last one if it is unknown."""
+    release = contract.compared_with()
     part, what = getattr(contract.read(release), name), f"{CONTRACT}, {name}"
     wrong = list(contract.misfits(part))
     yield from (fault(what, each, AGAIN.format(release)) for each in wrong)

@@ -34,11 +34,13 @@ class Entries:
     """All entries that have an id or are resident; others are forgotten.
 
     resident      by content hash, in order of loading
+    nodes         of those
     pinned_slots  slots of those with pins
     """
 
     def __init__(self) -> None:
         self.resident: dict[str, Entry] = {}
+        self.nodes: set[int] = set()
         self.pinned_slots = 0
         self._by_id: dict[str, Entry] = {}
         self._by_contents: dict[str, Entry] = {}
@@ -74,6 +76,7 @@ class Entries:
     def came(self, entry: Entry, node: int, slots: torch.Tensor) -> None:
         """An adapter is in the tree."""
         entry.node, entry.slots = node, slots
+        self.nodes.add(node)
         self.resident[entry.content_hash] = entry
 
     def went(self, entry: Entry) -> None:
@@ -81,6 +84,7 @@ class Entries:
         if entry.pins:
             self.pinned_slots -= len(entry.marks)
         entry.pins.clear()
+        self.nodes.discard(entry.node)
         entry.node = entry.slots = None
         del self.resident[entry.content_hash]
         self._drop(entry)
