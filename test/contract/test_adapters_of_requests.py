@@ -144,6 +144,19 @@ def test_a_folder_that_cannot_be_looked_into_is_not_called_missing(
 # All at once.
 
 
+def test_requests_that_need_more_than_the_limit_leave_no_more_than_it_behind(world: World, folder: Path) -> None:
+    from sglang.srt.runtime_context import get_lora
+
+    async def scenario() -> None:
+        answers = await asyncio.gather(*(world.generate(name) for name in "ab"))
+        assert [status for status, _ in answers] == [200, 200]
+        await until(lambda: len(world.manager.lora_registry.get_all_adapters()) == 1)
+        await until(lambda: len(world.scheduler.adapters) == 1)
+
+    with get_lora().override(max_loaded_loras=1):
+        world.run(scenario)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_random_loads_unloads_pins_and_requests_at_once(world: World, folder: Path, seed: int) -> None:
     """Whatever the order, no scheduler drops what a request uses or gets a request for what it has not."""

@@ -169,7 +169,7 @@ class Adapters:
             logger.error("adapter %r (%s) was not unloaded: %s", ref.lora_name, ref.lora_id, refusal)
         return refusal
 
-    def _make_room_beside(self, newcomer: LoRARef) -> None:
+    def _make_room_beside(self, newcomer: LoRARef | None = None) -> None:
         """Put out the least recently used of those above ``--max-loaded-loras``, but none that a request waits for."""
         limit = get_lora().max_loaded_loras
         loaded = self.loaded
@@ -180,13 +180,14 @@ class Adapters:
 
     @contextmanager
     def wanted(self, names: Collection[str]) -> Iterator[None]:
-        """Inside the block ``--max-loaded-loras`` puts none of ``names`` out; more are loaded then, if need be."""
+        """Inside the block ``--max-loaded-loras`` puts none of ``names`` out; meanwhile more may be loaded."""
         self._wanted.update(names)
         try:
             yield
         finally:
             self._wanted.subtract(names)
             self._wanted = +self._wanted
+            self._make_room_beside()
 
     async def set_pinned(self, name: str, pinned: bool) -> None:
         """Pin an adapter on every replica or on none, or unpin it. Raises ``NotLoaded`` and ``PinRefused``."""
@@ -206,6 +207,7 @@ class Adapters:
             self._manager.lora_registry._registry[name] = new
             if name in self._manager.lora_ref_cache:
                 self._manager.lora_ref_cache[name] = new
+            self._make_room_beside()  # an unpinned one may have to go
 
     async def _set_pinned(self, ref: LoRARef, pinned: bool) -> bool:
         """Whether every replica did."""
