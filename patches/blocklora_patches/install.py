@@ -4,20 +4,7 @@ from __future__ import annotations
 
 from blocklora_patches.cache import registry as cache_registry
 from blocklora_patches.hooks.apply import apply
-from blocklora_patches.http import (
-    aborts,
-    door,
-    facts,
-    load_on_use,
-    loading,
-    metrics,
-    model_names,
-    registry,
-    replicas,
-    routes,
-    updates,
-)
-from blocklora_patches.language import offline_engine
+from blocklora_patches.http import facts, model_names, routes, tokenizer_manager
 from blocklora_patches.model import linear, lora_manager, runner
 from blocklora_patches.scheduler import (
     adapter_updates,
@@ -31,14 +18,8 @@ from blocklora_patches.scheduler import (
 
 HOOKS = (
     *queue_order.HOOKS,
-    *aborts.HOOKS,
-    *door.HOOKS,
-    *facts.HOOKS,
-    *replicas.HOOKS,
     *lora_manager.HOOKS,
     *linear.HOOKS,
-    *registry.HOOKS,
-    *load_on_use.HOOKS,
     *runner.HOOKS,
     *request.HOOKS,
     *sessions.HOOKS,
@@ -46,16 +27,14 @@ HOOKS = (
     *admission.HOOKS,
     *control.HOOKS,
     *adapter_updates.HOOKS,
+    *facts.HOOKS,
     *model_names.HOOKS,
-    *loading.HOOKS,
-    *updates.HOOKS,
-    *metrics.HOOKS,
     *routes.HOOKS,
-    *offline_engine.HOOKS,
+    *tokenizer_manager.HOOKS,
 )
 
 
 def install() -> None:
     """Apply ``HOOKS`` and register the cache. ``SystemExit`` where another plugin has hooked one of their targets."""
-    apply(HOOKS)
+    apply(HOOKS, [tokenizer_manager.AdapterTokenizerManager])
     cache_registry.register()

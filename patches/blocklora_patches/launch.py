@@ -33,10 +33,10 @@ def run_sglang(argv: Sequence[str]) -> None:
 
 def make_engine(argv: Sequence[str]) -> Any:
     """An ``Engine`` of this process with the server arguments ``argv``."""
-    from sglang.srt.entrypoints.engine import Engine
-
     put_hooks_in_place()
-    return Engine(server_args=_server_args(argv))
+    from blocklora_patches.language.offline_engine import AdapterEngine
+
+    return AdapterEngine(server_args=_server_args(argv))
 
 
 def make_runtime(argv: Sequence[str]) -> Any:

@@ -22,14 +22,19 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def routes(process: HTTPProcess) -> Iterator[None]:
-    """Our endpoints in the process's application, which is the same for all processes."""
-    from blocklora_patches.http.routes import add_to
+def our_process(model: Path, name: str) -> Iterator[HTTPProcess]:
+    """SGLang's process with all that is ours of it."""
+    from blocklora_patches.http import facts, model_names, routes
+    from blocklora_patches.http.tokenizer_manager import AdapterTokenizerManager
 
-    theirs = list(process.app.router.routes)
-    add_to(process.app, process.manager)
-    yield
-    process.app.router.routes[:] = theirs
+    flags = ["--served-model-name", name, "--enable-lora", "--max-lora-rank", "64", "--lora-target-modules", "all"]
+    with hooked([*facts.HOOKS, *model_names.HOOKS]):
+        process = HTTPProcess(model, *flags, manager_class=AdapterTokenizerManager)
+        theirs = list(process.app.router.routes)  # the application is the same for all processes
+        routes.add_to(process.app, process.manager)
+        yield process
+        process.app.router.routes[:] = theirs
+        process.close()
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +42,13 @@ def served(tiny_llama: Path) -> Iterator[HTTPProcess]:
     """It serves ``llama`` with one adapter, ``sql``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SGLang warns while it is imported
-        from blocklora_patches.http import aborts, door, model_names, registry
         from sglang.srt.lora.lora_registry import LoRARef
 
-        modules = (aborts, door, model_names, registry)
-        with hooked([hook for module in modules for hook in module.HOOKS]):
-            process = HTTPProcess(tiny_llama, "--served-model-name", "llama", "--enable-lora", "--max-lora-rank", "64")
+        with our_process(tiny_llama, "llama") as process:
             ref = LoRARef(lora_name="sql", lora_path="/sql")
             process.run(process.manager.lora_registry.register(ref))
             process.manager.lora_ref_cache["sql"] = ref
-            with routes(process):
-                yield process
-            process.close()
+            yield process
 
 
 @pytest.fixture
@@ -65,15 +65,8 @@ def hooked_process(tiny_llama: Path) -> Iterator[HTTPProcess]:
     """It serves ``tiny`` with all hooks and routes of the HTTP process, and no adapter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SGLang warns while it is imported
-        from blocklora_patches.hooks.hook import Process
-        from blocklora_patches.install import HOOKS
-
-        with hooked([hook for hook in HOOKS if hook.process is Process.HTTP and ".lang." not in hook.target]):
-            flags = ["--served-model-name", "tiny", "--enable-lora", "--max-lora-rank", "64"]
-            process = HTTPProcess(tiny_llama, *flags, "--lora-target-modules", "all")
-            with routes(process):
-                yield process
-            process.close()
+        with our_process(tiny_llama, "tiny") as process:
+            yield process
 
 
 @pytest.fixture

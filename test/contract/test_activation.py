@@ -162,6 +162,7 @@ def run():
 """
 OURS = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 METHOD = "sglang.srt.lora.lora_manager.LoRAManager.fetch_new_loras"
+OVERRIDDEN = "sglang.srt.managers.tokenizer_manager.TokenizerManager.load_lora_adapter"
 
 
 CHECK = "from blocklora_patches.hooks.apply import check; print('LOADED', flush=True); check()\n"
@@ -170,7 +171,7 @@ SCHEDULER = "from sglang.srt.model_executor.model_runner import ModelRunner; Mod
 
 def with_plugins(folder: Path) -> dict[str, tuple[dict[str, str], str]]:
     """Cases with a second plugin that competes with ours, and with two that do not."""
-    on_ours, on_method = HOOKING.format(target=OURS), HOOKING.format(target=METHOD)
+    on_ours, on_method, on_overridden = (HOOKING.format(target=target) for target in (OURS, METHOD, OVERRIDDEN))
     on_other = HOOKING.format(target="sglang.srt.utils.common.get_device")
     applied = on_ours + "    HookRegistry.apply_hooks()\n"
     first, last = "import sys; sys.path.insert(0, {!r})\n", "import sys; sys.path.append({!r})\n"
@@ -180,6 +181,7 @@ def with_plugins(folder: Path) -> dict[str, tuple[dict[str, str], str]]:
         "last": last.format(plugin(folder / "c", "rival", on_ours)) + LOAD + CHECK,
         "last, in a scheduler": last.format(str(folder / "c")) + LOAD + "print('LOADED', flush=True)\n" + SCHEDULER,
         "last, a method of a class of ours": last.format(plugin(folder / "d", "rival", on_method)) + LOAD + CHECK,
+        "first, a method that we override": first.format(plugin(folder / "g", "rival", on_overridden)) + LOAD,
     }
     others = first.format(plugin(folder / "e", "early", on_other)) + last.format(plugin(folder / "f", "late", on_other))
     others += LOAD + CHECK + "import early, late\nfrom sglang.srt.utils.common import get_device; get_device()\n"
@@ -187,7 +189,14 @@ def with_plugins(folder: Path) -> dict[str, tuple[dict[str, str], str]]:
     return {name: (ON, code) for name, code in {**rivals, "others": others}.items()}
 
 
-RIVALS = ["first", "first, and in place", "last", "last, in a scheduler", "last, a method of a class of ours"]
+RIVALS = [
+    "first",
+    "first, and in place",
+    "first, a method that we override",
+    "last",
+    "last, in a scheduler",
+    "last, a method of a class of ours",
+]
 
 
 @pytest.mark.parametrize("name", RIVALS)

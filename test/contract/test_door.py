@@ -204,16 +204,16 @@ def test_a_tokenizer_that_knows_more_tokens_than_the_model(process: HTTPProcess)
         process.refused("/v1/chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": "z"}]})
 
 
-def test_ids_that_a_processor_of_images_makes_are_its_own(process: HTTPProcess) -> None:
+def test_ids_that_a_processor_of_images_makes_are_its_own() -> None:
     """Placeholders of images may lie beyond the vocabulary; what the client wrote was checked before."""
     from blocklora_patches.http import door
 
     fields = {"input_ids": None, "multi_item_delimiter_indices": None, "token_indices_to_pool": None}
     image = SimpleNamespace(**fields, contains_mm_input=lambda: True)
     text = SimpleNamespace(**fields, contains_mm_input=lambda: False)
-    door._validate_one_request(process.manager, image, [5, 10**6])
+    door.check_tokenized(image, [5, 10**6], 256)
     with pytest.raises(BadRequest):
-        door._validate_one_request(process.manager, text, [5, 10**6])
+        door.check_tokenized(text, [5, 10**6], 256)
 
 
 @pytest.mark.parametrize("ids", [[5, 256], [5, True], [5, np.int64(5)], [5, 2**70], np.array([5, 256]), "ab", [[5], 6]])

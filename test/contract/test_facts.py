@@ -126,26 +126,22 @@ def test_the_list_asks_anew_and_a_client_that_goes_takes_nothing_with_it(facts: 
     asyncio.run(main())
 
 
-def test_metrics_are_told_where_upstream_mounts_them(
+def test_metrics_are_told_where_upstream_tells_its_own(
     facts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """However many routes came before or after."""
     from blocklora_patches.http import routes
-    from sglang.srt.entrypoints import http_server
     from sglang.srt.utils.common import add_prometheus_middleware
 
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    manager = Idle()
     app = FastAPI()
+    routes.add_metrics_to(app, Idle())
     add_prometheus_middleware(app)
     app.add_api_route("/later", lambda: "later")
-    monkeypatch.setattr(http_server, "get_global_state", lambda: SimpleNamespace(tokenizer_manager=manager))
-    routes._add_prometheus_middleware(None, app)
 
     async def main() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-            for _ in range(2):
-                page = (await client.get("/metrics")).text
+            for path in ("/metrics", "/metrics/", "/metrics"):
+                page = (await client.get(path)).text
                 assert 'sglang_blocklora:adapter_requests_running{adapter="(base)"} 3.0' in page
                 assert "sglang_blocklora:facts_age_seconds " in page
             assert (await client.get("/later")).json() == "later"

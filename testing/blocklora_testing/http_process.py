@@ -113,14 +113,14 @@ def _output(request: Any) -> Any:
 
 
 class HTTPProcess:
-    """The application and its tokenizer manager on an event loop of their own."""
+    """The application and its tokenizer manager, of a class of ours or SGLang's, on an event loop of their own."""
 
-    def __init__(self, model: Path, *flags: str) -> None:
+    def __init__(self, model: Path, *flags: str, manager_class: type | None = None) -> None:
         self._runner = asyncio.Runner()
         self._loop = self._runner.get_loop()
-        self._runner.run(self._start(model, flags))
+        self._runner.run(self._start(model, flags, manager_class))
 
-    async def _start(self, model: Path, flags: Sequence[str]) -> None:
+    async def _start(self, model: Path, flags: Sequence[str], manager_class: type | None) -> None:
         from sglang.srt.entrypoints import http_server
         from sglang.srt.entrypoints.engine import init_tokenizer_manager
         from sglang.srt.runtime_context import publish, snapshot_context
@@ -130,7 +130,7 @@ class HTTPProcess:
         arguments = prepare_server_args(argv)
         self._context = snapshot_context()
         publish(arguments, role="tokenizer")
-        self.manager, templates = init_tokenizer_manager(arguments, PortArgs.init_new(arguments))
+        self.manager, templates = init_tokenizer_manager(arguments, PortArgs.init_new(arguments), manager_class)
         self.manager.event_loop = self._loop  # nothing comes from a detokenizer, and signals are the test's
         self.scheduler = Scheduler(self.manager)
         self.manager._dispatch_to_scheduler = self.scheduler.dispatch

@@ -14,10 +14,13 @@ from blocklora_patches.hooks.hook import Hook
 
 _OURS = HookSource("blocklora", "sglang-blocklora")
 _placed: dict[Hook, Any] = {}  # what has stood at a hook's target since we put it there
+_overridden: set[str] = set()  # of SGLang's classes by subclasses of ours
 
 
-def apply(hooks: Iterable[Hook]) -> None:
+def apply(hooks: Iterable[Hook], subclasses: Iterable[type] = ()) -> None:
     """Put ``hooks`` in place, and nobody else's; those that are there already stay.
+
+    subclasses  of ours, which SGLang uses for its own: what they override counts as hooked
 
     ``SystemExit`` naming each target that another plugin has hooked. ``ValueError`` where two of ours share one: the
     registry would decide which runs first, so one handler has to call both.
@@ -27,6 +30,12 @@ def apply(hooks: Iterable[Hook]) -> None:
     doubles = [target for target, count in targets.items() if count > 1]
     if doubles:
         raise ValueError(f"two hooks on {', '.join(doubles)}: write one handler that calls both, in the order meant")
+    _overridden.update(
+        f"{base.__module__}.{base.__qualname__}.{name}"
+        for subclass in subclasses
+        for base in subclass.__mro__[1:]
+        for name in vars(subclass)
+    )
     _stop(_rivals(new))
     for hook in new:
         HookRegistry.register(hook.target, hook.handler, hook.kind, source=_OURS)
@@ -64,8 +73,8 @@ def _stop(wrong: list[str]) -> None:
 
 
 def _rivals(own: Collection[Hook]) -> list[str]:
-    """One line for each hook of another plugin on a target of ``own``, or on a method of a class that we replace."""
-    targets = {hook.target for hook in own}
+    """One line for each hook of another plugin on a target of ``own`` or a method of a class of ours."""
+    targets = {hook.target for hook in own} | _overridden
     classes = {hook.target for hook in own if _is_class(hook)}
     return [
         f"{target}: hooked by sglang-blocklora and, {kind.value}, by {_plugin(source)} ({_name(handler)})"

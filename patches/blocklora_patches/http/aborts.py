@@ -1,4 +1,4 @@
-"""Ends all parts of a request that its client aborts by the id it gave (``managers/tokenizer_manager.py``).
+"""Tells which parts of a request are meant where its client aborts it by the id it gave.
 
 Upstream runs a batch, and each of n answers, as requests with ids of their own, and then knows the client's no more. An
 abort that comes before a request was sent, while it waits for its adapter say, is forgotten there too.
@@ -6,12 +6,10 @@ abort that comes before a request was sent, while it waits for its adapter say, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from sglang.srt.plugins.hook_registry import HookType
 from sglang_blocklora.requests.values import BadRequest
-
-from blocklora_patches.hooks.hook import Hook, Process
 
 
 class Asked:
@@ -46,29 +44,17 @@ def check(part: Any) -> None:
     part.blocklora_asked.check()
 
 
-def _abort_request(original: Any, self: Any, rid: str = "", abort_all: bool = False) -> None:
-    states = self.rid_to_state
-    if abort_all or not rid:
-        original(self, rid, abort_all)
-        return
-    parts = [rid] if rid in states else [one for one, state in states.items() if _asked(state).rid == rid]
+def end(rid: str, states: Mapping[str, Any]) -> list[str]:
+    """Mark the request that its client calls ``rid`` as aborted; ids of the parts of it that there are.
+
+    states  id -> state of all that is asked
+    """
+    parts = [rid] if rid in states else [part for part, state in states.items() if _asked(state).rid == rid]
     for part in parts:
         _asked(states[part]).aborted = True
-        original(self, part)
+    return parts
 
 
 def _asked(state: Any) -> Asked:
     asked: Asked = state.obj.blocklora_asked
     return asked
-
-
-HOOKS = (
-    Hook(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager.abort_request",
-        _abort_request,
-        HookType.AROUND,
-        process=Process.HTTP,
-        why="Upstream knows the parts of a request by ids of their own only.",
-        retire_when="upstream aborts a batch and n answers by the id that their client gave",
-    ),
-)

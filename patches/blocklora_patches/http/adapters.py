@@ -31,7 +31,7 @@ from sglang_blocklora.naming.model_names import reason_not_to_name
 from sglang_blocklora.naming.single_flight import SingleFlight
 from sglang_blocklora.naming.turns import Tasks, Turns
 
-from blocklora_patches.http.registry import POLL_SECONDS, RequestsInFlight, remove
+from blocklora_patches.http.registry import POLL_SECONDS, RequestsInFlight
 from blocklora_patches.scheduler.control import PIN
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class Adapters:
 
     def _take_name(self, ref: LoRARef) -> asyncio.Task[str | None]:
         """From now on no request finds the adapter; the task ends when the schedulers have dropped it."""
-        remove(self._manager.lora_registry, ref)
+        self._manager.lora_registry.remove(ref)
         logger.info("adapter %r: unloading it after its last request", ref.lora_name)
         return self._tasks.start(self._drop(ref))
 

@@ -1,20 +1,22 @@
-"""Checks what a client wrote before anything of its request is kept or sent (``managers/tokenizer_manager.py``).
+"""Checks what a client wrote before anything of its request is kept or sent.
 
-Every way in (HTTP routes, ``Engine``, scores and embeddings) leads through the methods below, so that no route and no
-field needs a check of its own. Upstream sends on what it is given: a token id outside the vocabulary ends the scheduler
-or is another adapter's mark, and a value of another type is found out in the middle of everybody's batch.
+Every way in (HTTP routes, ``Engine``, scores and embeddings) leads through ``tokenizer_manager.py``, which asks the
+functions below, so that no route and no field needs a check of its own. Upstream sends on what it is given: a token id
+outside the vocabulary ends the scheduler or is another adapter's mark, and a value of another type is found out in the
+middle of everybody's batch.
 """
 
 from __future__ import annotations
 
-import inspect
+import functools
 import re
 import typing
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
+from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import SessionParams, msgpack_decode, msgpack_encode
-from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang_blocklora.requests.adapter_names import check_adapter_names
 from sglang_blocklora.requests.token_ids import (
@@ -24,9 +26,6 @@ from sglang_blocklora.requests.token_ids import (
     check_token_ids,
 )
 from sglang_blocklora.requests.values import BadRequest, check_count, check_embeddings, check_range, check_types
-
-from blocklora_patches.hooks.hook import Hook, Process
-from blocklora_patches.http import aborts
 
 # What ``normalize`` makes of the others; with ``is_normalized`` given, it would take the rest as it is.
 _MADE = {"stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len", "is_normalized"}
@@ -50,32 +49,24 @@ PER_PROMPT = (
     "token_indices_to_pool",
 )
 
-
-def _normalize_batch_and_arguments(original: Any, self: Any) -> None:
-    self.is_single = True  # read when a stream has ended, also one that is refused here
-    aborts.note(self)
-    _check_as_written(self)
-    try:
-        original(self)
-    except (AssertionError, AttributeError, IndexError, KeyError, TypeError) as error:
-        raise BadRequest(
-            f"The prompts of the request and what goes with them have no shape that fits: {error}"
-        ) from error
+# What SGLang raises while it normalizes a request whose fields do not go together.
+NO_SHAPE = (AssertionError, AttributeError, IndexError, KeyError, TypeError)
 
 
-def _check_as_written(self: Any) -> None:
-    if self.lora_id is not None:
+def check_as_written(obj: Any) -> None:
+    """What can be told of a request before SGLang normalizes it. Raises ``BadRequest``."""
+    if obj.lora_id is not None:
         raise BadRequest("lora_id is the server's; name the adapter in lora_path.")
-    check_adapter_names("lora_path", self.lora_path)
-    if getattr(self, "session_params", None):
-        check_types("session_params", self.session_params, SESSION_PARAMS)
-    if isinstance(self.sampling_params, list):
-        if not self.sampling_params:
+    check_adapter_names("lora_path", obj.lora_path)
+    if getattr(obj, "session_params", None):
+        check_types("session_params", obj.session_params, SESSION_PARAMS)
+    if isinstance(obj.sampling_params, list):
+        if not obj.sampling_params:
             raise BadRequest("sampling_params is an empty list. Give one value for each prompt.")
-        for i, params in enumerate(self.sampling_params):
+        for i, params in enumerate(obj.sampling_params):
             _check_sampling_params(f"sampling_params[{i}]", params)
-    elif self.sampling_params is not None:
-        _check_sampling_params("sampling_params", self.sampling_params)
+    elif obj.sampling_params is not None:
+        _check_sampling_params("sampling_params", obj.sampling_params)
 
 
 def _check_sampling_params(field: str, params: Any) -> None:
@@ -85,19 +76,21 @@ def _check_sampling_params(field: str, params: Any) -> None:
             check_range(f"{field}.{name}", params[name], low, high)
 
 
-def _init_req_state(self: Any, obj: Any, request: Any = None) -> None:
-    """The whole request, normalized: a batch is refused before any part of it runs."""
-    if not hasattr(obj, "is_single"):  # one part of a request, which has been here as a whole
-        aborts.check(obj)
+def check_normalized(obj: Any, model: Any) -> None:
+    """A whole request that SGLang has normalized; ``model`` is its model's config. Raises ``BadRequest``."""
+    obj.blocklora_normalized = True
+    if not obj.is_single:
+        _check_batch(obj, model)
         return
-    if obj.is_single:
-        for field in ("lora_path", "sampling_params"):
-            if isinstance(getattr(obj, field), list):
-                raise BadRequest(f"{field} is a list, but there is one prompt, and no list of prompts.")
-        _check_part(obj, "", self.model_config)
-    else:
-        _check_batch(obj, self.model_config)
-    aborts.mark(obj)
+    for field in ("lora_path", "sampling_params"):
+        if isinstance(getattr(obj, field), list):
+            raise BadRequest(f"{field} is a list, but there is one prompt, and no list of prompts.")
+    _check_part(obj, "", model)
+
+
+def is_normalized(obj: Any) -> bool:
+    """Whether ``check_normalized`` has seen a request; what is raised before that is about how it was written."""
+    return hasattr(obj, "blocklora_normalized")
 
 
 def _check_batch(obj: Any, model: Any) -> None:
@@ -140,73 +133,51 @@ def _check_not_empty(field: str, obj: Any, prompt: Any) -> None:
         raise BadRequest(f"{field} is empty; a prompt has at least one token.")
 
 
-def _validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:
-    """What is known once a text is tokenized. A tokenizer may know more tokens than the model.
+def check_tokenized(obj: Any, input_ids: Any, vocabulary: int) -> None:
+    """What is known of one prompt once its text is tokenized. Raises ``BadRequest``.
 
-    Ids that a processor of images makes are its own.
+    A tokenizer may know more tokens than the model. Ids that a processor of images makes are its own.
     """
     _check_not_empty("The prompt", obj, input_ids)
     if obj.input_ids is None and input_ids is not None and not obj.contains_mm_input():
-        check_token_ids("token ids of text", input_ids, self.model_config.vocab_size)
+        check_token_ids("token ids of text", input_ids, vocabulary)
     for field in ("multi_item_delimiter_indices", "token_indices_to_pool"):
         if getattr(obj, field) is not None:
             check_positions(field, getattr(obj, field), len(input_ids or ()))
 
 
-def _create_tokenized_object(original: Any, self: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
-    """All that is sent has the type that the scheduler declares. Prompts were checked above, images are not ours."""
-    aborts.check(obj)
+def checked_types(make: Callable[[], Any]) -> Any:
+    """What ``make`` makes to be sent, if all of it has the type that the scheduler declares. Raises ``BadRequest``.
+
+    Prompts were checked above, images are not ours.
+    """
     try:
-        result = original(self, obj, *args, **kwargs)
+        made = make()
     except re.error as error:
         raise BadRequest(f"sampling_params.stop_regex: {error}") from error
-    rest = msgspec.structs.replace(result, input_ids=None, mm_inputs=None, time_stats=None)
+    rest = msgspec.structs.replace(made, input_ids=None, mm_inputs=None, time_stats=None)
     try:
         msgpack_decode(msgpack_encode(rest))
     except (msgspec.MsgspecError, TypeError, OverflowError) as error:
         raise BadRequest(f"A value of the request has the wrong type: {error}") from error
-    return result
+    return made
 
 
-async def _score_request(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A score is asked for by other names than those of the request that it becomes."""
-    given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+def check_score(given: Mapping[str, Any], vocabulary: int) -> None:
+    """The arguments of a score, which have other names than those of the request it becomes. Raises ``BadRequest``."""
     for field in ("query", "items", "label_token_ids"):
-        check_text_or_token_ids(field, given.get(field), self.model_config.vocab_size)
+        check_text_or_token_ids(field, given.get(field), vocabulary)
     for field in ("score_extraction_token_id", "embed_override_token_id"):
         if given.get(field) is not None:
-            check_token_ids(field, [given[field]], self.model_config.vocab_size)
-    return await original(self, *args, **kwargs)
+            check_token_ids(field, [given[field]], vocabulary)
 
 
-def _convert_detokenize_request(self: Any, request: Any, raw_request: Any) -> None:
-    check_text_or_token_ids("tokens", request.tokens, self.tokenizer_manager.model_config.vocab_size)
-
-
-def _hook(target: str, handler: Any, kind: HookType) -> Hook:
-    return Hook(
-        f"sglang.srt.{target}",
-        handler,
-        kind,
-        process=Process.HTTP,
-        why="Upstream sends a scheduler whatever clients write.",
-        retire_when="upstream checks types, numbers and token ids itself",
-    )
-
-
-_MANAGER = "managers.tokenizer_manager.TokenizerManager"
-_SCORE = "managers.tokenizer_manager_score_mixin.TokenizerManagerScoreMixin"
-_DETOKENIZE = "entrypoints.openai.serving_tokenize.OpenAIServingDetokenize"
-HOOKS = (
-    *(
-        _hook(
-            f"managers.io_struct.{kind}.normalize_batch_and_arguments", _normalize_batch_and_arguments, HookType.AROUND
-        )
-        for kind in ("GenerateReqInput", "EmbeddingReqInput")
-    ),
-    _hook(f"{_MANAGER}._init_req_state", _init_req_state, HookType.BEFORE),
-    _hook(f"{_MANAGER}._validate_one_request", _validate_one_request, HookType.BEFORE),
-    _hook(f"{_MANAGER}._create_tokenized_object", _create_tokenized_object, HookType.AROUND),
-    _hook(f"{_SCORE}.score_request", _score_request, HookType.AROUND),
-    _hook(f"{_DETOKENIZE}._convert_to_internal_request", _convert_detokenize_request, HookType.BEFORE),
-)
+@functools.wraps(http_server.openai_v1_detokenize)
+async def detokenize(*, request: Any, raw_request: Any) -> Any:
+    """SGLang's endpoint, which asks no tokenizer manager, for ids that are of the vocabulary."""
+    serving = raw_request.app.state.openai_serving_detokenize
+    try:
+        check_text_or_token_ids("tokens", request.tokens, serving.tokenizer_manager.model_config.vocab_size)
+    except BadRequest as error:
+        return serving.create_error_response(str(error), "BadRequest")
+    return await http_server.openai_v1_detokenize(request=request, raw_request=raw_request)

@@ -1,4 +1,4 @@
-"""Loads an adapter when a request first names it, with ``--adapter-dir`` (``managers/tokenizer_manager.py``)."""
+"""Loads an adapter when a request first names it, with ``--adapter-dir``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from typing import Any
 
 from sglang.srt.entrypoints.openai.protocol import DEFAULT_MODEL_NAME
 from sglang.srt.lora.lora_registry import LoRARef
-from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_lora
 from sglang_blocklora.naming.folders import NO_FOLDERS, AdapterFolders, NotReadable
 from sglang_blocklora.naming.lookups import NoAnswer, look_up
 from sglang_blocklora.naming.model_names import UnknownModel, known_adapters, reason_not_to_name
 from sglang_blocklora.settings import Settings
 
-from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.http.adapters import adapters_of
 
 logger = logging.getLogger(__name__)
@@ -67,21 +65,23 @@ def _find(remembered: str | None, folders: AdapterFolders, name: str) -> Path | 
     return Path(remembered) if remembered and Path(remembered).is_dir() else folders.find(name)
 
 
-async def _resolve_lora_path(original: Any, self: Any, obj: Any) -> None:
-    """Load what is not loaded; then, without a pause in which it could go again, upstream takes the ids down."""
+def names_of(obj: Any) -> set[str]:
+    """The adapters that a request names. Raises ``ValueError`` where they are more than can have a name."""
     names = {obj.lora_path} if isinstance(obj.lora_path, str) else {name for name in obj.lora_path if name}
     limit = get_lora().max_loaded_loras
     if limit is not None and len(names) > limit:
         raise ValueError(f"The request names {len(names)} adapters; --max-loaded-loras is {limit}.")
-    adapters = adapters_of(self)
-    with adapters.wanted(names):
-        while missing := names - adapters.loaded.keys():
-            await _load(self, min(missing))
-        await original(self, obj)
+    return names
+
+
+async def load_missing(tokenizer_manager: Any, names: set[str]) -> None:
+    """Load those of ``names`` that are not loaded. Raises ``ValueError``, which becomes a 400, if one cannot be."""
+    while missing := names - adapters_of(tokenizer_manager).loaded.keys():
+        await _load(tokenizer_manager, min(missing))
 
 
 async def _load(manager: Any, name: str) -> None:
-    """Load ``name``, however many requests ask for it at once. ``ValueError``, which becomes a 400, if it cannot be."""
+    """Load ``name``, however many requests ask for it at once."""
     adapters = adapters_of(manager)
 
     async def load() -> str | None:
@@ -103,15 +103,3 @@ async def _load(manager: Any, name: str) -> None:
     error = await adapters.on_use.run(name, load)
     if error is not None and name not in adapters.loaded:
         raise ValueError(error)
-
-
-HOOKS = (
-    Hook(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager._resolve_lora_path",
-        _resolve_lora_path,
-        HookType.AROUND,
-        process=Process.HTTP,
-        why="Upstream loads what it knew once, as often as requests ask at the same time, and nothing else.",
-        retire_when="upstream finds adapters by name, one load for all who ask",
-    ),
-)

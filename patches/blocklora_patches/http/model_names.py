@@ -18,6 +18,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang_blocklora.naming.model_names import UnknownModel, adapter_name, resolve_model
 
 from blocklora_patches.hooks.hook import Hook, Process
+from blocklora_patches.http.door import detokenize
 from blocklora_patches.http.endpoints import replace
 from blocklora_patches.http.load_on_use import adapter_folders, find_folder, loaded_adapters
 
@@ -59,7 +60,7 @@ ANY_MODEL: dict[Callable[..., Any], Refusal] = {
     http_server.sagemaker_chat_completions: _openai,
     http_server.openai_v1_embeddings: _openai,
     http_server.openai_v1_tokenize: _openai,
-    http_server.openai_v1_detokenize: _openai,
+    detokenize: _openai,
     http_server.v1_responses_request: _openai_responses,
     http_server.anthropic_v1_messages: _anthropic,
     http_server.anthropic_v1_count_tokens: _anthropic,
@@ -99,27 +100,11 @@ def _resolving(endpoint: Callable[..., Any], refusal: Refusal, tokenizer_manager
     return resolved
 
 
-def _generate_request(self: Any, obj: Any, request: Any = None) -> None:
-    """What ``resolved`` found out counts, whatever upstream has made of the model on the way."""
-    state = getattr(request, "state", None)
-    if hasattr(state, "blocklora_adapter"):
-        obj.lora_path = state.blocklora_adapter
-
-
 def _validate_model(original: Any, self: Any, model: Any) -> None:
     """Unknown names have been refused; upstream knows none that is yet to be loaded."""
 
 
 HOOKS = (
-    Hook(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
-        _generate_request,
-        HookType.BEFORE,
-        process=Process.HTTP,
-        why="Upstream knows no adapter by its name alone, takes a name with a colon apart at the first one, and drops "
-        "the adapter on some routes.",
-        retire_when="upstream takes an adapter's name as the model on every route",
-    ),
     Hook(
         "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses._validate_model",
         _validate_model,

@@ -1,4 +1,4 @@
-"""Reads what uses an adapter off the requests themselves; nothing is counted (``lora/lora_registry.py``).
+"""Tells adapters by name, and what uses them, which is read off the requests; nothing is counted.
 
 Upstream counts users of an adapter and loses count: a request that is refused once it was counted (a prompt that is too
 long, say) is never taken off, and one with n > 1 is taken off once too often. The next unload of that adapter then
@@ -10,10 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from sglang.srt.lora.lora_registry import LoRARef
-from sglang.srt.plugins.hook_registry import HookType
-
-from blocklora_patches.hooks.hook import Hook, Process
+from sglang.srt.lora.lora_registry import LoRARef, LoRARegistry
 
 POLL_SECONDS = 0.05
 
@@ -49,62 +46,28 @@ class RequestsInFlight:
         self._poll = None
 
 
-def remove(registry: Any, ref: LoRARef) -> None:
-    """Take the name of a loaded adapter away, at once: nothing is awaited."""
-    del registry._registry[ref.lora_name]
-    del registry._counters[ref.lora_id]
+class AdapterRegistry(LoRARegistry):
+    """SGLang's ids of adapters by name, without a pause between looking one up and the request's bearing it."""
 
+    def remove(self, ref: LoRARef) -> None:
+        """Take the name of a loaded adapter away, at once: nothing is awaited."""
+        del self._registry[ref.lora_name]
+        del self._counters[ref.lora_id]
 
-def _handle_batch_request(self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
-    """Upstream makes a state for each of n answers here and other ones later; these would stay for ever."""
-    for rid in obj.rid[obj.batch_size :]:
-        self.rid_to_state.pop(rid, None)
+    async def acquire(self, lora_name: str | list[str | None]) -> Any:
+        """The id of an adapter, or of each in a list."""
+        if isinstance(lora_name, str):
+            return self._lora_id(lora_name)
+        return [self._lora_id(name) for name in lora_name]
 
+    def _lora_id(self, name: str | None) -> str | None:
+        if name is None:
+            return None
+        if name not in self._registry:
+            raise ValueError(f"The adapter '{name}' is not loaded.")
+        self._registry.move_to_end(name)
+        lora_id: str = self._registry[name].lora_id
+        return lora_id
 
-async def _acquire(original: Any, self: Any, lora_name: str | list[str | None]) -> Any:
-    if isinstance(lora_name, str):
-        return _lora_id(self, lora_name)
-    return [_lora_id(self, name) for name in lora_name]
-
-
-def _lora_id(registry: Any, name: str | None) -> str | None:
-    if name is None:
-        return None
-    if name not in registry._registry:
-        raise ValueError(f"The adapter '{name}' is not loaded.")
-    registry._registry.move_to_end(name)
-    return registry._registry[name].lora_id
-
-
-async def _release(original: Any, self: Any, lora_id: Any) -> None:
-    """Nothing was counted."""
-
-
-_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
-_REGISTRY = "sglang.srt.lora.lora_registry.LoRARegistry"
-HOOKS = (
-    Hook(
-        f"{_MANAGER}._handle_batch_request",
-        _handle_batch_request,
-        HookType.BEFORE,
-        process=Process.HTTP,
-        why="Upstream makes a state for each of n answers that nothing ever removes.",
-        retire_when="upstream drops them",
-    ),
-    Hook(
-        f"{_REGISTRY}.acquire",
-        _acquire,
-        HookType.AROUND,
-        process=Process.HTTP,
-        why="Upstream pauses between looking an adapter up and the request's bearing its id: an unload would miss it.",
-        retire_when="upstream's count of an adapter's requests is right",
-    ),
-    Hook(
-        f"{_REGISTRY}.release",
-        _release,
-        HookType.AROUND,
-        process=Process.HTTP,
-        why="Upstream takes requests off a count that is not kept.",
-        retire_when="upstream's count of an adapter's requests is right",
-    ),
-)
+    async def release(self, lora_id: Any) -> None:
+        """Nothing was counted."""

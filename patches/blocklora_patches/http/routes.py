@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from fastapi import FastAPI, Query, Request
@@ -12,6 +13,7 @@ from sglang.srt.entrypoints import http_server
 from sglang.srt.entrypoints.openai.protocol import ModelCard
 from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput
 from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.runtime_context import get_observability
 from sglang.srt.utils.auth import AuthLevel, auth_level
 from sglang_blocklora.naming.model_names import known_adapters
 from sglang_blocklora.reporting.facts import (
@@ -23,6 +25,7 @@ from sglang_blocklora.reporting.facts import (
     page,
     slots_told,
 )
+from starlette.routing import Mount
 
 from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.http import model_names, permission, server_info
@@ -172,13 +175,15 @@ def add_to(app: FastAPI, tokenizer_manager: Any) -> None:
 
 def _setup_and_run_http_server(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
     add_to(http_server.app, tokenizer_manager)
+    if get_observability().enable_metrics:
+        add_metrics_to(http_server.app, tokenizer_manager)
     closed = permission.reason_not_to_manage()
     if closed is not None:
         logger.warning("%s", closed)
 
 
-def _add_prometheus_middleware(_: Any, app: FastAPI) -> None:
-    """The same page of metrics, with the series made from the scheduler's facts on it."""
+def add_metrics_to(app: FastAPI, tokenizer_manager: Any) -> None:
+    """SGLang's page of metrics, with series on it of the facts that the scheduler tells at a scrape."""
     from prometheus_client import CollectorRegistry, make_asgi_app, multiprocess
     from sglang_blocklora.reporting.prometheus import AdapterCollector
 
@@ -191,12 +196,13 @@ def _add_prometheus_middleware(_: Any, app: FastAPI) -> None:
     metrics = make_asgi_app(registry=registry)
 
     async def scrape(scope: Any, receive: Any, send: Any) -> None:
-        facts = facts_of(http_server.get_global_state().tokenizer_manager)
+        facts = facts_of(tokenizer_manager)
         collector.show(await facts.within(SCRAPE_SECONDS), facts.age_seconds)
         await metrics(scope, receive, send)
 
-    (mount,) = (route for route in app.routes if getattr(route, "path", None) == "/metrics")
-    mount.app = scrape
+    mount = Mount("/metrics", scrape)
+    mount.path_regex = re.compile("^/metrics(?P<path>.*)$")  # as upstream's, which comes later and is not reached
+    app.router.routes.append(mount)
 
 
 HOOKS = (
@@ -207,13 +213,5 @@ HOOKS = (
         process=Process.HTTP,
         why="Routes that upstream lacks, or whose endpoints know no adapters.",
         retire_when="plugins can add routes",
-    ),
-    Hook(
-        "sglang.srt.utils.common.add_prometheus_middleware",
-        _add_prometheus_middleware,
-        HookType.AFTER,
-        process=Process.HTTP,
-        why="Facts are fetched when they are scraped.",
-        retire_when="upstream lets a plugin register a collector",
     ),
 )

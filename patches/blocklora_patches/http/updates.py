@@ -1,4 +1,4 @@
-"""Asks the schedulers for any number of adapter updates at once (``managers/tokenizer_control_mixin.py``)."""
+"""Asks the schedulers for any number of adapter updates at once."""
 
 from __future__ import annotations
 
@@ -8,11 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.managers.io_struct import LoRAUpdateOutput
-from sglang.srt.plugins.hook_registry import HookType
-from sglang.srt.runtime_context import get_parallel
-from sglang.utils import TypeBasedDispatcher
-
-from blocklora_patches.hooks.hook import Hook, Process
 
 
 class AdapterUpdates:
@@ -50,24 +45,3 @@ class AdapterUpdates:
     def set_fan_out(self, replicas: int) -> None:
         """Later requests get this many answers."""
         self._replicas = replicas
-
-
-def _init_communicators(_: Any, self: Any) -> None:
-    updates = AdapterUpdates(self._dispatch_to_scheduler, get_parallel().dp_size)
-    self.blocklora_updates = updates
-    dispatcher = TypeBasedDispatcher([(LoRAUpdateOutput, updates.handle_recv)])
-    dispatcher += self._result_dispatcher  # which adds what is not there yet
-    self._result_dispatcher = dispatcher
-
-
-HOOKS = (
-    Hook(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_communicators",
-        _init_communicators,
-        HookType.AFTER,
-        process=Process.HTTP,
-        why="Upstream sends one adapter update at a time, so a slow load holds up all others, and takes a late answer "
-        "for the next one's.",
-        retire_when="upstream's answers carry the id of their request",
-    ),
-)
