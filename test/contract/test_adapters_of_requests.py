@@ -64,6 +64,35 @@ def test_an_unload_waits_for_the_requests_themselves_not_for_a_count(world: Worl
     world.run(scenario)
 
 
+def test_adapters_of_a_batch_stay_in_use_until_all_its_answers_are_asked_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of n answers a prompt, upstream asks for one after another; what it knows of the prompts is gone before."""
+    send, asks, go_on = world.manager._send_one_request, asyncio.Event(), asyncio.Event()
+
+    async def slow(request: Any) -> None:
+        if request.sampling_params.max_new_tokens:  # for an answer, not to fill the cache first
+            asks.set()
+            await go_on.wait()
+        await send(request)
+
+    monkeypatch.setattr(world.manager, "_send_one_request", slow)
+
+    async def scenario() -> None:
+        await world.load("a")
+        await world.load("b")
+        later = world.manager.lora_registry.get_all_adapters()["b"].lora_id
+        answer = asyncio.ensure_future(world.generate(["a", "b"], sampling_params={"max_new_tokens": 1, "n": 2}))
+        await asks.wait()
+        in_use = world.manager.blocklora_adapters.requests.adapters()
+        go_on.set()
+        assert later in in_use
+        assert (await answer)[0] == 200
+        assert later not in world.manager.blocklora_adapters.requests.adapters()
+
+    world.run(scenario)
+
+
 def test_a_file_system_that_does_not_answer_stops_nobody_whose_adapter_is_loaded(
     world: World, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,7 +248,7 @@ def sizes(world: World) -> dict[str, int]:
         "adapters": adapters,
         "turns": adapters._turns,
         "tasks": adapters._tasks,
-        "requests": adapters._requests,
+        "requests": adapters.requests,
         "on_use": adapters.on_use,
     }
     return {

@@ -59,7 +59,7 @@ class Adapters:
         self.errors: dict[str, str] = {}
         self.on_use = SingleFlight()
         self._manager = tokenizer_manager
-        self._requests = RequestsInFlight(tokenizer_manager)
+        self.requests = RequestsInFlight(tokenizer_manager)
         self._wanted: Counter[str] = Counter()
         self._turns = Turns()
         self._tasks = Tasks()
@@ -146,7 +146,7 @@ class Adapters:
     async def _dropped(self, ref: LoRARef, drop: asyncio.Task[str | None]) -> str | None:
         """The outcome of ``drop``; None where it waits for requests that are paused."""
         while not drop.done():
-            if self._manager.is_pause and ref.lora_id in self._requests.adapters():
+            if self._manager.is_pause and ref.lora_id in self.requests.adapters():
                 return None
             await asyncio.wait({drop}, timeout=POLL_SECONDS)
         return drop.result()
@@ -161,7 +161,7 @@ class Adapters:
         """None, or what the schedulers say against it."""
         if ref.pinned:
             await self._set_pinned(ref, False)
-        await self._requests.ended(ref.lora_id)
+        await self.requests.ended(ref.lora_id)
         asked = UnloadLoRAAdapterReqInput(lora_name=ref.lora_name, lora_id=ref.lora_id)
         answers = await self._manager.blocklora_updates(asked)
         refusal = next((answer.error_message for answer in answers if not answer.success), None)

@@ -8,6 +8,8 @@ waits for ever. Names and requests change without a pause in between here, so no
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sglang.srt.lora.lora_registry import LoRARef, LoRARegistry
@@ -22,10 +24,26 @@ class RequestsInFlight:
         self._manager = tokenizer_manager
         self._waiting: dict[str, asyncio.Future[None]] = {}
         self._poll: asyncio.Task[None] | None = None
+        self._batches: dict[int, Any] = {}  # id -> a batch of requests
 
     def adapters(self) -> set[str | None]:
         """``lora_id`` of every adapter in use; None for the base model."""
-        return {state.obj.lora_id for state in self._manager.rid_to_state.values()}
+        in_use = {state.obj.lora_id for state in self._manager.rid_to_state.values()}
+        for batch in self._batches.values():
+            in_use.update(batch.lora_id or ())
+        return in_use
+
+    @contextmanager
+    def batch(self, requests: Any) -> Iterator[None]:
+        """Within it all adapters of a batch are in use.
+
+        Upstream takes away what it knows of a batch before it makes, one by one, what it knows of their n answers.
+        """
+        self._batches[id(requests)] = requests
+        try:
+            yield
+        finally:
+            del self._batches[id(requests)]
 
     async def ended(self, lora_id: str) -> None:
         """Wait until no request uses the adapter, whose name nobody can find any more."""

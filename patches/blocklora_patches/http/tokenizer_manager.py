@@ -87,6 +87,17 @@ class AdapterTokenizerManager(TokenizerManager):
         aborts.mark(obj)
         super()._init_req_state(obj, request)
 
+    async def _handle_batch_request(self, obj: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        """Upstream has made a state for each of n answers, which nothing removes, and makes others for them later."""
+        for rid in obj.rid[obj.batch_size :]:
+            self.rid_to_state.pop(rid, None)
+        async with aclosing(super()._handle_batch_request(obj, *args, **kwargs)) as answers:
+            with self.blocklora_adapters.requests.batch(obj):  # all are asked for before the first one comes
+                answer = await anext(answers, None)
+            while answer is not None:
+                yield answer
+                answer = await anext(answers, None)
+
     async def _resolve_lora_path(self, obj: Any) -> None:
         """Upstream loads what it knew once, as often as requests ask at the same time, and nothing else."""
         names = load_on_use.names_of(obj)
@@ -94,13 +105,6 @@ class AdapterTokenizerManager(TokenizerManager):
             await load_on_use.load_missing(self, names)
             # Without a pause in which one could go again, upstream takes the ids down.
             await super()._resolve_lora_path(obj)
-
-    def _handle_batch_request(self, obj: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        """Upstream made a state for each of n answers and makes other ones now; these would stay for ever."""
-        for rid in obj.rid[obj.batch_size :]:
-            self.rid_to_state.pop(rid, None)
-        answers: AsyncIterator[Any] = super()._handle_batch_request(obj, *args, **kwargs)
-        return answers
 
     def _create_tokenized_object(self, obj: Any, input_text: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """A value of another type than the scheduler declares is found out in the middle of everybody's batch."""
