@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from blocklora_testing.toy import ToyModel, write_adapter
+from blocklora_testing.toy import LLAMA_8B, ToyModel, write_adapter
 from safetensors.torch import load_file, save_file
 from sglang_blocklora.adapters.content_hash import content_hash
 from sglang_blocklora.adapters.errors import AdapterError
@@ -124,15 +124,7 @@ def test_adapter_of_another_base_model_is_refused(config_json: Path, tmp_path: P
 
 def test_match_rank_is_the_published_figure_for_llama_8b(tmp_path: Path, capsys) -> None:
     """BDLORA.md: equal total parameters of Llama-3.1-8B need r'/r = 1.48, 1.95 and 2.32 for n = 2, 4 and 8."""
-    sizes = {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "num_hidden_layers": 32,
-        "vocab_size": 128256,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     for n, ratio in ((2, 1.48), (4, 1.95), (8, 2.32)):
         code, found = run(capsys, "match-rank", "--base-model", tmp_path, "--rank", 1000, "--nblocks", n)
         assert code == 0

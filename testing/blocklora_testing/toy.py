@@ -16,6 +16,15 @@ from sglang_blocklora.sharding.linears import Interval, LinearSpec, ModelSpec, S
 from blocklora_testing.ranks import HandReads
 
 ROW_MODULES = ("o_proj", "down_proj")
+# Llama-3.1-8B, as its config.json has it.
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 32,
+    "vocab_size": 128256,
+}
 
 
 @dataclass(frozen=True)

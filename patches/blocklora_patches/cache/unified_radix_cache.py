@@ -214,7 +214,7 @@ class AdapterPrefixCache(release.CacheBase):
         return self.evict_by_strategy(super().evict, params)
 
     def evict_by_strategy(self, evict: Callable[[EvictParams], EvictResult], params: EvictParams) -> EvictResult:
-        """Evict in upstream's order, with the adapters that the strategy holds locked until it gives them up."""
+        """Evict in upstream's order, with the adapters that the strategy protects locked until it gives them up."""
         resident = self._entries.resident
         sizes = {content_hash: len(entry.marks) for content_hash, entry in resident.items()}
         kv_slots = self.evictable_size() + self.protected_size() - sum(sizes.values())
@@ -234,7 +234,11 @@ class AdapterPrefixCache(release.CacheBase):
                 self.tree_core.dec_full_pin(node)
             evicted = self._forget_evicted()
         self.decisions.record(
-            "evict", asked=params.num_tokens, evicted=result.num_tokens_evicted, held=len(protected), adapters=evicted
+            "evict",
+            asked=params.num_tokens,
+            evicted=result.num_tokens_evicted,
+            protected=len(protected),
+            adapters=evicted,
         )
         return result
 

@@ -2,17 +2,17 @@
 
 Rooms take from ``release`` what is spelt or done differently in different releases. Every module has the same names:
 
-| name                        | what                                                                                |
-|-----------------------------|-------------------------------------------------------------------------------------|
-| ``ManagerBase``         | upstream's manager of adapters, by the names that this release calls                |
+| name                  | what                                                                                |
+|-----------------------|-------------------------------------------------------------------------------------|
+| ``ManagerBase``       | upstream's manager of adapters, by the names that this release calls                |
 | ``CacheBase``         | upstream's radix cache, and the calls into it that this release alone has           |
-| ``matched_tokens``          | tokens of a match, ``without_weights`` the match without its first ones             |
-| ``behind_weights``          | parameters of an insert whose key is longer by an adapter's weights                 |
-| ``tp_rank_of``              | a linear's TP rank                                                                  |
-| ``uses_dp_attention``       | whether DP attention is on                                                          |
-| ``unsupported``             | what only this release can be told and cannot be served                             |
-| ``FUSED_LINEARS``           | functions that say whether a linear is computed past its quant method               |
-| ``ATTRIBUTES``              | attributes that the module uses where no type is declared (``porting/``)            |
+| ``matched_tokens``    | tokens of a match, ``without_weights`` the match without its first ones             |
+| ``behind_weights``    | parameters of an insert whose key is longer by an adapter's weights                 |
+| ``tp_rank_of``        | a linear's TP rank                                                                  |
+| ``uses_dp_attention`` | whether DP attention is on                                                          |
+| ``unsupported``       | what only this release can be told and cannot be served                             |
+| ``FUSED_LINEARS``     | functions that say whether a linear is computed past its quant method               |
+| ``ATTRIBUTES``        | attributes that the module uses where no type is declared (``porting/``)            |
 """
 
 from __future__ import annotations

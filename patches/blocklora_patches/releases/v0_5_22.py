@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from sglang.srt.distributed.utils import get_group_rank_size
-from sglang.srt.lora.lora_manager import LoRAManager
-from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.mem_cache.base_prefix_cache import (
     BasePrefixCache,
     EvictParams,
@@ -20,6 +18,22 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 )
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from blocklora_patches.releases import v0_5_21
+from blocklora_patches.releases.v0_5_21 import unsupported
+
+__all__ = [
+    "ATTRIBUTES",
+    "FUSED_LINEARS",
+    "CacheBase",
+    "ManagerBase",
+    "behind_weights",
+    "matched_tokens",
+    "tp_rank_of",
+    "unsupported",
+    "uses_dp_attention",
+    "without_weights",
+]
 
 FUSED_LINEARS: tuple[str, ...] = ("sglang.srt.layers.dual_gemm.DualGemm.can_run",)
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -34,28 +48,10 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 
 
-class ManagerBase(LoRAManager):
-    """How this release calls ``BlockLoRAManager``, whose own ``start`` and ``init_graphs`` are."""
+class ManagerBase(v0_5_21.ManagerBase):
+    """As in 0.5.21, which has arguments more, and another name."""
 
     attn_dp_enabled = False
-
-    def __init__(
-        self,
-        base_model: torch.nn.Module,
-        base_hf_config: Any,
-        max_loras_per_batch: int,
-        load_config: Any,
-        dtype: torch.dtype,
-        server_args: Any,
-        lora_backend: str = "triton",
-        max_lora_rank: int | None = None,
-        target_modules: Iterable[str] | None = None,
-        lora_paths: list[LoRARef] | None = None,
-    ) -> None:
-        self.start(base_model, base_hf_config, max_loras_per_batch, dtype, max_lora_rank, target_modules, lora_paths)
-
-    def init_cuda_graph_batch_info(self, max_bs_in_cuda_graph: int, num_tokens_per_req: int) -> None:
-        self.init_graphs(max_bs_in_cuda_graph * num_tokens_per_req)
 
 
 class CacheBase(UnifiedRadixCache):
@@ -125,8 +121,3 @@ def tp_rank_of(linear: Any) -> int:
 def uses_dp_attention(parallel: Any) -> bool:
     """Whether tokens of one batch differ between TP ranks."""
     return bool(parallel.attn_dp_enabled)
-
-
-def unsupported(execution: Any) -> tuple[tuple[str, bool, str], ...]:
-    """Rows for the table of ``model/unsupported.py``."""
-    return ()

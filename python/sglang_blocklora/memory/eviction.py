@@ -1,7 +1,7 @@
 """Chooses which idle adapters stay while KV is evicted, over logical time, so that all TP ranks choose alike.
 
 The radix tree evicts leaves in SGLang's own order, and an adapter is a leaf once no KV stands behind it. A strategy
-only says which adapters are held back from that, and in which order they are given up where KV alone is not enough.
+only says which adapters are protected from that, and in which order they are given up where KV alone is not enough.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COPY_TOKENS_PER_SLOT = 0.13
 
 
 class EvictionStrategy(Protocol):
-    """Chooses the adapters to hold. Nothing but the order of calls and their arguments may count.
+    """Chooses the adapters to protect. Nothing but the order of calls and their arguments may count.
 
     Adapters are named by their content hash."""
 
@@ -27,7 +27,7 @@ class EvictionStrategy(Protocol):
         """Note one request, of ``adapter`` or the base model; ``kv_hit`` looks up how much of its KV is cached."""
 
     def protected(self, resident: Mapping[str, int], kv_slots: int) -> list[str]:
-        """Adapters to hold while KV is evicted, in the order in which they may be given up.
+        """Adapters to protect while KV is evicted, in the order in which they may be given up.
 
         resident  slots of each resident adapter, in order of loading
         kv_slots  slots of cached KV

@@ -137,7 +137,7 @@ class StaticPool(AdapterPool):
         return slots
 
     def _victim(self, keep: Sequence[str]) -> str | None:
-        """Who gives way: the least recently used that the strategy does not hold, else the first it would give up."""
+        """Who gives way: the least recently used that the strategy does not protect, else its first to give up."""
         sizes = {resident.adapter.content_hash: len(resident.slots) for resident in self.resident.values()}
         ranks = {content_hash: place for place, content_hash in enumerate(self._strategy.protected(sizes, 0), start=1)}
         idle = [key for key, one in self.resident.items() if key not in keep and not one.adapter.pinned]

@@ -16,7 +16,7 @@ from blocklora_testing.soak.run import Asked, Run
 from blocklora_testing.soak.traffic import Traffic
 from blocklora_testing.soak.world import LONG_TOKENS
 
-PATIENCE_S = 60  # within which something must be answered that nothing is in the way of
+PATIENCE_S = 20.0  # within which something must be answered that nothing is in the way of
 OTHERS = 10  # answers to others that a hanging load must not delay
 
 
