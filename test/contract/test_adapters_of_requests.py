@@ -186,6 +186,30 @@ def test_requests_that_need_more_than_the_limit_leave_no_more_than_it_behind(wor
         world.run(scenario)
 
 
+@pytest.mark.parametrize("answers", [1, 2])
+def test_a_batch_keeps_its_adapters_though_they_lose_their_names(world: World, folder: Path, answers: int) -> None:
+    """Others that come with it need room: names go as soon as requests have their adapters, these when they end."""
+    from sglang.srt.runtime_context import get_lora
+
+    (folder / "c").mkdir()
+    (folder / "c" / "adapter_config.json").write_text("{}")
+
+    async def scenario() -> None:
+        world.scheduler.holds = True
+        batch = world.generate(["a", "b"], sampling_params={"max_new_tokens": 1, "n": answers})
+        asked = asyncio.gather(batch, *(world.generate("c") for _ in range(3)))
+        while not asked.done():
+            await asyncio.sleep(0.1)  # longer than between two looks at what is in use
+            world.scheduler.end_all()
+        assert [status for status, _ in await asked] == [200] * 4
+        names = world.manager.lora_registry.get_all_adapters
+        await until(lambda: set(world.scheduler.adapters.values()) == set(names()))
+        assert len(names()) == 2
+
+    with get_lora().override(max_loaded_loras=2):
+        world.run(scenario)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_random_loads_unloads_pins_and_requests_at_once(world: World, folder: Path, seed: int) -> None:
     """Whatever the order, no scheduler drops what a request uses or gets a request for what it has not."""

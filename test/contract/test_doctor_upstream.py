@@ -15,8 +15,7 @@ import json
 from dataclasses import asdict
 from sglang_blocklora.doctor.finding import Asked
 from sglang_blocklora.doctor.upstream import check
-for asked in {asked}:
-    print("FINDINGS" + json.dumps([asdict(finding) for finding in check(asked)]))
+print("FINDINGS" + json.dumps([asdict(finding) for finding in check({asked})]))
 """
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -81,18 +80,16 @@ Findings = list[dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Findings]]:
-    """Name of a case -> findings for each ``Asked``. Starts are checked in one process: all need the same hooks."""
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Findings]:
+    """Name of a case, or of flags -> findings; each in a process of its own, as the doctor has it."""
     empty, model = tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("model")
     (model / "config.json").write_text(json.dumps(MODEL))
-    starts = [Asked(), Asked(model=str(empty)), *(Asked(model=str(model), tp=2, flags=flags) for flags in FLAGS)]
-    alone = CHECK.format(asked=[Asked()])
-    cases = {name: ({}, f"{textwrap.dedent(code)}\n{alone}") for name, (code, _) in BROKEN.items()}
-    ended = run_cases(cases | {"starts": ({}, CHECK.format(asked=starts))})
-    return {
-        name: [json.loads(line[8:]) for line in case.text.splitlines() if line.startswith("FINDINGS")]
-        for name, case in ended.items()
-    }
+    starts = {"no model": Asked(), "empty folder": Asked(model=str(empty))}
+    starts |= {" ".join(flags): Asked(model=str(model), tp=2, flags=flags) for flags in FLAGS}
+    cases = {name: f"{textwrap.dedent(code)}\n{CHECK.format(asked=Asked())}" for name, (code, _) in BROKEN.items()}
+    cases |= {name: CHECK.format(asked=asked) for name, asked in starts.items()}
+    ended = run_cases({name: ({}, code) for name, code in cases.items()})
+    return {name: json.loads(case.text.partition("FINDINGS")[2].splitlines()[0]) for name, case in ended.items()}
 
 
 def flags_of(findings: Findings) -> dict[str, str]:
@@ -100,8 +97,8 @@ def flags_of(findings: Findings) -> dict[str, str]:
     return found
 
 
-def test_a_release_that_fits(found: dict[str, list[Findings]]) -> None:
-    findings = {finding["what"]: finding for finding in found["starts"][0]}
+def test_a_release_that_fits(found: dict[str, Findings]) -> None:
+    findings = {finding["what"]: finding for finding in found["no model"]}
     assert {what: finding["result"] for what, finding in findings.items()} == {
         "SGLang": "ok",
         "contract, server": "ok",
@@ -113,20 +110,20 @@ def test_a_release_that_fits(found: dict[str, list[Findings]]) -> None:
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_does_not_fit_is_named(found: dict[str, list[Findings]], name: str) -> None:
+def test_what_does_not_fit_is_named(found: dict[str, Findings], name: str) -> None:
     what, text = BROKEN[name][1]
-    faults = [finding for finding in found[name][0] if finding["result"] == "fault"]
+    faults = [finding for finding in found[name] if finding["result"] == "fault"]
     assert {finding["what"] for finding in faults} == {what}
     assert any(text in finding["found"] for finding in faults), faults
     assert all(finding["advice"] for finding in faults)
 
 
-def test_a_folder_without_a_model_is_a_fault(found: dict[str, list[Findings]]) -> None:
-    assert flags_of(found["starts"][1])["result"] == "fault"
+def test_a_folder_without_a_model_is_a_fault(found: dict[str, Findings]) -> None:
+    assert flags_of(found["empty folder"])["result"] == "fault"
 
 
-@pytest.mark.parametrize("number", range(len(FLAGS)), ids=map(" ".join, FLAGS))
-def test_flags_are_refused_as_a_start_refuses_them(found: dict[str, list[Findings]], number: int) -> None:
-    refused, told = [*FLAGS.values()][number], flags_of(found["starts"][2 + number])
+@pytest.mark.parametrize("flags", FLAGS, ids=" ".join)
+def test_flags_are_refused_as_a_start_refuses_them(found: dict[str, Findings], flags: tuple[str, ...]) -> None:
+    refused, told = FLAGS[flags], flags_of(found[" ".join(flags)])
     assert told["result"] == ("ok" if refused is None else "fault"), told
     assert refused is None or refused in told["found"]
