@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from blocklora_testing.forks import STOPPED, Ended, run_cases
+from blocklora_testing.forks import STOPPED, Ended, plugin, run_cases
 from sglang_blocklora.settings import SETTINGS_VARIABLE, SWITCH_VARIABLE, Settings
 
 ON = {SETTINGS_VARIABLE: json.dumps({"adapter_memory_mb": 3})}
@@ -140,16 +140,6 @@ EVERYTHING = Settings(adapter_memory="static", adapter_weights={"a": 2.0}, adapt
 
 def test_settings_with_every_kind_of_field_are_understood(ended: dict[str, Ended]) -> None:
     assert ended["all settings"].text.strip() == str(EVERYTHING)
-
-
-def plugin(folder: Path, name: str, code: str) -> str:
-    """Install a plugin of SGLang's into ``folder``, and return that."""
-    metadata = folder / f"{name}-1.0.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-dist\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {name}:run\n")
-    (folder / f"{name}.py").write_text(textwrap.dedent(code))
-    return str(folder)
 
 
 HOOKING = """

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 
 from sglang_blocklora.settings import SETTINGS_VARIABLE, SWITCH_VARIABLE
 
@@ -67,3 +68,13 @@ def run_cases(cases: dict[str, tuple[dict[str, str], str]]) -> dict[str, Ended]:
     )
     assert "FOUND" in result.stdout, result.stderr[-3000:]
     return {name: Ended(*ended) for name, ended in json.loads(result.stdout.split("FOUND")[1]).items()}
+
+
+def plugin(folder: Path, name: str, code: str) -> str:
+    """Install a plugin of SGLang's into ``folder``, and return that."""
+    metadata = folder / f"{name}-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-dist\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {name}:run\n")
+    (folder / f"{name}.py").write_text(textwrap.dedent(code))
+    return str(folder)

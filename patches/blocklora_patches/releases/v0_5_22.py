@@ -20,20 +20,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from blocklora_patches.releases import v0_5_21
-from blocklora_patches.releases.v0_5_21 import unsupported
-
-__all__ = [
-    "ATTRIBUTES",
-    "FUSED_LINEARS",
-    "CacheBase",
-    "ManagerBase",
-    "behind_weights",
-    "matched_tokens",
-    "tp_rank_of",
-    "unsupported",
-    "uses_dp_attention",
-    "without_weights",
-]
+from blocklora_patches.releases.v0_5_21 import unsupported as unsupported
 
 FUSED_LINEARS: tuple[str, ...] = ("sglang.srt.layers.dual_gemm.DualGemm.can_run",)
 ATTRIBUTES: dict[str, tuple[str, ...]] = {

@@ -10,26 +10,11 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult, Mat
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from blocklora_patches.releases import v0_5_22
-from blocklora_patches.releases.v0_5_22 import (
-    FUSED_LINEARS,
-    behind_weights,
-    matched_tokens,
-    tp_rank_of,
-    uses_dp_attention,
-)
-
-__all__ = [
-    "ATTRIBUTES",
-    "FUSED_LINEARS",
-    "CacheBase",
-    "ManagerBase",
-    "behind_weights",
-    "matched_tokens",
-    "tp_rank_of",
-    "unsupported",
-    "uses_dp_attention",
-    "without_weights",
-]
+from blocklora_patches.releases.v0_5_22 import FUSED_LINEARS as FUSED_LINEARS
+from blocklora_patches.releases.v0_5_22 import behind_weights as behind_weights
+from blocklora_patches.releases.v0_5_22 import matched_tokens as matched_tokens
+from blocklora_patches.releases.v0_5_22 import tp_rank_of as tp_rank_of
+from blocklora_patches.releases.v0_5_22 import uses_dp_attention as uses_dp_attention
 
 _MATCH = "sglang.srt.mem_cache.base_prefix_cache.MatchResult"
 ATTRIBUTES = v0_5_22.ATTRIBUTES | {

@@ -16,6 +16,7 @@ BFLOAT16 = (8, 0)  # first compute capability that multiplies bfloat16
 
 
 def check(asked: Asked) -> Iterator[Finding]:
+    """The driver, and each device that torch sees."""
     driver = driver_version()
     if not torch.cuda.is_available():
         yield without_cuda(driver)

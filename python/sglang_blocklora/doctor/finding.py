@@ -44,12 +44,15 @@ class Finding:
 
 
 def ok(what: str, found: str) -> Finding:
+    """A line about what is as it should be."""
     return Finding(what=what, result="ok", found=found)
 
 
 def fault(what: str, found: str, advice: str) -> Finding:
+    """A line about what would make a server fail or answer wrongly."""
     return Finding(what=what, result="fault", found=found, advice=advice)
 
 
 def skipped(what: str, why: str) -> Finding:
+    """A line about what was not looked at."""
     return Finding(what=what, result="skipped", found=why)

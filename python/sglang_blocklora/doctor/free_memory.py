@@ -20,6 +20,7 @@ FREE_SHARE = 0.5
 
 
 def check(asked: Asked) -> Iterator[Finding]:
+    """Bytes that are free on the host and on each device, against what the flags ask for."""
     try:
         settings = launch_server.parse(asked.launch_flags)[0]
     except SystemExit:

@@ -28,6 +28,7 @@ BROKEN = (
 
 
 def check(asked: Asked) -> Iterator[Finding]:
+    """Deltas of mixed batches against float64; on a GPU in bfloat16, and replayed from a graph."""
     if cpu_only.is_cpu_only():
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
         yield from numbers("cpu", torch.float32, [DECODE])
@@ -84,6 +85,7 @@ def make(row_parallel: bool, max_tokens: int, dtype: torch.dtype, device: str) -
 
 
 def judge(what: str, error: float, dtype: torch.dtype, where: str) -> Finding:
+    """The verdict on a relative ``error``: a fault above ``TOLERANCE`` of the dtype, or where it is not a number."""
     name = str(dtype).removeprefix("torch.")
     found = f"relative error {error:.1e} against float64 ({name}, {where})"
     return ok(what, found) if error <= TOLERANCE[dtype] else fault(what, found, BROKEN)

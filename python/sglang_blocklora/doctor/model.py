@@ -20,6 +20,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "half": torch.fl
 
 
 def check(asked: Asked) -> Iterator[Finding]:
+    """Whether the model that was named is served, its adapted linears, and an adapter's slots on each TP rank."""
     if asked.model is None:
         yield skipped("base model", "none was named (--model FOLDER)")
         return

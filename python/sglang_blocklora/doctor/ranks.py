@@ -27,6 +27,7 @@ ADVICE = (
 
 
 def check(asked: Asked) -> Iterator[Finding]:
+    """One group of all devices, or of two processes without a GPU."""
     if not torch.cuda.is_available():
         yield from exchanged("gloo", CPU_RANKS)
     elif torch.cuda.device_count() == 1:

@@ -17,6 +17,7 @@ OLD, NEW = 1.0, 2.0
 
 
 def check(asked: Asked) -> Iterator[Finding]:
+    """Rows of the arena before, under and after a forward pass; skipped without a GPU."""
     if not torch.cuda.is_available():
         yield skipped(WHAT, "without a GPU rows are written at once")
         return

@@ -23,6 +23,7 @@ MISSING = "not installed"
 
 
 def check(asked: Asked) -> Iterator[Finding]:
+    """The release, both parts of the contract, hooks and flags, in this order; behind a misfit the rest is skipped."""
     cpu_flags = cpu_only.prepare(launch_server.rank_count(asked.launch_flags))  # before SGLang is imported
     release = installed(ACCEPT in asked.launch_flags)
     yield release
@@ -91,6 +92,7 @@ def start(asked: Asked, cpu_flags: Mapping[str, Sequence[str]]) -> Iterator[Find
 
 
 def put_hooks_in_place() -> None:
+    """As a start does. ``SystemExit`` where one cannot be, or where SGLang would not call our plugin."""
     with fail_closed():
         from blocklora_patches import launch
     launch.put_hooks_in_place()

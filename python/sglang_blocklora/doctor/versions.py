@@ -37,6 +37,7 @@ def check(asked: Asked) -> Iterator[Finding]:
 
 
 def python(needed: SpecifierSet) -> Finding:
+    """Whether this Python is one that ``needed`` admits."""
     found = sys.version.partition(" ")[0]
     if needed.contains(found, prereleases=True):
         return ok("Python", found)
