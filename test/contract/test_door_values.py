@@ -59,6 +59,9 @@ def test_sampling_parameters_have_the_types_that_the_scheduler_declares(process:
         {"return_logprob": True, "top_logprobs_num": 257},
         {"return_logprob": True, "top_logprobs_num": -1},
         {"return_logprob": True, "logprob_start_len": -2},
+        {"top_logprobs_num": 257},  # where another request of the batch wants them, so many are looked for
+        {"top_logprobs_num": -1},
+        {"logprob_start_len": -2},
         {"token_indices_to_pool": [0, 2]},
         {"multi_item_delimiter_indices": [-1]},
     ],

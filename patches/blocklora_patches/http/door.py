@@ -122,7 +122,7 @@ def _check_part(obj: Any, at: str, model: Any) -> None:
     _check_not_empty("text" + at, obj, obj.text)
     if params.get("logit_bias") is not None:
         check_token_id_keys(f"sampling_params{at}.logit_bias", params["logit_bias"], vocabulary)
-    if getattr(obj, "return_logprob", False):
+    if hasattr(obj, "top_logprobs_num"):  # also without return_logprob: it counts where another of the batch has that
         check_range("logprob_start_len" + at, obj.logprob_start_len, -1, LONGEST)
         check_range("top_logprobs_num" + at, obj.top_logprobs_num, 0, vocabulary)
 
