@@ -10,7 +10,7 @@ from blocklora_kernels.batch import BatchMetadata
 from blocklora_kernels.descriptor import Address, Blocks, LinearDescriptor, SliceDescriptor
 from blocklora_kernels.ops import LoraLinear
 from blocklora_kernels.segments import Segments
-from blocklora_kernels.table import AdapterTable
+from blocklora_kernels.table import AdapterTable, pack_entry
 from shapes import Linear
 
 L2_BYTES = 60 << 20  # at least the L2 of an H100 or H200
@@ -69,11 +69,11 @@ def build(linear: Linear, rank: int, width: int, per_token: np.ndarray, adapters
     copies = min(MAX_COPIES, max(1, -(-2 * L2_BYTES // weights_bytes)))
     rng = np.random.default_rng(0)
     slots = np.arange(adapters * slots_each) if contiguous else rng.permutation(adapters * slots_each)
-    table = AdapterTable(1, 1, adapters, slots_each, len(slots), device)
-    packed = np.array(descriptor.pack(), np.int32)[None, None]
+    table = AdapterTable(1, 1, adapters, slots_each, device)
+    entry = pack_entry(np.array(descriptor.pack(), np.int32)[None, None], np.ones((1, 1, 3), np.float32))
     for i in range(adapters):
         own = slots[i * slots_each : (i + 1) * slots_each]
-        table.write(i, own, packed, np.ones((1, 1, 3), np.float32))
+        table.write(i, torch.from_numpy(own).to(device), entry)
     stacked = len(linear.outputs) * rank
     a = torch.randn(copies, adapters, stacked, linear.in_features, device=device, dtype=dtype) / 64
     b = torch.randn(copies, adapters, sum(linear.outputs), rank, device=device, dtype=dtype) / 64

@@ -8,6 +8,13 @@ from contextlib import contextmanager
 import torch
 
 
+def stream_beside(device: torch.device, *others: torch.cuda.Stream) -> torch.cuda.Stream:
+    """A stream that is none of ``others``: torch hands out the same 32 in turn, so a new one may be somebody's."""
+    while (stream := torch.cuda.Stream(device)) in others:
+        pass
+    return stream
+
+
 class SideStream:
     """A second stream beside the current one.
 
@@ -24,6 +31,7 @@ class SideStream:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._forked = torch.cuda.Event() if self._stream else None
         self._done = torch.cuda.Event() if self._stream else None
@@ -34,6 +42,8 @@ class SideStream:
         if self._stream is None or self._forked is None or self._done is None:
             yield
             return
+        if self._stream == (current := torch.cuda.current_stream(self._device)):
+            self._stream = stream_beside(self._device, current)
         self._forked.record()
         self._stream.wait_event(self._forked)
         with torch.cuda.stream(self._stream):

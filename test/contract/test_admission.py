@@ -59,7 +59,9 @@ class Admission:
             adapter = LoadedAdapter(
                 name=name,
                 path="",
-                shard=AdapterShard(name=name, rank=1, nblocks=1, slots=slots, descriptors=(), scalings=()),
+                shard=AdapterShard(
+                    name=name, rank=1, nblocks=1, slots=slots, descriptors=(), scalings=(), entry=torch.empty(0)
+                ),
                 slots=slots,
                 pinned=False,
                 content_hash=digest(name),

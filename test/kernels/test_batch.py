@@ -9,7 +9,7 @@ from blocklora_kernels.checks import check_activations, check_linear
 from blocklora_kernels.descriptor import DESCRIPTOR_FIELDS, MAX_SLICES
 from blocklora_kernels.segments import Segments
 from blocklora_kernels.side_stream import SideStream
-from blocklora_kernels.table import AdapterTable
+from blocklora_kernels.table import AdapterTable, pack_entry
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -72,29 +72,34 @@ def test_tiles_of_the_graph_that_replays():
 
 
 def test_adapter_table():
-    table = AdapterTable(2, 3, 4, 5, 100, CPU)
+    table = AdapterTable(2, 3, 6, 5, CPU)
     descriptors = np.arange(2 * 3 * DESCRIPTOR_FIELDS, dtype=np.int32).reshape(2, 3, -1)
-    scalings = np.ones((2, 3, MAX_SLICES), np.float32)
-    table.write(1, np.array([7, 8, 9]), descriptors, scalings)
-    table.write(2, np.array([9, 8]), descriptors, scalings)
-    assert table.first_slots.tolist() == [-1, 7, -1, -1]
-    assert table.slots[1, :3].tolist() == [7, 8, 9]
+    scalings = np.arange(2 * 3 * MAX_SLICES, dtype=np.float32).reshape(2, 3, -1) / 8
+    entry = pack_entry(descriptors, scalings)
+    for adapter, slots in enumerate([[3, 5], [7, 8, 9], [9, 8], [4], [1, 2, 4, 5]]):
+        table.write(adapter, torch.tensor(slots), entry)
+        assert table.slots[adapter, : len(slots)].tolist() == slots
+    table.write(5, torch.empty(0, dtype=torch.int64), entry)
+    assert table.first_slots.tolist() == [-1, 7, -1, 4, -1, -1]
     np.testing.assert_array_equal(table.descriptors[:, :, 1].numpy(), descriptors)
+    np.testing.assert_array_equal(table.scalings[:, :, 1].numpy(), scalings)
     table.clear(1)
     assert not table.descriptors[:, :, 1].any()
     assert table.descriptors[:, :, 2].any()
-    with pytest.raises(ValueError, match="slots: got -1 to 3, expected 0 to 99"):
-        table.write(0, np.array([3, -1]), descriptors, scalings)
-    with pytest.raises(ValueError, match="slots: got 3 to 100, expected 0 to 99"):
-        table.write(0, np.array([3, 100]), descriptors, scalings)
-    with pytest.raises(ValueError, match=r"slots: got shape \(6,\)"):
-        table.write(0, np.arange(6), descriptors, scalings)
-    with pytest.raises(ValueError, match="adapter: got 4"):
-        table.write(4, np.arange(5), descriptors, scalings)
-    with pytest.raises(ValueError, match="descriptors: got"):
-        table.write(0, np.arange(5), descriptors[:1], scalings)
-    with pytest.raises(ValueError, match="scalings: got"):
-        table.write(0, np.arange(5), descriptors, scalings[:, :1])
+    for name, own in (("descriptors", table.descriptors), ("scalings", table.scalings)):
+        places = {own[i, j].data_ptr() % 16 for i in range(2) for j in range(3)}
+        assert places == {0}, f"kernels would be compiled anew for {name} of some linears"
+    five = torch.arange(5)
+    with pytest.raises(ValueError, match=r"slots: got shape \(17,\)"):
+        table.write(0, torch.arange(17), entry)
+    with pytest.raises(ValueError, match=r"slots: got torch\.int32 on cpu"):
+        table.write(0, five.int(), entry)
+    with pytest.raises(ValueError, match="adapter: got 6"):
+        table.write(6, five, entry)
+    with pytest.raises(ValueError, match="entry: got"):
+        table.write(0, five, entry[:1])
+    with pytest.raises(ValueError, match="descriptors, scalings: got"):
+        pack_entry(descriptors, scalings[:, :1])
 
 
 def arguments(**changed):

@@ -7,7 +7,7 @@ from blocklora_kernels.batch import BatchMetadata
 from blocklora_kernels.descriptor import Address, Blocks, LinearDescriptor, SliceDescriptor
 from blocklora_kernels.ops import LoraLinear
 from blocklora_kernels.segments import Segments
-from blocklora_kernels.table import AdapterTable
+from blocklora_kernels.table import AdapterTable, pack_entry
 
 CPU = torch.device("cpu")
 ONE = Blocks(1, 16, 0)
@@ -15,10 +15,11 @@ ONE = Blocks(1, 16, 0)
 
 def set_up(slots: list[int], a_row: int, h_width: int = 4) -> tuple[LoraLinear, BatchMetadata]:
     """A linear [16 -> 16] of rank 4 whose A takes one row of 64 from ``a_row`` and whose B takes row 1."""
-    table = AdapterTable(1, 1, 1, 3, 10, CPU)
+    table = AdapterTable(1, 1, 1, 3, CPU)
     b = SliceDescriptor(4, 0, Address(1, 1, 0), 4, ONE)
     descriptor = LinearDescriptor(4, 4, Address(0, a_row, 0), ONE, (b,))
-    table.write(0, np.array(slots), np.array(descriptor.pack(), np.int32)[None, None], np.ones((1, 1, 3), np.float32))
+    entry = pack_entry(np.array(descriptor.pack(), np.int32)[None, None], np.ones((1, 1, 3), np.float32))
+    table.write(0, torch.tensor(slots), entry)
     planes = [torch.zeros(10, 64), torch.zeros(10, 64)]
     linear = LoraLinear(
         planes, table.slots, table.first_slots, table.descriptors[0, 0], table.scalings[0, 0], 16, (0, 16), 4
@@ -38,8 +39,8 @@ def test_right_addresses_pass(slots):
 
 
 def test_wrong_addresses_are_named():
-    with pytest.raises(ValueError, match=r"descriptors\[0\]: rows 3 to 4, expected within the 3 of slots"):
-        check(set_up([3, 4, 5], 3))
+    with pytest.raises(ValueError, match=r"descriptors\[0\]: rows 16 to 17, expected within the 16 of slots"):
+        check(set_up([3, 4, 5], 16))
     with pytest.raises(ValueError, match=r"descriptors\[0\]: h_width 4, expected at most 3"):
         check(set_up([3, 4, 5], 0, h_width=3))
     linear, batch = set_up([9, 0, 4], 0)

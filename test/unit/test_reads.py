@@ -19,7 +19,7 @@ LONG_S = 60.0  # nothing here takes so long unless it hangs
 
 
 def found(number: int, slots: int = 3) -> Found:
-    shard = AdapterShard(name="a", rank=1, nblocks=1, slots=slots, descriptors=(), scalings=())
+    shard = AdapterShard(name="a", rank=1, nblocks=1, slots=slots, descriptors=(), scalings=(), entry=torch.empty(0))
     local = LocalShard(shard=shard, image=torch.full((1,), float(number)), image_digest=str(number))
     return Report(slots=slots, content_hash="same"), local
 

@@ -16,7 +16,7 @@ def numbered(number: int, slots: int, pinned: bool = False) -> tuple[LoadedAdapt
     """An adapter whose rows all hold its number, and its image."""
     name = f"a{number}"
     digest = hashlib.sha256(name.encode()).hexdigest()
-    shard = AdapterShard(name=name, rank=1, nblocks=1, slots=slots, descriptors=(), scalings=())
+    shard = AdapterShard(name=name, rank=1, nblocks=1, slots=slots, descriptors=(), scalings=(), entry=torch.empty(0))
     adapter = LoadedAdapter(
         name=name, path="/p", shard=shard, slots=slots, pinned=pinned, content_hash=digest, image_digest=digest
     )

@@ -127,7 +127,7 @@ class AdapterPrefixCache(release.CacheBase):
         return shortfall <= self.evictable_size()
 
     def reserve(self, lora_id: str) -> torch.Tensor | None:
-        """Take free slots for an adapter, evicting what is not in use; None where that is not enough.
+        """Take free slots for an adapter (int64), evicting what is not in use; None where that is not enough.
 
         The caller writes the weights to them and then calls ``publish`` or ``give_back``.
         """
@@ -136,7 +136,9 @@ class AdapterPrefixCache(release.CacheBase):
             return None
         if (shortfall := needed - allocator.available_size()) > 0:
             self.evict(EvictParams(num_tokens=shortfall))
-        return allocator.alloc(needed)
+        slots = allocator.alloc(needed)
+        # A copy: the allocator may give a view of its whole free list, which would then live as long as the adapter.
+        return None if slots is None else slots.to(torch.int64, copy=True)
 
     def give_back(self, slots: torch.Tensor) -> None:
         """Free slots that ``reserve`` gave and ``publish`` did not take."""
@@ -147,7 +149,7 @@ class AdapterPrefixCache(release.CacheBase):
 
         ``IntegrityError``, and nothing is inserted, where the tree has anything of the adapter already.
         """
-        entry, slots = self._entries[lora_id], slots.to(torch.int64)
+        entry = self._entries[lora_id]
         key = RadixKey(entry.marks, entry.content_hash)
         found = self.tree_core.match_full_device_prefix(key)[0]
         if entry.slots is not None or found or len(slots) != len(key):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from blocklora_kernels.descriptor import Address, LinearDescriptor
+from blocklora_kernels.descriptor import DESCRIPTOR_FIELDS, MAX_SLICES, Address, LinearDescriptor
+from blocklora_kernels.table import pack_entry
 
 from sglang_blocklora.adapters.checkpoint import Checkpoint
 from sglang_blocklora.adapters.config import read_config
@@ -32,6 +34,7 @@ class AdapterShard:
     slots          arena rows that this TP rank's part needs in every layer
     descriptors    [layer][linear], where each factor lies in those rows
     scalings       [layer][linear][slice], alpha / r of the full rank (0 where not adapted)
+    entry          both of them as the kernels' table has them (``pack_entry``)
     """
 
     name: str
@@ -40,6 +43,7 @@ class AdapterShard:
     slots: int
     descriptors: tuple[tuple[LinearDescriptor, ...], ...]
     scalings: tuple[tuple[tuple[float, ...], ...], ...]
+    entry: torch.Tensor = field(compare=False, repr=False)
 
 
 def load_shard(
@@ -73,13 +77,15 @@ def load_shard(
     if not known and spec.tp_rank == 0:
         for note in notes(name, folder, config, modules, spec):
             logger.warning("adapter %r: %s", name, note)
+    scalings = tuple(tuple(_scalings(plan, modules) for plan in layer) for layer in plans)
     shard = AdapterShard(
         name=name,
         rank=max(shape.rank for shape in shapes.values()),
         nblocks=max(shape.nblocks for shape in shapes.values()),
         slots=slots,
         descriptors=tuple(descriptors),
-        scalings=tuple(tuple(_scalings(plan, modules) for plan in layer) for layer in plans),
+        scalings=scalings,
+        entry=_entry(descriptors, scalings, pin_memory),
     )
     return shard, image
 
@@ -120,6 +126,20 @@ def _put(place: torch.Tensor, values: torch.Tensor) -> None:
     if place.shape != values.shape:
         place.zero_()
     place[: values.shape[0], : values.shape[1]].copy_(values)
+
+
+def _entry(
+    descriptors: Sequence[Sequence[LinearDescriptor]],
+    scalings: Sequence[Sequence[Sequence[float]]],
+    pin_memory: bool,
+) -> torch.Tensor:
+    shape = (len(descriptors), max(map(len, descriptors)))
+    packed, factors = np.zeros((*shape, DESCRIPTOR_FIELDS), np.int32), np.zeros((*shape, MAX_SLICES), np.float32)
+    for i, layer in enumerate(descriptors):
+        for j, descriptor in enumerate(layer):
+            packed[i, j] = descriptor.pack()
+            factors[i, j, : len(scalings[i][j])] = scalings[i][j]
+    return pack_entry(packed, factors, pin_memory=pin_memory)
 
 
 def _scalings(plan: LinearPlan, modules: Mapping[str, AdaptedModule]) -> tuple[float, ...]:

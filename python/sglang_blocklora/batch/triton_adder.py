@@ -5,19 +5,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from blocklora_kernels.batch import BatchMetadata
-from blocklora_kernels.descriptor import DESCRIPTOR_FIELDS, MAX_SLICES
 from blocklora_kernels.ops import LoraLinear
 from blocklora_kernels.side_stream import SideStream
-from blocklora_kernels.table import AdapterTable
 
-from sglang_blocklora.adapters.shard import AdapterShard
 from sglang_blocklora.batch.delta_adder import DeltaAdder
 from sglang_blocklora.batch.grouping import group_by_adapter
+from sglang_blocklora.batch.table_entries import TableEntries
 from sglang_blocklora.memory.accounting import IntegrityError
-from sglang_blocklora.memory.loaded import Resident
 from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.sharding.linears import ModelSpec
 
@@ -45,19 +41,16 @@ class TritonAdder(DeltaAdder):
         self._device = device
         self._h_width = max_rank * max(len(linear.outputs) for layer in spec.layers for linear in layer)
         planes = pool.arena.planes
-        rows = planes[0][0].shape[0]
-        # Twice the adapters of a batch: entries of adapters that were resident lately stay written.
-        self._entries = 2 * pool.max_adapters_per_batch
-        self._table = AdapterTable(len(spec.layers), max(map(len, spec.layers)), self._entries, rows, rows, device)
-        self._index: dict[str, tuple[int, Resident]] = {}
+        self._entries = TableEntries(spec, pool.max_adapters_per_batch, max_rank, device)
+        table = self._entries.table
         self._linears = [
             [
                 LoraLinear(
                     tuple(planes[i]),
-                    self._table.slots,
-                    self._table.first_slots,
-                    self._table.descriptors[i, j],
-                    self._table.scalings[i, j],
+                    table.slots,
+                    table.first_slots,
+                    table.descriptors[i, j],
+                    table.scalings[i, j],
                     linear.inputs.length,
                     linear.out_offsets,
                     USUAL_RANK,
@@ -84,7 +77,8 @@ class TritonAdder(DeltaAdder):
         self._batch = self._graph
 
     def prepare(self, keys: Sequence[str | None], token_counts: Sequence[int] | None) -> None:
-        entries = self._write_entries({key for key in keys if key is not None and key in self._pool.resident})
+        resident = self._pool.resident
+        entries = self._entries.of({key for key in keys if key is not None and key in resident}, resident)
         segments = group_by_adapter([entries.get(key, -1) if key else -1 for key in keys], token_counts)
         tokens = len(keys) if token_counts is None else int(sum(token_counts))
         position = bisect_left(self._graph_sizes, tokens)
@@ -120,28 +114,3 @@ class TritonAdder(DeltaAdder):
 
     def _new_metadata(self, max_tokens: int) -> BatchMetadata:
         return BatchMetadata(max_tokens, self._pool.max_adapters_per_batch, self._h_width, self._device)
-
-    def _write_entries(self, keys: set[str]) -> dict[str, int]:
-        """Table entry of every key, written where the adapter was made resident since; others' entries are reused."""
-        resident = self._pool.resident
-        self._index = {key: own for key, own in self._index.items() if resident.get(key) is own[1]}
-        free = sorted(set(range(self._entries)) - {entry for entry, _ in self._index.values()})
-        for key in sorted(keys - self._index.keys()):
-            if not free:
-                victim = next(known for known in self._index if known not in keys)
-                free.append(self._index.pop(victim)[0])
-            entry = free.pop(0)
-            self._table.write(entry, resident[key].slots.numpy(), *self._pack(resident[key].adapter.shard))
-            self._index[key] = (entry, resident[key])
-        return {key: self._index[key][0] for key in keys}
-
-    def _pack(self, shard: AdapterShard) -> tuple[np.ndarray, np.ndarray]:
-        """Descriptors [layers, linears, fields] and scalings [layers, linears, slices] as the table wants them."""
-        layers, linears = self._table.descriptors.shape[:2]
-        descriptors = np.zeros((layers, linears, DESCRIPTOR_FIELDS), np.int32)
-        scalings = np.zeros((layers, linears, MAX_SLICES), np.float32)
-        for i, layer in enumerate(shard.descriptors):
-            for j, descriptor in enumerate(layer):
-                descriptors[i, j] = descriptor.pack()
-                scalings[i, j, : len(shard.scalings[i][j])] = shard.scalings[i][j]
-        return descriptors, scalings

@@ -11,7 +11,7 @@ from blocklora_kernels.batch import BatchMetadata
 from blocklora_kernels.descriptor import MAX_SLICES, Address, Blocks, LinearDescriptor, SliceDescriptor
 from blocklora_kernels.ops import LoraLinear
 from blocklora_kernels.segments import Segments
-from blocklora_kernels.table import AdapterTable
+from blocklora_kernels.table import AdapterTable, pack_entry
 
 from sglang_blocklora.sharding.layout import place
 
@@ -116,7 +116,7 @@ class Problem:
         layouts = [place([matrix.numel() for matrix in one.matrices], WIDTH) for one in self._adapters]
         count, most = len(layouts), max(layout.rows for layout in layouts)
         planes = [torch.full((most * count, WIDTH), torch.nan, dtype=self._dtype) for _ in range(2)]
-        table = AdapterTable(1, 1, count, most, most * count, self._device)
+        table = AdapterTable(1, 1, count, most, self._device)
         for index, (adapter, layout, scaling) in enumerate(zip(self._adapters, layouts, self._scalings, strict=True)):
             slots = np.arange(layout.rows) * count + index
             for matrix, (plane, row, column) in zip(adapter.matrices, layout.addresses, strict=True):
@@ -127,7 +127,8 @@ class Problem:
                 one._replace(address=address) for one, address in zip(adapter.descriptor.slices, others, strict=True)
             )
             descriptor = np.array(adapter.descriptor._replace(address=first, slices=slices).pack(), np.int32)
-            table.write(index, slots, descriptor[None, None], np.full((1, 1, MAX_SLICES), scaling, np.float32))
+            entry = pack_entry(descriptor[None, None], np.full((1, 1, MAX_SLICES), scaling, np.float32))
+            table.write(index, torch.from_numpy(slots).to(self._device), entry)
         return LoraLinear(
             [plane.to(self._device) for plane in planes],
             table.slots,

@@ -31,20 +31,21 @@ def copied_beside_a_pass(device: torch.device, transfer: Transfer) -> tuple[torc
     The third is whether the host went on before the running pass had ended.
     """
     arena = StaticArena(LAYERS, SLOTS, WIDTH, torch.float32, device)
-    everything = torch.arange(SLOTS)
+    everything = torch.arange(SLOTS, device=device)
     arena.write(everything, torch.full((LAYERS, 2, SLOTS, WIDTH), OLD))
+    transfer.bind(arena)
     image = torch.full((LAYERS, 2, COPIED, WIDTH), NEW).pin_memory()
     forward, schedule = torch.cuda.Stream(device), torch.cuda.Stream(device)
     torch.cuda.synchronize(device)
     with torch.cuda.stream(forward):
-        transfer.join()
+        transfer.join([])
         torch.cuda._sleep(BUSY_CYCLES)
         before = torch.stack([plane for layer in arena.planes for plane in layer])
     with torch.cuda.stream(schedule):
-        transfer.copy(arena, everything[:COPIED], image)
+        transfer.copy("new", everything[:COPIED], image)
     went_on = not forward.query()
     with torch.cuda.stream(forward):
-        transfer.join()
+        transfer.join(["new"])
         after = torch.stack([plane for layer in arena.planes for plane in layer])
     torch.cuda.synchronize(device)
     return before.cpu(), after.cpu(), went_on

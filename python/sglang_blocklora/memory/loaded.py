@@ -29,7 +29,7 @@ class LoadedAdapter:
 
 @dataclass(frozen=True)
 class Resident:
-    """An adapter in the arena: its physical rows, int64 [slots] on the host."""
+    """An adapter in the arena: its physical rows, int64 [slots] on the arena's device."""
 
     adapter: LoadedAdapter
     slots: torch.Tensor

@@ -84,8 +84,11 @@ class AdapterPool(ABC):
         False where they do not fit, or where one is not at hand: it is being read then, or could not be
         (``images.failures``). All TP ranks call this together.
         """
-        wanted = sorted(key for key in set(keys) if key in self.loaded)
-        if len(wanted) > self.max_adapters_per_batch or not self._fit_together(wanted):
+        keys = set(keys)
+        wanted = sorted(key for key in keys if key in self.loaded)
+        # One that was unloaded under its last requests is in the batch too.
+        in_batch = len(wanted) + sum(key not in self.loaded and key in self.resident for key in keys)
+        if in_batch > self.max_adapters_per_batch or not self._fit_together(wanted):
             return False
         return all(self._bring_in(key, wanted) for key in wanted)
 

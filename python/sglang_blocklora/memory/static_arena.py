@@ -41,6 +41,11 @@ class StaticArena:
         self._free[taken] = False
         return torch.from_numpy(taken)
 
+    def on_device(self, slots: torch.Tensor) -> torch.Tensor:
+        """``slots`` of ``allocate`` on the arena's device, for which the host does not wait."""
+        device = self._rows.device
+        return (slots.pin_memory() if device.type == "cuda" else slots).to(device, non_blocking=True)
+
     def free(self, slots: torch.Tensor) -> None:
         """Give ``slots`` back. ``ValueError`` if one of them is free already."""
         index = slots.numpy()

@@ -26,6 +26,7 @@ class FreeListArena(Arena, Protocol):
     @property
     def free_slots(self) -> int: ...
     def allocate(self, count: int) -> torch.Tensor | None: ...
+    def on_device(self, slots: torch.Tensor) -> torch.Tensor: ...
     def free(self, slots: torch.Tensor) -> None: ...
 
 
@@ -45,7 +46,9 @@ class StaticPool(AdapterPool):
     ) -> None:
         super().__init__(max_adapters_per_batch, images, decisions, transfer)
         self.arena = arena
+        self._transfer.bind(arena)
         self.resident: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
+        self._slots: dict[str, torch.Tensor] = {}  # of those, on the host
         self._strategy = strategy
 
     def reason_not_to_add(self, slots: int, pinned: bool) -> str | None:
@@ -62,9 +65,8 @@ class StaticPool(AdapterPool):
 
     def remove(self, key: str) -> None:
         super().remove(key)
-        resident = self.resident.pop(key, None)
-        if resident is not None:
-            self.arena.free(resident.slots)
+        if key in self.resident:
+            self._put_out(key)
 
     def is_resident(self, key: str) -> bool:
         return key in self.resident
@@ -78,11 +80,12 @@ class StaticPool(AdapterPool):
     def begin_step(self, keys: Iterable[str]) -> None:
         """As in the base class; keys that are not loaded are passed over, since an aborted request may outlive its
         adapter by one step."""
-        for key in sorted(key for key in set(keys) if key in self.loaded):
+        running = sorted(key for key in set(keys) if key in self.loaded)
+        for key in running:
             if key not in self.resident:
                 raise RuntimeError(f"adapter {self.loaded[key].name!r} runs but is not resident")
             self.resident.move_to_end(key)
-        self._transfer.join()
+        self._transfer.join(running)
 
     def slots_held_for(self, key: str | None) -> int:
         """None: adapters take no slots of KV here."""
@@ -100,12 +103,12 @@ class StaticPool(AdapterPool):
 
     def check_integrity(self, in_use: int = 0) -> None:
         """As in the base class; requests have no slots in this arena."""
-        owned = [slot for resident in self.resident.values() for slot in resident.slots.tolist()]
+        owned = [slot for slots in self._slots.values() for slot in slots.tolist()]
         if len(owned) != len(set(owned)):
             raise IntegrityError("two adapters own one slot")
         if len(owned) + self.arena.free_slots != self.arena.total_slots:
             raise IntegrityError(f"slots leaked: {self.slot_counts()}")
-        if not set(self.resident) <= set(self.loaded):
+        if not set(self.resident) <= set(self.loaded) or self.resident.keys() != self._slots.keys():
             raise IntegrityError("an unloaded adapter is resident")
 
     def _fit_together(self, keys: Sequence[str]) -> bool:
@@ -120,9 +123,10 @@ class StaticPool(AdapterPool):
         if image is None:
             return False
         with self.load_counts.measure(key, image.nbytes):
-            slots = self._allocate(adapter, keep)
+            self._slots[key] = self._allocate(adapter, keep)
+            slots = self.arena.on_device(self._slots[key])
             self.decisions.record("load", adapter=adapter.name, slots=len(slots))
-            self._transfer.copy(self.arena, slots, image)
+            self._transfer.copy(key, slots, image)
             self.resident[key] = Resident(adapter, slots)
         return True
 
@@ -132,9 +136,15 @@ class StaticPool(AdapterPool):
             if victim is None:
                 raise RuntimeError(f"no room for adapter {adapter.name!r} ({adapter.slots} slots) in this batch")
             self.decisions.record("evict", adapter=self.resident[victim].adapter.name)
-            self.arena.free(self.resident.pop(victim).slots)
+            self._put_out(victim)
             self.load_counts.evicted(victim)
         return slots
+
+    def _put_out(self, key: str) -> None:
+        """Free a resident adapter's slots."""
+        del self.resident[key]
+        self.arena.free(self._slots.pop(key))
+        self._transfer.forget(key)
 
     def _victim(self, keep: Sequence[str]) -> str | None:
         """Who gives way: the least recently used that the strategy does not protect, else its first to give up."""

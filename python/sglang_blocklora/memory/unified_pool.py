@@ -80,7 +80,6 @@ class UnifiedPool(AdapterPool):
         super().__init__(max_adapters_per_batch, images, decisions, transfer)
         self.resident: dict[str, Resident] = {}
         self.total_slots: int | None = None
-        self._device_slots: dict[str, torch.Tensor] = {}
         self._lingering: dict[str, tuple[LoadedAdapter, int]] = {}
         self._steps = 0
         self._cache: PrefixCache | None = None
@@ -88,6 +87,7 @@ class UnifiedPool(AdapterPool):
     def bind_arena(self, arena: KVArena, total_slots: int) -> None:
         """Set the KV buffers and the number of slots that requests and adapters share."""
         self.arena = arena
+        self._transfer.bind(arena)
         self.total_slots = total_slots
         for adapter in self.loaded.values():
             reason = self.reason_not_to_add(adapter.slots, adapter.pinned)
@@ -99,7 +99,7 @@ class UnifiedPool(AdapterPool):
     def bind_cache(self, cache: PrefixCache) -> None:
         """Set the tree; adapters that are loaded already become known to it."""
         self._cache = cache
-        cache.on_evicted = self._count_eviction
+        cache.on_evicted = self._went
         for key, adapter in self.loaded.items():
             cache.know(key, adapter.content_hash, adapter.slots)
 
@@ -152,6 +152,7 @@ class UnifiedPool(AdapterPool):
         self._steps += 1
         for key in [k for k, (_, step) in self._lingering.items() if self._steps - step > LINGER_STEPS]:
             self._forget(key)
+        contents = []
         for key in sorted(set(keys)):
             adapter = self.loaded.get(key) or (self._lingering[key][0] if key in self._lingering else None)
             if adapter is None:
@@ -163,7 +164,8 @@ class UnifiedPool(AdapterPool):
                 # Not when it is brought in: requests that were admitted before it in one pass count on those slots.
                 self.cache.pin_adapter(key)
             self._note_rows(key, adapter, slots)
-        self._transfer.join()
+            contents.append(adapter.content_hash)
+        self._transfer.join(contents)
 
     def slots_held_for(self, key: str | None) -> int:
         """As in the base class: its adapter's slots and those of pinned ones."""
@@ -183,13 +185,14 @@ class UnifiedPool(AdapterPool):
         del self._lingering[key]
         if key not in self.loaded:
             self.resident.pop(key, None)
-            self._device_slots.pop(key, None)
             self.cache.forget(key)
 
-    def _count_eviction(self, content_hash: str) -> None:
-        """An adapter went; each name it has counts that."""
+    def _went(self, content_hash: str) -> None:
+        """An adapter was evicted: its slots are free, and each name it has counts that."""
+        self._transfer.forget(content_hash)
         for key, adapter in self.loaded.items():
             if adapter.content_hash == content_hash:
+                self.resident.pop(key, None)
                 self.load_counts.evicted(key)
 
     def _fit_together(self, keys: Sequence[str]) -> bool:
@@ -208,9 +211,10 @@ class UnifiedPool(AdapterPool):
             self.decisions.record("load", adapter=adapter.name, slots=len(slots))
             try:
                 with self.load_counts.measure(key, image.nbytes):
-                    self._transfer.copy(self.arena, slots, image)
+                    self._transfer.copy(adapter.content_hash, slots, image)
                     self.cache.publish(key, slots)
             except IntegrityError as error:
+                self._transfer.forget(adapter.content_hash)
                 self.cache.give_back(slots)
                 self.images.failures[key] = f"Adapter {adapter.name!r} cannot be served: {error}"
                 return False
@@ -218,7 +222,6 @@ class UnifiedPool(AdapterPool):
         return True
 
     def _note_rows(self, key: str, adapter: LoadedAdapter, slots: torch.Tensor | None) -> None:
-        """Copy slots to the host where the tree holds others than before: at admission, since the host waits for it."""
-        if slots is not None and self._device_slots.get(key) is not slots:
-            self._device_slots[key] = slots
-            self.resident[key] = Resident(adapter, slots.cpu())
+        """Note the slots where the tree holds others than before. They stay on the device: nobody waits for them."""
+        if slots is not None and (key not in self.resident or self.resident[key].slots is not slots):
+            self.resident[key] = Resident(adapter, slots)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from blocklora_kernels.descriptor import Address, Blocks, LinearDescriptor, SliceDescriptor
 
 from sglang_blocklora.sharding.cut import ModuleShape, SliceCut, cut_slice
+from sglang_blocklora.sharding.layout import ALIGNMENT_ELEMENTS
 from sglang_blocklora.sharding.linears import LinearSpec, ModelSpec
 
 NOT_ADAPTED = SliceDescriptor(0, 0, Address(0, 0, 0), 0, Blocks(0, 0, 0))
@@ -54,6 +55,23 @@ class LinearPlan:
             h_width += cut.rank
             a_blocks = cut.a
         return LinearDescriptor(h_width, self.a_rows, addresses[0], a_blocks, tuple(slices))
+
+
+def most_slots(spec: ModelSpec, max_rank: int) -> int:
+    """Arena rows that no adapter up to LoRA rank ``max_rank`` needs more of in a layer.
+
+    No matrix is larger than a plain adapter's on all modules. Of two planes that are filled in turn, each matrix into
+    the emptier one, the fuller holds at most half of all and half of the largest matrix (Graham, 1966).
+    """
+    rows = 0
+    for layer in spec.layers:
+        sizes = []
+        for linear in layer:
+            sizes.append(len(linear.outputs) * max_rank * linear.inputs.length)
+            sizes += [output.length * max_rank for output in linear.outputs]
+        aligned = [-(-size // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS for size in sizes]
+        rows = max(rows, -(-(sum(aligned) + max(aligned)) // (2 * spec.row_width)))
+    return rows
 
 
 def plan_linear(linear: LinearSpec, shapes: Mapping[str, ModuleShape], spec: ModelSpec) -> LinearPlan:

@@ -72,14 +72,15 @@ def set_up(request: dict[str, Any], device: str = "cpu", dtype: Any = None) -> t
     import torch
     from blocklora_kernels.batch import BatchMetadata
     from blocklora_kernels.ops import LoraLinear
-    from blocklora_kernels.table import AdapterTable
+    from blocklora_kernels.table import AdapterTable, pack_entry
 
     place = torch.device(device)
     slots, descriptors = request["slots"], np.array(request["descriptors"], np.int32)
     most_slots = max(len(own) for own in slots)
-    table = AdapterTable(1, 1, len(slots), most_slots, len(request["planes"][0]), place)
+    table = AdapterTable(1, 1, len(slots), most_slots, place)
     for i, own in enumerate(slots):
-        table.write(i, own, descriptors[i][None, None], request["scalings"][i][None, None])
+        entry = pack_entry(descriptors[i][None, None], request["scalings"][i][None, None])
+        table.write(i, torch.from_numpy(own).to(place, torch.int64), entry)
     planes = []
     for plane in request["planes"]:
         whole = np.full((plane.shape[0], plane.shape[1] + request["gap"]), np.nan, plane.dtype)
