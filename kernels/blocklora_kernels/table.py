@@ -7,8 +7,8 @@ import torch
 
 from blocklora_kernels.descriptor import DESCRIPTOR_FIELDS, MAX_SLICES
 
-# Of a linear: its descriptor, then its scalings as float32 bits. Both start on 16 bytes, whichever the linear, so kernels
-# are compiled once for all.
+# Of a linear: its descriptor, then its scalings as float32 bits. Both start on 16 bytes, whichever the linear, so one
+# compiled kernel serves all.
 SCALINGS_START = -(-DESCRIPTOR_FIELDS // 4) * 4
 ENTRY_FIELDS = SCALINGS_START + -(-MAX_SLICES // 4) * 4
 

@@ -53,7 +53,7 @@ class Admission:
     def __init__(self, *, affinity: bool = False) -> None:
         self.cache = new_cache(PAGE, POOL_TOKENS)
         self.pool = UnifiedPool(64, host_only_images(), DecisionLog(None, 0))
-        self.pool.arena = SimpleNamespace(write=lambda slots, image: None)
+        self.pool.bind_arena(SimpleNamespace(write=lambda slots, image: None), 10**6)
         self.pool.bind_cache(self.cache)
         for name, slots in SLOTS.items():
             adapter = LoadedAdapter(

@@ -1,4 +1,4 @@
-"""Rows of images reach an adapter's slots in all planes: in the interpreter, and as compiled for a GPU that is not there."""
+"""Rows of images reach an adapter's slots in all planes: in the interpreter, and compiled for a GPU."""
 
 from __future__ import annotations
 

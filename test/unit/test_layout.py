@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from blocklora_kernels import reference
+from blocklora_testing.toy import ToyModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang_blocklora.sharding.cut import ModuleShape
 from sglang_blocklora.sharding.layout import ALIGNMENT_ELEMENTS, place
+from sglang_blocklora.sharding.plan import most_slots, plan_linear
 
 # hidden, query heads, KV heads, head dimension, intermediate
 MODELS = {
@@ -74,3 +77,27 @@ def test_padding_is_at_most_three_percent(model: str, tp: int, block_diagonal: b
     sizes += [2 * r * hidden, ffn * r, ffn * r, r * ffn, hidden * r]
     layout = place(sizes, kv)
     assert 2 * layout.rows * kv <= 1.03 * sum(sizes)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.data())
+def test_no_adapter_needs_more_slots_than_the_most(data) -> None:
+    """Of any ranks, blocks and orientations, on the modules of any TP rank; the kernels' table has no more room."""
+    size = data.draw(st.sampled_from([1, 2, 3, 4, 8]))
+    model = ToyModel(layers=1, fused=data.draw(st.booleans()))
+    spec = model.spec(data.draw(st.integers(0, size - 1)), size, row_width=data.draw(st.sampled_from([8, 40])))
+    max_rank = 24
+    most = most_slots(spec, max_rank)
+    shapes = {}
+    for module in model.shapes(0):
+        blocks = data.draw(st.sampled_from([1, 2, 3, 4, 6]))
+        structure = data.draw(st.sampled_from(["plain", "block_a", "block_b"]))
+        rank = data.draw(st.integers(1, max_rank // blocks)) * blocks
+        if data.draw(st.booleans()):
+            shapes[module] = ModuleShape(rank, 1 if structure == "plain" else blocks, structure)
+    plans = [plan_linear(linear, shapes, spec) for linear in spec.layers[0]]
+    assert place([elements for plan in plans for elements in plan.sizes()], spec.row_width).rows <= most
+    plain = {module: ModuleShape(max_rank, 1, "plain") for module in model.shapes(0)}
+    plans = [plan_linear(linear, plain, spec) for linear in spec.layers[0]]
+    largest = place([elements for plan in plans for elements in plan.sizes()], spec.row_width).rows
+    assert largest <= most <= 1.5 * largest + 1, "far more than the largest adapter needs"
