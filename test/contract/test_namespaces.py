@@ -242,7 +242,7 @@ class Pool:
             "ids": len(entries._by_id),
             "owners": len(cache._owners._numbers) + len(cache._owners._unused),
             "lingering": len(pool._lingering),
-            "rows": len(pool.resident) + len(pool._device_slots),
+            "rows": len(pool.resident),
         }
 
 
