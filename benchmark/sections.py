@@ -145,6 +145,7 @@ SCHEDULER_BRIEF = Brief(
 )
 
 SECTIONS = (
+    Section(part="added_time", baseline="base model", columns=(STEP, FIRST_TOKEN)),
     Section(part="memory", baseline="stock slots", columns=(*LATENCIES, *CACHES), brief=MEMORY_BRIEF),
     Section(
         part="scheduler",

@@ -86,7 +86,7 @@ def check_batches(folder: Path, step_class: type) -> None:
             (["n3"], [7]),
             (["n2", "n3"], None),
         ]
-        for keys, counts in batches:
+        for keys, counts in [batch for batch in batches for _ in range(2)]:
             assert pool.bring_in(key for key in keys if key)
             pool.begin_step(key for key in keys if key)
             check(spec, step, deltas, keys, counts)
@@ -95,6 +95,60 @@ def check_batches(folder: Path, step_class: type) -> None:
 
 def test_torch_adder(tmp_path: Path) -> None:
     check_batches(tmp_path, TorchAdder)
+
+
+def test_small_batches_of_the_same_adapters_are_added_at_once(tmp_path: Path) -> None:
+    """From the second one on, also with fewer of them; not a batch of one adapter, of many tokens, of others."""
+    spec, pool, step, deltas = make(tmp_path, 0, 2, TorchAdder, slots=200)
+    assert pool.bring_in(CHOICES)
+    pool.begin_step(CHOICES)
+    batches: list[tuple[list[str | None], list[int] | None, bool]] = [
+        (["n2", "plain"], None, False),
+        (["plain", None, "n2", "plain"], [3, 4, 1, 6], True),
+        (["n2", "plain", "n2"], [1, 126, 2], False),
+        (["n2", "plain", "n3"], None, False),
+        (["n2", "plain", None, "n3"], None, True),
+        (["n3", "n2"], None, True),
+        (["n3"], None, False),
+        (["n2", "plain", "n3"], None, True),
+    ]
+    for keys, counts, at_once in batches:
+        check(spec, step, deltas, keys, counts)
+        assert (step._stacked is not None) == at_once, keys
+    pool.remove("n2")
+    deltas["n2"] = write_adapter(tmp_path / "other", MODEL, seed=9, rank=4)
+    shard, image = load_shard("n2", tmp_path / "other", spec, 64)
+    other = LoadedAdapter(
+        name="n2", path="", shard=shard, slots=shard.slots, pinned=False, content_hash="2", image_digest=""
+    )
+    pool.add("n2", other, image)
+    assert pool.bring_in(CHOICES)
+    pool.begin_step(CHOICES)
+    for at_once in (False, True):
+        check(spec, step, deltas, ["n3", "n2"], None)
+        assert (step._stacked is not None) == at_once
+
+
+def test_an_adapter_that_overflows_changes_nothing_of_others(tmp_path: Path) -> None:
+    """Its factors meet everybody's tokens: what they make of those is no number, and must not be added."""
+    spec, pool, step, _ = make(tmp_path, 0, 2, TorchAdder, slots=200)
+    assert pool.bring_in(CHOICES)
+    pool.begin_step(CHOICES)
+    arena, resident = pool.arena, pool.resident["plain"]
+    for planes in arena.planes:
+        for plane in planes:
+            plane[resident.slots] = 3e38
+    for at_once in (False, True):
+        step.prepare(["plain", "n2", None], None)
+        assert (step._stacked is not None) == at_once
+        linear = spec.layers[0][0]
+        x = torch.ones(3, linear.inputs.length)
+        out = torch.zeros(3, linear.out_offsets[-1])
+        step.add_delta_(0, 0, out, x)
+        assert not out[0].isfinite().all(), "the adapter does not overflow: the test shows nothing"
+        assert out[1].isfinite().all()
+        assert out[1].any()
+        assert not out[2].any()
 
 
 def test_triton_adder_in_the_interpreter(tmp_path: Path) -> None:

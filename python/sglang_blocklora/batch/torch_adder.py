@@ -1,4 +1,4 @@
-"""Adds the deltas of a forward pass adapter by adapter, in torch: the CPU path."""
+"""Adds the deltas of a forward pass in torch: the CPU path."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from blocklora_kernels import reference
 
 from sglang_blocklora.batch.delta_adder import DeltaAdder
 from sglang_blocklora.batch.grouping import group_by_adapter
+from sglang_blocklora.batch.stack import AdapterFactors, Stack, StackedBatch
 from sglang_blocklora.memory.loaded import Resident
 from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.sharding.linears import ModelSpec
 
-# [layer][linear], None where the adapter leaves the linear alone.
-AdapterFactors = tuple[tuple[reference.LinearFactors | None, ...], ...]
+# With more tokens, computing all adapters for all tokens takes longer than to go from adapter to adapter.
+MOST_STACKED_TOKENS = 128
+# Copies of adapters' factors that are made for it, beside the arena.
+MOST_STACKED_BYTES = 256 * 2**20
 
 
 class TorchAdder(DeltaAdder):
     """Adds adapters' deltas to the outputs of linears, for the batch given to ``prepare``.
 
-    Factors of a resident adapter are resolved once: views of the arena where its slots are adjacent.
+    Factors of a resident adapter are resolved once: views of the arena where its slots are adjacent. A batch of many
+    tokens goes from adapter to adapter; one of few tokens has all its adapters at once (``blocklora_kernels.stacked``),
+    from the second one on with the same adapters.
     """
 
     def __init__(self, spec: ModelSpec, pool: AdapterPool) -> None:
@@ -28,6 +33,10 @@ class TorchAdder(DeltaAdder):
         self._pool = pool
         self._factors: dict[str, tuple[Resident, AdapterFactors]] = {}
         self._segments: list[tuple[slice | torch.Tensor, AdapterFactors]] = []
+        self._slot_bytes = len(spec.layers) * 2 * spec.row_width * spec.dtype.itemsize
+        self._last: dict[str, Resident] = {}
+        self._stack: Stack | None = None
+        self._stacked: StackedBatch | None = None
 
     def prepare(self, keys: Sequence[str | None], token_counts: Sequence[int] | None) -> None:
         resident = self._pool.resident
@@ -37,9 +46,13 @@ class TorchAdder(DeltaAdder):
         self._segments = [
             (segments.rows(g), self._resolve(used[adapter])) for g, adapter in enumerate(segments.adapters)
         ]
+        tokens = len(keys) if token_counts is None else sum(token_counts)
+        few = len(used) > 1 and tokens <= MOST_STACKED_TOKENS
+        stack = self._stack_of({key: resident[key] for key in used}) if few else None
+        self._stacked = StackedBatch(stack, keys, token_counts) if stack is not None else None
 
     def reset(self) -> None:
-        self._segments = []
+        self._segments, self._stacked = [], None
 
     def init_graphs(self, max_tokens: int) -> None:
         raise ValueError("the torch path cannot run in CUDA graphs: start with --disable-cuda-graph")
@@ -51,10 +64,25 @@ class TorchAdder(DeltaAdder):
         """Nothing runs beside the GEMM on a CPU."""
 
     def add_delta_(self, layer: int, linear: int, out: torch.Tensor, x: torch.Tensor) -> None:
+        if self._stacked is not None:
+            self._stacked.add_deltas_(layer, linear, out, x)
+            return
         for rows, factors in self._segments:
             own = factors[layer][linear]
             if own is not None:
                 reference.add_delta_(out, x, rows, own)
+
+    def _stack_of(self, adapters: dict[str, Resident]) -> Stack | None:
+        """The stack with these adapters, made where the last batch had the same; None where there is none."""
+        again = adapters.keys() == self._last.keys() and all(self._last[key] is own for key, own in adapters.items())
+        self._last = adapters
+        if self._stack is not None and self._stack.serves(adapters):
+            return self._stack
+        self._stack = None
+        size = sum(resident.adapter.shard.slots for resident in adapters.values()) * self._slot_bytes
+        if again and size <= MOST_STACKED_BYTES:
+            self._stack = Stack.of(adapters, [self._factors[key][1] for key in adapters])
+        return self._stack
 
     def _resolve(self, key: str) -> AdapterFactors:
         resident = self._pool.resident[key]

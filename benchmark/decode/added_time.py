@@ -1,0 +1,125 @@
+"""What adapters add to a decode step on a CPU: one, four or eight of them in batches of 1, 8 and 32 requests.
+
+Against the base model on the same server, and against a server that goes from adapter to adapter. The model, the plain
+rank and the four adapters are those of a comparison with vLLM's CPU build on a machine of this kind, whose LoRA added
+9.7 to 11.2 ms (batch 1), 14.8 to 16.6 (batch 8) and 24.8 to 28.8 (batch 32) at TP 2 in bfloat16. Rounds are
+interleaved (A B B A), and tokens are checked against PEFT in float32 first. A step's time is the median gap between
+tokens.
+
+    python -m benchmark.decode.added_time [--tp 2] [--batch 1 8 32] [--rounds 6] [--tokens 32]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import tempfile
+from pathlib import Path
+
+from blocklora_testing.models import build_adapters, build_model
+
+from benchmark.record import Recorder, newest
+from benchmark.serving import tiny
+from benchmark.serving.fleet import Launch, check_tokens, fleet
+from benchmark.serving.runner import Variant, interleave
+from benchmark.serving.tiny import AdapterChoice
+from benchmark.serving.workload import Workload
+
+PART = "added_time"
+LAYERS, HIDDEN, FFN, HEADS, HEAD_DIM = 8, 512, 1024, 8, 64
+PROMPT_TOKENS, CHECKED_TOKENS = 16, 8
+STEP = "itl_ms_p50"
+LOOP = ("-m", "benchmark.decode.loop_launcher")
+PLAIN = {f"plain-{i}": AdapterChoice(rank=16) for i in range(8)}
+BLOCKS = {f"bd-{i}": AdapterChoice(2, 22) for i in range(8)}
+ADAPTERS = 8  # each request draws one of so many places, evenly
+USED: dict[str, tuple[str, list[str | None]]] = {
+    "base model": ("ours", [None]),
+    "1 plain": ("ours", ["plain-0"]),
+    "1 block-diagonal": ("ours", ["bd-0"]),
+    "4 plain": ("ours", [*PLAIN][:4]),
+    "4 block-diagonal": ("ours", [*BLOCKS][:4]),
+    "8 block-diagonal": ("ours", [*BLOCKS]),
+    "one by one, base model": ("loop", [None]),
+    "one by one, 4 block-diagonal": ("loop", [*BLOCKS][:4]),
+    "one by one, 8 block-diagonal": ("loop", [*BLOCKS]),
+}
+VARIANTS = {name: Variant(server, names * (ADAPTERS // len(names))) for name, (server, names) in USED.items()}
+
+
+def measure(recorder: Recorder, options: argparse.Namespace, folder: Path) -> None:
+    """All variants, in an empty folder."""
+    model = build_model(
+        folder / "model",
+        "llama",
+        layers=LAYERS,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        heads=HEADS,
+        kv_heads=HEADS,
+        head_dim=HEAD_DIM,
+    )
+    adapters = build_adapters(model, folder / "adapters", PLAIN | BLOCKS)
+    prompts, expected = tiny.prompts_and_answers(model, adapters, (PROMPT_TOKENS,), CHECKED_TOKENS)
+    # No radix cache: the same prompts come again and again.
+    flags = ("--tp", str(options.tp), "--disable-radix-cache", "--adapter-memory", "static")
+    flags += tiny.lora_paths(adapters)
+    launches = {
+        "checked": Launch(False, flags),
+        "ours": Launch(False, (*flags, "--dtype", "bfloat16")),
+        "loop": Launch(False, (*flags, "--dtype", "bfloat16"), LOOP),
+    }
+    scenarios = {
+        f"Batch {batch}": Workload(
+            batch,
+            math.inf,
+            ADAPTERS,
+            "zipf:0",
+            user_tokens=(PROMPT_TOKENS, PROMPT_TOKENS + 1),
+            new_tokens=(options.tokens, options.tokens + 1),
+            vocab=tiny.VOCAB,
+        )
+        for batch in options.batch
+    }
+    with fleet(model, launches, folder) as members:
+        check_tokens(members, {"checked": [None, *adapters]}, prompts, expected)
+        interleave(recorder, members, VARIANTS, scenarios, rounds=options.rounds, slo_ttft_s=1.0)
+
+
+def report() -> None:
+    """Milliseconds that adapters add to the base model's step on the same server, median over the rounds."""
+    run = newest(PART)
+    assert run is not None
+    for scenario, variants in run.figures.items():
+        print(f"\n{scenario}\n{'':30} {'ms per token':>12} {'added':>7} {'min':>7} {'max':>7}")
+        for name, figures in variants.items():
+            base = variants["one by one, base model" if name.startswith("one by one") else "base model"][STEP]
+            added = [step - own for step, own in zip(figures[STEP], base, strict=True)]
+            line = f"{name:30} {statistics.median(figures[STEP]):12.2f} {statistics.median(added):7.2f}"
+            print(f"{line} {min(added):7.2f} {max(added):7.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens of a request")
+    options = parser.parse_args()
+    settings = {
+        "model": f"Llama, {LAYERS} layers, hidden {HIDDEN}, FFN {FFN}, {HEADS} + {HEADS} heads, bfloat16",
+        "TP size": options.tp,
+        "LoRA ranks": "plain 16, block-diagonal 22 (n = 2)",
+        "workload": f"all requests at once, prompts of {PROMPT_TOKENS} random tokens, {options.tokens} new tokens",
+        "rounds": options.rounds,
+    }
+    recorder = Recorder(PART, 0, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(recorder, options, Path(folder))
+    recorder.finish()
+    report()
+
+
+if __name__ == "__main__":
+    main()
