@@ -37,6 +37,7 @@ PARTS = {
     "scheduler": Part("benchmark.scheduler.serve", 600),
     "quality": Part("benchmark.quality.train", 600),
     "added_time": Part("benchmark.decode.added_time", 600, quick=False),
+    "scheduler_host_time": Part("benchmark.scheduler.host_time", 120, quick=False),
     "counts": Part("benchmark.paper.counts --tp", 60, quick=False),
     "counts_tp2": Part("benchmark.paper.counts --tp 2", 240, quick=False),
     "counts_tp4": Part("benchmark.paper.counts --tp 4", 420, quick=False),

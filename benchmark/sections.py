@@ -159,6 +159,15 @@ SECTIONS = (
         brief=SCHEDULER_BRIEF,
     ),
     Section(
+        part="scheduler_host_time",
+        baseline="quiet",
+        columns=(
+            Column(header="a step, ms", figure="step_ms", digits=2),
+            Column(header="order, ms", figure="order_ms", digits=2),
+            Column(header="admission, ms", figure="admission_ms", digits=2),
+        ),
+    ),
+    Section(
         part="quality",
         baseline="plain, r = 16",
         columns=(

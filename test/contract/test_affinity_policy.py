@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import warnings
 from array import array
 from types import SimpleNamespace
@@ -16,9 +17,16 @@ from sglang_blocklora.settings import Settings
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
-    from blocklora_patches.scheduler.queue_order import MATCHES_PER_STEP, AdapterAffinityPolicy, adapter_fits
+    from blocklora_patches.scheduler.queue_order import (
+        MATCHES_PER_STEP,
+        AdapterAffinityPolicy,
+        _deferred,
+        adapter_fits,
+    )
+    from blocklora_testing.real_cache import digest, new_cache
+    from sglang.srt.managers.schedule_policy import CacheAwarePolicy
     from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
-    from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
     from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -27,7 +35,9 @@ with warnings.catch_warnings():
 
 
 class Pool:
-    """Adapters of 1000 slots: in the arena, in host memory, on disk. None fits beside another one."""
+    """Adapters of 1000 slots: in the arena, in host memory, on disk."""
+
+    max_adapters_per_batch = 2
 
     def __init__(self) -> None:
         self.loaded = {name: SimpleNamespace(name=name, slots=1000) for name in ("here", "there", "far")}
@@ -88,6 +98,11 @@ def request(tokens: list[int], adapter: str | None = None, priority: int | None 
     )
 
 
+def fits(scheduler: Any, req: Any, running: set[str | None], answer: bool) -> bool:
+    """Whether ``req`` may join ``running`` where SGLang and the adapters say ``answer``."""
+    return adapter_fits(scheduler, req, running, lambda: True, lambda: answer)
+
+
 def cache(scheduler: Any, tokens: list[int]) -> None:
     slots = scheduler.tree_cache.token_to_kv_pool_allocator.alloc(len(tokens))
     scheduler.tree_cache.insert(InsertParams(key=RadixKey(array("q", tokens)), value=slots))
@@ -145,8 +160,8 @@ def test_base_requests_fit_whatever_the_adapters_say(scheduler) -> None:
     queue = [request([1]), request([2], "there")]
     base, there = queue
     scheduler.policy.calc_priority(queue)
-    assert not adapter_fits(scheduler, there, {"here"}, lambda: False)
-    assert adapter_fits(scheduler, base, {"here"}, lambda: False)
+    assert not fits(scheduler, there, {"here"}, False)
+    assert fits(scheduler, base, {"here"}, False)
 
 
 def test_behind_an_overdue_request_that_does_not_fit_all_wait_until_it_does(scheduler) -> None:
@@ -160,11 +175,11 @@ def test_behind_an_overdue_request_that_does_not_fit_all_wait_until_it_does(sche
     queue.append(base)
     scheduler.policy.calc_priority(queue)
     assert queue == [there, base]
-    assert not adapter_fits(scheduler, there, {"here"}, lambda: False)
-    assert not adapter_fits(scheduler, base, {"here"}, lambda: True)
+    assert not fits(scheduler, there, {"here"}, False)
+    assert not fits(scheduler, base, {"here"}, True)
     scheduler.policy.calc_priority(queue)
-    assert not adapter_fits(scheduler, there, set(), lambda: False), "nothing runs, so nothing will end"
-    assert adapter_fits(scheduler, base, set(), lambda: True)
+    assert not fits(scheduler, there, set(), False), "nothing runs, so nothing will end"
+    assert fits(scheduler, base, set(), True)
 
 
 def test_nobody_else_waits_for_an_adapter_that_is_being_read(scheduler) -> None:
@@ -176,8 +191,8 @@ def test_nobody_else_waits_for_an_adapter_that_is_being_read(scheduler) -> None:
         queue.append(request([10 + i]))
         scheduler.policy.calc_priority(queue)
         queue.pop(next(j for j, req in enumerate(queue) if req is not far))
-        assert not adapter_fits(scheduler, far, {"here"}, lambda: False)
-        assert adapter_fits(scheduler, request([30 + i]), {"here"}, lambda: True)
+        assert not fits(scheduler, far, {"here"}, False)
+        assert fits(scheduler, request([30 + i]), {"here"}, True)
 
 
 def test_a_server_without_adapters_or_radix_cache_has_an_order_too(scheduler) -> None:
@@ -189,3 +204,97 @@ def test_a_server_without_adapters_or_radix_cache_has_an_order_too(scheduler) ->
     scheduler.policy.calc_priority(queue)
     scheduler.policy.calc_priority([])
     assert queue == before
+
+
+def test_an_adapter_that_did_not_fit_is_asked_about_once_a_pass(scheduler) -> None:
+    queue = [request([i], adapter) for i in range(3) for adapter in ("there", "far")]
+    scheduler.policy.calc_priority(queue)
+    asked: list[str] = []
+    for _ in range(2):
+        for req in queue:
+            assert not adapter_fits(
+                scheduler, req, {"here"}, lambda: True, lambda req=req: bool(asked.append(req.lora_id))
+            )
+        assert sorted(asked) == ["far", "there"]
+        asked.clear()
+        scheduler.policy.calc_priority(queue)
+    scheduler.lora_drainer = object()  # upstream's lets some requests of an adapter pass
+    for req in queue:
+        adapter_fits(scheduler, req, {"here"}, lambda: True, lambda req=req: bool(asked.append(req.lora_id)))
+    assert len(asked) == len(queue)
+
+
+def test_a_batch_has_no_more_adapters_than_it_may(scheduler) -> None:
+    """Nobody is asked where it is full; the base model and the adapters that it has may join it."""
+    queue = [request([1], "far"), request([2], "here"), request([3])]
+    scheduler.policy.calc_priority(queue)
+    running = {None, "here", "there"}
+    assert [fits(scheduler, req, running, True) for req in queue] == [req.lora_id != "far" for req in queue]
+
+
+def test_a_request_without_room_says_nothing_of_its_adapter(scheduler) -> None:
+    """Its prompt is too long beside pins that came; a short one of the same adapter goes."""
+    queue = [request([1], "here"), request([2], "here")]
+    scheduler.policy.calc_priority(queue)
+    assert not adapter_fits(scheduler, queue[0], {"here"}, lambda: False, lambda: True)
+    assert fits(scheduler, queue[1], {"here"}, True)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_requests_are_deferred_as_upstream_does_it(scheduler, seed: int) -> None:
+    """Random prompts that share up to 40 tokens, in namespaces of their own."""
+    draw = random.Random(seed)
+    beginnings = [[kind] * 31 + [kind + 10, *range(20)] for kind in range(3)]
+    cache(scheduler, beginnings[0])
+    queue = []
+    for i in range(MATCHES_PER_STEP):
+        req = request([*draw.choice(beginnings)[: draw.choice([4, 31, 32, 33, 50])], 100 + i], draw.choice([None, "u"]))
+        req.cache_salt = draw.choice([None, "s"])
+        queue.append(req)
+    expected = scheduler.policy._compute_prefix_matches(list(queue), CacheAwarePolicy.LPM)
+    assert _deferred(queue) == expected
+    assert expected, "nothing was deferred: the test shows nothing"
+
+
+def test_a_queue_that_is_looked_up_where_something_changed_knows_all_that_is_cached() -> None:
+    """After random inserts, evictions, loads and flushes every lookup that was left out would have found the same."""
+    draw, left_out = random.Random(0), 0
+    tree = new_cache(1, 600)
+    manager = SimpleNamespace(pool=Pool(), decisions=DecisionLog(None, 0))
+    scheduler = SimpleNamespace(
+        tree_cache=tree,
+        enable_hierarchical_cache=False,
+        enable_priority_scheduling=False,
+        schedule_low_priority_values_first=False,
+        chunked_prefill_size=100_000,
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager)),
+        lora_drainer=None,
+    )
+    policy = AdapterAffinityPolicy(scheduler, Settings())
+    names = ("here", "there", "far")
+    for name in names:
+        tree.know(name, digest(name), 40)
+    prompts = [[kind, *range(30)] for kind in range(6)]
+    queue = [request(prompt, name) for prompt in prompts for name in (None, *names)]
+    for step in range(400):
+        name, prompt = draw.choice((None, *names)), draw.choice(prompts)
+        action = draw.choice(["insert", "insert", "evict", "load", "nothing", "nothing", "flush"])
+        if action == "insert" and tree.can_admit(name):
+            slots = tree.token_to_kv_pool_allocator.alloc(len(prompt))
+            if slots is not None:
+                tree.insert(InsertParams(key=RadixKey(array("q", prompt), name), value=slots))
+        elif action == "evict":
+            tree.evict(EvictParams(num_tokens=draw.randint(1, 100)))
+        elif action == "load" and name is not None and not tree.can_admit(name):
+            slots = tree.reserve(name)
+            if slots is not None:
+                tree.publish(name, slots)
+        elif action == "flush" and step % 10 == 0:
+            tree.reset()
+            tree.token_to_kv_pool_allocator.clear()
+        policy.calc_priority(queue)
+        left_out += sum(not policy._is_stale(req) for req in queue)
+        for req in queue:
+            key = RadixKey(req.origin_input_ids, req.extra_key)
+            assert req.num_matched_prefix_tokens == min(tree.cached_tokens(key), 30), (step, action, req.rid)
+    assert left_out > 1000, "every prefix was looked up in every step: the test shows nothing"

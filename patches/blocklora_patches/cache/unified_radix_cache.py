@@ -32,6 +32,7 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang_blocklora.memory.accounting import IntegrityError, SlotCounts, SlotOwners
+from sglang_blocklora.memory.changes import Changes
 from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.entries import Entries, Entry
 from sglang_blocklora.memory.eviction import LRU, EvictionStrategy
@@ -68,6 +69,7 @@ class AdapterPrefixCache(release.CacheBase):
         self.strategy: EvictionStrategy = LRU()
         self.on_evicted: Callable[[str], None] = lambda content_hash: None
         self._entries = Entries()
+        self._changes = Changes()
         self._events = KVEvents(params.page_size) if params.enable_kv_cache_events else None
         allocator = params.token_to_kv_pool_allocator
         self._owners = SlotOwners(allocator.size + params.page_size, allocator.device)
@@ -77,6 +79,7 @@ class AdapterPrefixCache(release.CacheBase):
         """Everything is dropped, adapters too, pinned ones among them; upstream calls it to flush an idle server."""
         for entry in list(self._entries.resident.values()):
             self._went(entry)
+        self._changes.removed()
         super().reset()
         if self._events is not None:
             self._events.cleared()
@@ -110,6 +113,16 @@ class AdapterPrefixCache(release.CacheBase):
             return 0
         found = self.tree_core.match_full_device_prefix(place.key)[0]
         return found if place.entry is None else max(found - len(place.entry.marks), 0)
+
+    @property
+    def changes(self) -> int:
+        """The number of the last change of what is cached."""
+        return self._changes.now
+
+    def may_match_otherwise(self, lora_id: str | None, found_tokens: int, since: int) -> bool:
+        """Whether a request could match another number of tokens now than at the change ``since``."""
+        entry = self._entries.get(lora_id)
+        return self._changes.concern(None if entry is None else entry.content_hash, found_tokens, since)
 
     def can_admit(self, lora_id: str | None) -> bool:
         """Whether a request would find its adapter resident; the base model's (None) needs none."""
@@ -234,6 +247,7 @@ class AdapterPrefixCache(release.CacheBase):
         finally:
             for node in protected[given_up:]:
                 self.tree_core.dec_full_pin(node)
+            self._changes.removed()
             evicted = self._forget_evicted()
         self.decisions.record(
             "evict",
@@ -294,6 +308,7 @@ class AdapterPrefixCache(release.CacheBase):
             return InsertResult(prefix_len=0, last_device_node=self.root_node_handle(), rotation_tail_declined=True)
         result = super().insert(params) if place.entry is None else self._insert_behind(place.entry, place.key, params)
         content_hash = None if place.entry is None else place.entry.content_hash
+        self._changes.added(content_hash)
         self._owners.wrote_kv(content_hash, params.value[params.prev_prefix_len :])
         if self._events is not None:
             namespace = Namespace(content_hash, place.own_extra, params.key.cache_salt)

@@ -53,16 +53,22 @@ def _add_request_to_queue(self: Any, req: Any, is_retracted: bool = False) -> No
         note_arrival(self, req)
 
 
-def _can_schedule_lora_req(original: Any, self: Any, req: Any, running_loras: Any) -> bool:
-    if _taken_by_adapters(self, req):
-        # Pins that came after the request was queued shorten it, or shut it out: others overtake it until they go.
-        room = _room(self, req)
-        if room <= len(req.output_ids):
+def _has_room(scheduler: Any, req: Any) -> bool:
+    """Whether a request can run beside pins that came after it was queued, shortened where it must be."""
+    if _taken_by_adapters(scheduler, req):
+        room = _room(scheduler, req)
+        if room <= len(req.output_ids):  # others overtake it until the pins go
             return False
         req.sampling_params.max_new_tokens = min(req.sampling_params.max_new_tokens, room)
+    return True
+
+
+def _can_schedule_lora_req(original: Any, self: Any, req: Any, running_loras: Any) -> bool:
     if self.chunked_req is not None:  # it may pause for a while, and its adapter must not give way meanwhile
         running_loras = running_loras | {self.chunked_req.lora_id}
-    return adapter_fits(self, req, running_loras, lambda: bool(original(self, req, running_loras)))
+    return adapter_fits(
+        self, req, running_loras, lambda: _has_room(self, req), lambda: bool(original(self, req, running_loras))
+    )
 
 
 def _get_new_batch_prefill_raw(self: Any, prefill_delayer_single_pass: Any, running_batch: Any) -> None:
