@@ -44,7 +44,7 @@ def main() -> None:
         times_us = []
         for _ in range(REPEATS):
             start = time.perf_counter_ns()
-            batch.update(Segments.build(adapters, counts), tokens)
+            batch.update(Segments.build(adapters, counts), tokens, 16)
             times_us.append((time.perf_counter_ns() - start) / 1000)
         low, median, high = np.percentile(times_us[REPEATS // 10 :], [5, 50, 95])
         print(f"| {name} | {median:.0f} | {low:.0f} to {high:.0f} |")

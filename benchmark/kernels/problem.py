@@ -86,16 +86,16 @@ def build(linear: Linear, rank: int, width: int, per_token: np.ndarray, adapters
         images[0][:, : a[0, 0].numel()] = a[copy].flatten(1)
         for s, part in enumerate(descriptor.slices):
             start = part.address.row * width + part.address.column
-            block = b[copy][:, offsets[s] : offsets[s + 1]].flatten(1)
+            block = b[copy][:, offsets[s] : offsets[s + 1]].transpose(1, 2).flatten(1)
             images[1][:, start : start + block.shape[1]] = block
         for plane, image in zip(planes, images, strict=True):
             plane[rows] = image.view(-1, width)
         tables = (table.slots, table.first_slots, table.descriptors[0, 0], table.scalings[0, 0])
-        ours.append(LoraLinear(planes, *tables, linear.in_features, offsets, rank))
+        ours.append(LoraLinear(planes, *tables, linear.in_features, offsets))
     tokens = len(per_token)
     batch = BatchMetadata(tokens, adapters, stacked, device)
     segments = Segments.build(per_token)
-    batch.update(segments, tokens)
+    batch.update(segments, tokens, rank)
     x = torch.randn(tokens, linear.in_features, device=device, dtype=dtype)
     out = torch.randn(tokens, sum(linear.outputs), device=device, dtype=dtype)
     return Problem(linear, rank, x, out, segments, batch, a, b, ours)

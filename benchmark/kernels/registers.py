@@ -17,7 +17,9 @@ from typing import Any
 
 import triton
 from blocklora_kernels import tile_table
+from blocklora_kernels.division import ANY_VALUE
 from blocklora_kernels.expand_kernel import expand_kernel
+from blocklora_kernels.ops import GRANULE, NARROW, NARROW_OUTPUTS, NARROW_WARPS
 from blocklora_kernels.shrink_kernel import shrink_kernel
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
@@ -25,10 +27,7 @@ from triton.compiler import ASTSource
 
 FLOAT_POINTERS = ("p_h", "p_scalings")
 DATA_POINTERS = ("p_x", "p_out", "p_k", "p_v")
-# Never a multiple of 16 for certain, so compiled for any value.
-ANY_VALUE = ("max_tiles", "slots_stride", "descriptors_stride", "scalings_stride", "h_stride", "h_split_stride")
 SHARED_MEMORY_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # per block, CUDA C++ Programming Guide
-QKV_8B = {"OUT_1": 4096, "OUT_2": 5120, "OUT_3": 6144}
 
 
 def compile_kernel(kernel: Any, constants: dict[str, int], dtype: str, arch: int, warps: int, stages: int) -> Any:
@@ -70,17 +69,17 @@ def assemble(ptx: str, arch: int) -> dict[str, int]:
 
 def launches(arch: int) -> list[tuple[Any, dict[str, int], int, int]]:
     """Kernel, constants, warps and stages of every tile of the table that a GPU of ``arch`` would use."""
-    key = f"sm_{arch}"
-    steps = tile_table.TILINGS.get(key, tile_table.TILINGS["default"])
-    most_splits = {block: max(s for _, b, s in steps if b == block) for _, block, _ in steps}
-    common = {"WIDTH": 1024, "VECTOR": 8}
-    found = []
-    for block, _, _, n, k, lanes, warps, stages in tile_table.SHRINK.get(key, tile_table.SHRINK["default"]):
-        tile = {"SPLITS": most_splits[block], "LANES": lanes, "BLOCK_T": block, "BLOCK_N": n, "BLOCK_K": k}
-        found.append((shrink_kernel, common | tile, warps, stages))
-    for block, _, _, o, r, warps, stages in tile_table.EXPAND.get(key, tile_table.EXPAND["default"]):
-        tile = {"SPLITS": most_splits[block], "BLOCK_T": block, "BLOCK_O": o, "BLOCK_R": r}
-        found.append((expand_kernel, common | QKV_8B | tile, warps, stages))
+    key, found = f"sm_{arch}", []
+    for vector in (GRANULE, 1):
+        common = {"WIDTH": 1024, "VECTOR": vector}
+        for block, _, _, n, k, _, warps, stages in tile_table.SHRINK.get(key, tile_table.SHRINK["default"]):
+            tile = {"BLOCK_T": block, "BLOCK_N": n, "BLOCK_K": k if vector > 1 else NARROW}
+            warps = warps if vector > 1 else max(warps, NARROW_WARPS)
+            found.append((shrink_kernel, common | tile, warps, stages))
+        for block, _, _, o, r, _, warps, stages in tile_table.EXPAND.get(key, tile_table.EXPAND["default"]):
+            o, r = (o, r) if vector > 1 else (NARROW_OUTPUTS, NARROW)
+            tile = {"BLOCK_T": block, "BLOCK_N": 16, "BLOCK_O": o, "BLOCK_R": r}
+            found.append((expand_kernel, common | tile, warps, stages))
     return found
 
 
@@ -95,7 +94,7 @@ def main() -> None:
             for kernel, constants, warps, stages in launches(arch):
                 compiled = compile_kernel(kernel, constants, dtype, arch, warps, stages)
                 row = {"kernel": kernel.__name__, "arch": arch, "dtype": dtype, "warps": warps, "stages": stages}
-                row |= {name: value for name, value in constants.items() if name.startswith(("BLOCK", "SPLITS"))}
+                row |= {name: value for name, value in constants.items() if name.startswith(("BLOCK", "VECTOR"))}
                 row |= assemble(compiled.asm["ptx"], arch) | {"shared_bytes": compiled.metadata.shared}
                 row["shared_limit_bytes"] = SHARED_MEMORY_LIMIT_BYTES[arch]
                 text = json.dumps(row) if arguments.json else "  ".join(f"{k} {v}" for k, v in row.items())

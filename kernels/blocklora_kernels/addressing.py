@@ -44,10 +44,3 @@ def load_matrix(plane, slots, first_slot, row_stride, element, mask, WIDTH: tl.c
 def adapter_rows(p_slots, p_first_slots, adapter, slots_stride):
     """Where an adapter's rows are, as ``load_matrix`` wants it: its row of the slot table, and its first slot."""
     return p_slots + adapter.to(tl.int64) * slots_stride, tl.load(p_first_slots + adapter)
-
-
-@triton.jit
-def tile_rows(p_tiles, max_tiles, tile, BLOCK_T: tl.constexpr):
-    """Positions of a tile's tokens among the adapted ones [BLOCK_T], and which of them there are."""
-    i_t = tl.load(p_tiles + 1 + max_tiles + tile) + tl.arange(0, BLOCK_T)
-    return i_t, i_t < tl.load(p_tiles + 1 + 2 * max_tiles + tile)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -26,37 +28,54 @@ def cut_into_tiles(starts: np.ndarray, block_tokens: int) -> tuple[np.ndarray, n
     return segment, first, np.minimum(first + block_tokens, ends[segment])
 
 
+H_ALIGNMENT = 16  # columns: rows of h start on whole vectors
+HEADER_FIELDS = 2  # tiles of the batch; largest local rank of a slice
+
+
+class Captured(NamedTuple):
+    """What the tiles of a CUDA graph follow from: its tokens, and the rank that its batches were taken to have."""
+
+    tokens: int
+    rank: int
+
+
 class BatchMetadata:
     """Static device buffers of a step's metadata and of h. One object serves all linears, and all CUDA graphs.
 
-    One int32 buffer holds ``[tiles | adapter of tile | start of tile | stop of tile | tokens]``, with 1, C, C, C and
-    max_tokens elements for a capacity of C tiles; a step copies it once. ``h`` is float32 scratch of one linear at a
-    time: an expand must follow its shrink before the next shrink.
+    One int32 buffer holds ``[tiles, rank | adapter of tile | start of tile | stop of tile | tokens]``, with 2, C, C, C
+    and max_tokens elements for a capacity of C tiles; a step copies it once. ``h`` is float32 scratch of one linear at
+    a time: an expand must follow its shrink before the next shrink.
     """
 
-    def __init__(self, max_tokens: int, max_segments: int, h_width: int, device: torch.device) -> None:
+    def __init__(
+        self, max_tokens: int, max_segments: int, h_width: int, device: torch.device, processors: int | None = None
+    ) -> None:
         """
         max_tokens    most tokens of a batch, base-model tokens included
         max_segments  most distinct adapters of a batch
         h_width       most columns of h of any linear of any adapter: stacked slices' rows of A, times blocks
+        processors    multiprocessors that a launch fills; None: those of the device
         """
         for name, value in (("max_tokens", max_tokens), ("max_segments", max_segments), ("h_width", h_width)):
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
         self.arch = tiles.architecture(device)
-        elements = tiles.scratch_rows(self.arch, max_tokens) * h_width
+        self.processors = processors or tiles.processors(device)
+        self.h_width = h_width
+        self.h_stride = -(-h_width // H_ALIGNMENT) * H_ALIGNMENT
+        elements = tiles.scratch_rows(self.arch, max_tokens, self.processors) * self.h_stride
         if elements >= 2**31:
             raise ValueError(f"max_tokens, h_width: {max_tokens}, {h_width} need {elements} elements, expected < 2**31")
         self.max_tokens = max_tokens
         self.max_segments = max_segments
-        self.h_width = h_width
         self.device = device
         self.capacity = max_segments + max_tokens // tiles.tiling(self.arch, 1).block_tokens
         self.h = torch.empty(elements, dtype=torch.float32, device=device)
-        size = 1 + 3 * self.capacity + max_tokens
+        self._head = HEADER_FIELDS + 3 * self.capacity
+        size = self._head + max_tokens
         self._buffer = torch.zeros(size, dtype=torch.int32, device=device)
-        self.tiles = self._buffer[: 1 + 3 * self.capacity]
-        self.tokens = self._buffer[1 + 3 * self.capacity :]
+        self.tiles = self._buffer[: self._head]
+        self.tokens = self._buffer[self._head :]
         on_gpu = device.type == "cuda"
         # Two host buffers in turn: the copy of one step may still be queued while the next step is built.
         self._hosts = [torch.zeros(size, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2)]
@@ -65,42 +84,59 @@ class BatchMetadata:
         self.adapters = np.empty(0, np.int32)
         self.batch_tokens = 0
         self.tiling = tiles.tiling(self.arch, 1)
+        self.rank = 1
         self.grid_tiles = 0
 
-    def update(
-        self, segments: Segments, batch_tokens: int, fixed_grid: bool = False, graph_tokens: int | None = None
-    ) -> None:
+    def update(self, segments: Segments, batch_tokens: int, rank: int, graph: Captured | None = None) -> None:
         """Describe the next batch; its launches see it in stream order.
 
-        batch_tokens  rows of the batch's activations, padding and base-model tokens included; picks the tiles
-        fixed_grid    launch for the most tiles that ``batch_tokens`` tokens can form: needed while a CUDA graph is
-                      captured
-        graph_tokens  ``batch_tokens`` of the captured graph that may replay this (smaller or equal) batch: its tiles
-                      are used, so a replay and ordinary launches are both right
+        batch_tokens  rows of the batch's activations, padding and base-model tokens included
+        rank          largest local rank of a slice among the batch's adapters: with the tokens it picks the tiles
+        graph         of the captured graph that may replay this (no larger) batch: its tiles are used, so a replay and
+                      ordinary launches are both right
         """
         self._check(segments, batch_tokens)
         count, capacity = len(segments.tokens), self.capacity
-        self.tiling = tiles.tiling(self.arch, graph_tokens or batch_tokens)
+        self._choose(graph or Captured(batch_tokens, rank))
         segment, first, stop = cut_into_tiles(segments.starts, self.tiling.block_tokens)
         host = self._next_host()
         packed = host.numpy()
-        packed[0] = len(segment)
-        packed[1 : 1 + len(segment)] = segments.adapters[segment]
-        packed[1 + capacity : 1 + capacity + len(segment)] = first
-        packed[1 + 2 * capacity : 1 + 2 * capacity + len(segment)] = stop
-        used = 1 + 3 * capacity + count
-        packed[1 + 3 * capacity : used] = segments.tokens
+        packed[:HEADER_FIELDS] = len(segment), rank
+        for i, values in enumerate((segments.adapters[segment], first, stop)):
+            start = HEADER_FIELDS + i * capacity
+            packed[start : start + len(segment)] = values
+        if not len(segment):
+            packed[HEADER_FIELDS + 2 * capacity] = 0  # no token is adapted
+        packed[self._head : self._head + count] = segments.tokens
+        used = self._head + count
         self._buffer[:used].copy_(host[:used], non_blocking=True)
         if self._copied:
             self._copied[self._turn].record()
         self.adapters = segments.adapters
         self.batch_tokens = batch_tokens
-        self.grid_tiles = self.most_tiles(batch_tokens) if fixed_grid else len(segment)
+        self.grid_tiles = len(segment)
+
+    def update_for_capture(self, graph: Captured, batch_tokens: int | None = None) -> None:
+        """An empty batch, whose launches serve every batch of at most ``graph.tokens`` tokens when they are replayed.
+
+        batch_tokens  rows of the activations; None: those of the graph
+        """
+        self.update(Segments.build(np.empty(0, np.int64)), batch_tokens or graph.tokens, graph.rank, graph)
+        self.grid_tiles = self.most_tiles(graph.tokens)
 
     def most_tiles(self, batch_tokens: int) -> int:
         """Most tiles that ``batch_tokens`` tokens of at most ``max_segments`` adapters can form."""
         block = tiles.tiling(self.arch, batch_tokens).block_tokens
         return (batch_tokens + min(batch_tokens, self.max_segments) * (block - 1)) // block
+
+    @property
+    def rank_class(self) -> int:
+        """The rank that tiles are chosen for; kernels are compiled for these alone."""
+        return tiles.rank_class(self.arch, self.rank)
+
+    def _choose(self, graph: Captured) -> None:
+        self.tiling = tiles.tiling(self.arch, graph.tokens)
+        self.rank = graph.rank
 
     def _next_host(self) -> torch.Tensor:
         self._turn = (self._turn + 1) % len(self._hosts)

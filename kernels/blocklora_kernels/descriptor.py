@@ -4,7 +4,7 @@ One *linear* is one (possibly fused) base layer on one TP rank: qkv (3 slices), 
 The local factors of an adapter on that linear are
 
     A   [a_rows, in]         one matrix for all slices (their rows stacked)
-    B_s [out_s, block_rank]  one matrix per slice s
+    B_s [out_s, block_rank]  one matrix per slice s, stored transposed: [block_rank, out_s]
 
 and both may be block-diagonal along their long axis. Block i of an axis covers positions
 ``[i * block_size - block_offset, (i + 1) * block_size - block_offset)`` cut to the axis; so position p lies in block
@@ -20,6 +20,9 @@ start or end on a block's edge). A dense factor has one block. With ``i`` the bl
 A matrix is stored row-major as one run of elements of one *plane* (0 = K rows, 1 = V rows of the layer), starting in
 arena row ``row`` at element ``column`` and flowing through the following rows of width W. Arena row ``i`` of adapter
 ``a`` is physical row ``slot_table[a, i]`` of the plane.
+
+Kernels read vectors of 8 elements where ``in`` and all ``out_s`` are multiples of 8. Then every matrix must start on a
+multiple of 8, and so must every block of A on the input axis; ranks, and blocks of B, may be of any size.
 """
 
 from __future__ import annotations
@@ -68,6 +71,11 @@ class LinearDescriptor(NamedTuple):
     address: Address
     blocks: Blocks
     slices: tuple[SliceDescriptor, ...]
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest local rank of a slice; 0 where nothing is adapted."""
+        return max((s.rank for s in self.slices), default=0)
 
     def pack(self) -> list[int]:
         """The descriptor as ``DESCRIPTOR_FIELDS`` int32 values, absent slices as zeros: the kernels' table row."""

@@ -12,10 +12,15 @@ from blocklora_kernels.batch import BatchMetadata
 from blocklora_kernels.checks import check_activations, check_linear
 from blocklora_kernels.descriptor import HEAD_FIELDS, MAX_SLICES, SLICE_FIELDS
 from blocklora_kernels.expand_kernel import expand_kernel
+from blocklora_kernels.launcher import Launcher
 from blocklora_kernels.shrink_kernel import shrink_kernel
 
 GRANULE = 8  # elements that one vector load takes: 16 bytes of a 16-bit type
 VECTOR_BYTES = 16
+# Columns, ranks and outputs at a time where nothing is aligned: an address for each element costs registers.
+NARROW = 16
+NARROW_OUTPUTS = 32
+NARROW_WARPS = 4  # at least
 
 
 class LoraLinear:
@@ -33,7 +38,6 @@ class LoraLinear:
         scalings: torch.Tensor,
         in_features: int,
         out_offsets: Sequence[int],
-        rank: int,
         debug: bool = False,
     ) -> None:
         """
@@ -42,7 +46,6 @@ class LoraLinear:
         descriptors  int32 [adapters, DESCRIPTOR_FIELDS] of this linear; scalings float32 [adapters, MAX_SLICES]
         in_features  local input width
         out_offsets  [slices + 1], where each slice's output columns start and end on this TP rank; starts at 0
-        rank         usual local rank of one slice: picks the tiles, any rank is served right
         debug        check every address of the batch's adapters before each launch (synchronises with the device)
         """
         check_linear(planes, slots, first_slots, descriptors, scalings, in_features, out_offsets)
@@ -52,11 +55,14 @@ class LoraLinear:
         self.in_features = in_features
         self.out_offsets = tuple(out_offsets)
         self.out_ends = self.out_offsets[1:] + (out_offsets[-1],) * (MAX_SLICES + 1 - len(out_offsets))
-        self.rank = rank
+        self.slices = len(out_offsets) - 1
         self.debug = debug
         self.width = planes[0].shape[1]
         self.row_stride = planes[0].stride(0)
-        self._planes_aligned = self.row_stride % GRANULE == 0 and all(p.data_ptr() % VECTOR_BYTES == 0 for p in planes)
+        lengths = (self.row_stride, in_features, *out_offsets)
+        aligned = all(n % GRANULE == 0 for n in lengths) and all(p.data_ptr() % VECTOR_BYTES == 0 for p in planes)
+        self.vector = GRANULE if aligned else 1
+        self._shrink, self._expand = Launcher(shrink_kernel), Launcher(expand_kernel)
 
     def shrink(self, x: torch.Tensor, batch: BatchMetadata) -> None:
         """Partial sums of h for the batch's adapted tokens into ``batch.h``; ``x`` [batch_tokens, in_features]."""
@@ -65,15 +71,11 @@ class LoraLinear:
             self.check_addresses(batch)
         if not batch.grid_tiles:
             return
-        tiling = batch.tiling
-        tile = tiles.shrink_tile(batch.arch, tiling.block_tokens, self.rank, self.in_features)
-        aligned = (
-            self._planes_aligned
-            and self.in_features % GRANULE == 0
-            and x.stride(0) % GRANULE == 0
-            and x.data_ptr() % VECTOR_BYTES == 0
-        )
-        shrink_kernel[(batch.grid_tiles * tile.lanes * tiling.splits,)](
+        if x.stride(0) % self.vector or x.data_ptr() % (VECTOR_BYTES if self.vector > 1 else 1):
+            x = x.clone(memory_format=torch.contiguous_format)
+        tile = self._shrink_tile(batch)
+        lanes = -(-batch.rank * self.slices // tile.block_n)
+        arguments = (
             x,
             batch.h,
             *self.planes,
@@ -83,21 +85,27 @@ class LoraLinear:
             self.first_slots,
             self.descriptors,
             x.stride(0),
-            batch.batch_tokens * batch.h_width,
-            batch.h_width,
+            batch.h_stride,
             self.row_stride,
             batch.capacity,
             self.slots.stride(0),
             self.descriptors.stride(0),
             self.in_features,
-            WIDTH=self.width,
-            VECTOR=GRANULE if aligned else 1,
-            SPLITS=tiling.splits,
-            LANES=tile.lanes,
-            BLOCK_T=tiling.block_tokens,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            num_warps=tile.warps,
+            *self._shares(batch, tile),
+        )
+        constants = {
+            "WIDTH": self.width,
+            "VECTOR": self.vector,
+            "BLOCK_T": batch.tiling.block_tokens,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k if self.vector > 1 else NARROW,
+        }
+        self._shrink.launch(
+            (batch.tiling.block_tokens, tile, x.stride(0), x.data_ptr() % VECTOR_BYTES),
+            min(tile.programs * batch.processors, batch.grid_tiles * lanes * batch.tiling.most_splits),
+            arguments,
+            constants,
+            num_warps=tile.warps if self.vector > 1 else max(tile.warps, NARROW_WARPS),
             num_stages=tile.stages,
         )
 
@@ -108,11 +116,11 @@ class LoraLinear:
             self.check_addresses(batch)
         if not batch.grid_tiles:
             return
-        tiling = batch.tiling
-        tile = tiles.expand_tile(batch.arch, tiling.block_tokens, self.rank, self.out_offsets[-1])
-        starts = (0, *self.out_ends)
-        chunks = sum(-(-(starts[i + 1] - starts[i]) // tile.block_o) for i in range(MAX_SLICES))
-        expand_kernel[(batch.grid_tiles * chunks,)](
+        shrink_tile = self._shrink_tile(batch)
+        tile = tiles.expand_tile(batch.arch, batch.tiling.block_tokens, batch.rank_class, self.out_offsets[-1])
+        block_o = tile.block_o if self.vector > 1 else NARROW_OUTPUTS
+        chunks = sum(-(-(end - start) // block_o) for start, end in pairwise(self.out_offsets))
+        arguments = (
             out,
             batch.h,
             *self.planes,
@@ -123,25 +131,39 @@ class LoraLinear:
             self.descriptors,
             self.scalings,
             out.stride(0),
-            batch.batch_tokens * batch.h_width,
-            batch.h_width,
+            batch.h_stride,
             self.row_stride,
             batch.capacity,
             self.slots.stride(0),
             self.descriptors.stride(0),
             self.scalings.stride(0),
-            WIDTH=self.width,
-            VECTOR=GRANULE if self._planes_aligned else 1,
-            SPLITS=tiling.splits,
-            OUT_1=self.out_ends[0],
-            OUT_2=self.out_ends[1],
-            OUT_3=self.out_ends[2],
-            BLOCK_T=tiling.block_tokens,
-            BLOCK_O=tile.block_o,
-            BLOCK_R=tile.block_r,
+            *self.out_ends,
+            *self._shares(batch, shrink_tile),
+        )
+        constants = {
+            "WIDTH": self.width,
+            "VECTOR": self.vector,
+            "BLOCK_T": batch.tiling.block_tokens,
+            "BLOCK_N": shrink_tile.block_n,
+            "BLOCK_O": block_o,
+            "BLOCK_R": tile.block_r if self.vector > 1 else NARROW,
+        }
+        self._expand.launch(
+            (batch.tiling.block_tokens, shrink_tile, tile, out.stride(0), out.data_ptr() % VECTOR_BYTES),
+            min(tile.programs * batch.processors, batch.grid_tiles * chunks),
+            arguments,
+            constants,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
+
+    def _shrink_tile(self, batch: BatchMetadata) -> tiles.ShrinkTile:
+        return tiles.shrink_tile(batch.arch, batch.tiling.block_tokens, batch.rank_class, self.in_features)
+
+    def _shares(self, batch: BatchMetadata, tile: tiles.ShrinkTile) -> tuple[int, int, int]:
+        """``slices``, ``shares`` and ``most_splits`` of both kernels (``division.py``)."""
+        steps = -(-self.in_features // tile.block_k)
+        return self.slices, tile.programs * batch.processors, min(batch.tiling.most_splits, steps)
 
     def add_delta_(self, out: torch.Tensor, x: torch.Tensor, batch: BatchMetadata) -> None:
         """Shrink and expand on the current stream."""

@@ -68,7 +68,7 @@ def read_linear(
     """
     slices = tuple(
         ExpandFactor(
-            read_matrix(planes, slots, s.address, out_offsets[i + 1] - out_offsets[i], s.block_rank),
+            read_matrix(planes, slots, s.address, s.block_rank, out_offsets[i + 1] - out_offsets[i]).t(),
             s.h_start,
             s.block_rank,
             s.blocks,

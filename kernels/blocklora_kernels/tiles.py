@@ -9,23 +9,26 @@ import torch
 
 from blocklora_kernels import tile_table
 
+# Without a GPU, where the interpreter runs programs one after another.
+PROCESSORS_OF_INTERPRETER = 4
+
 
 class Tiling(NamedTuple):
-    """Sizes that all launches of a batch share: tokens of a tile, and parts that shrink cuts its columns into."""
+    """Sizes that all launches of a batch share: tokens of a tile, and the most parts that columns are cut into."""
 
     block_tokens: int
-    splits: int
+    most_splits: int
 
 
 class ShrinkTile(NamedTuple):
     """Sizes of one shrink launch.
 
-    ``block_n`` rows of A by ``block_k`` columns at a time; ``lanes`` programs share the chunks of h of one tile.
+    ``block_n`` rows of A by ``block_k`` columns at a time; ``programs`` for each multiprocessor.
     """
 
     block_n: int
     block_k: int
-    lanes: int
+    programs: int
     warps: int
     stages: int
 
@@ -35,6 +38,7 @@ class ExpandTile(NamedTuple):
 
     block_o: int
     block_r: int
+    programs: int
     warps: int
     stages: int
 
@@ -45,6 +49,13 @@ def architecture(device: torch.device) -> str:
         return "default"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of ``device``."""
+    if device.type != "cuda":
+        return PROCESSORS_OF_INTERPRETER
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _holds(limit: int | None, value: int) -> bool:
@@ -78,8 +89,40 @@ def expand_tile(arch: str, block_tokens: int, rank: int, out_features: int) -> E
     raise ValueError(f"tile table: EXPAND of {arch} has no entry for {block_tokens} tokens, rank {rank}")
 
 
-def scratch_rows(arch: str, max_tokens: int) -> int:
-    """Largest splits * tokens of any batch up to ``max_tokens``: rows of h that the scratch buffer must hold."""
-    limits = [limit for limit, *_ in tile_table.TILINGS.get(arch, tile_table.TILINGS["default"]) if limit is not None]
-    sizes = [min(limit, max_tokens) for limit in limits] + [max_tokens]
-    return max(tiling(arch, tokens).splits * tokens for tokens in sizes if tokens > 0)
+@cache
+def rank_class(arch: str, rank: int) -> int:
+    """The smallest limit of the table that ``rank`` is within, or one more than the largest.
+
+    All ranks of a class share tiles. Kernels are compiled for each class, not for each rank.
+    """
+    return next((limit for limit in rank_classes(arch) if rank <= limit), rank_classes(arch)[-1])
+
+
+@cache
+def rank_classes(arch: str) -> tuple[int, ...]:
+    """A rank of each class, ascending."""
+    tables = (tile_table.SHRINK, tile_table.EXPAND)
+    limits = {entry[1] for table in tables for entry in table.get(arch, table["default"])}
+    known = sorted(limit for limit in limits if limit is not None)
+    return (*known, (known[-1] if known else 0) + 1)
+
+
+@cache
+def token_classes(arch: str, max_tokens: int) -> tuple[int, ...]:
+    """The most tokens of each tiling that batches of up to ``max_tokens`` use, ascending."""
+    entries = tile_table.TILINGS.get(arch, tile_table.TILINGS["default"])
+    return tuple(sorted({min(limit or max_tokens, max_tokens) for limit, *_ in entries}))
+
+
+def scratch_rows(arch: str, max_tokens: int, processors: int) -> int:
+    """Most splits * adapted tokens of any batch up to ``max_tokens``: rows of h that the scratch buffer must hold.
+
+    A batch is cut no further than into the pieces that fill the GPU (``division.py``), each of one tile's tokens.
+    """
+    most = 0
+    for tokens in token_classes(arch, max_tokens):
+        block, splits = tiling(arch, tokens)
+        entries = tile_table.SHRINK.get(arch, tile_table.SHRINK["default"])
+        pieces = processors * max(programs for tile, *_, programs, _, _ in entries if tile == block)
+        most = max(most, tokens, min(splits * tokens, block * pieces))
+    return most

@@ -5,7 +5,7 @@ from __future__ import annotations
 from blocklora_patches.cache import registry as cache_registry
 from blocklora_patches.hooks.apply import apply
 from blocklora_patches.http import facts, model_names, routes, tokenizer_manager
-from blocklora_patches.model import linear, lora_manager, runner
+from blocklora_patches.model import graphs, linear, lora_manager, runner
 from blocklora_patches.scheduler import (
     adapter_updates,
     admission,
@@ -21,6 +21,7 @@ HOOKS = (
     *lora_manager.HOOKS,
     *linear.HOOKS,
     *runner.HOOKS,
+    *graphs.HOOKS,
     *request.HOOKS,
     *sessions.HOOKS,
     *prefill_adder.HOOKS,

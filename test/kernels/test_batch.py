@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from blocklora_kernels import tile_table, tiles
-from blocklora_kernels.batch import BatchMetadata
+from blocklora_kernels.batch import HEADER_FIELDS, BatchMetadata, Captured
 from blocklora_kernels.checks import check_activations, check_linear
 from blocklora_kernels.descriptor import DESCRIPTOR_FIELDS, MAX_SLICES
 from blocklora_kernels.segments import Segments
@@ -23,9 +23,9 @@ def test_tiles_cover_each_token_once(requests):
     counts = np.array([c for _, c in requests], np.int64)
     per_token = np.repeat(adapters, counts)
     batch = BatchMetadata(12 * 90, 8, 4, CPU)
-    batch.update(Segments.build(adapters, counts), len(per_token))
+    batch.update(Segments.build(adapters, counts), len(per_token), 3)
     packed, capacity = batch.tiles.numpy(), batch.capacity
-    count = int(packed[0])
+    count, packed = int(packed[0]), packed[HEADER_FIELDS - 1 :]
     assert count == batch.grid_tiles <= batch.most_tiles(len(per_token)) <= capacity
     seen = np.full(len(per_token), -1)
     for i in range(count):
@@ -41,8 +41,7 @@ def test_tile_table_serves_every_batch():
     for arch in tile_table.TILINGS:
         for tokens in (0, 1, 16, 17, 256, 257, 4096, 10**6):
             step = tiles.tiling(arch, tokens)
-            assert step.splits & (step.splits - 1) == 0
-            assert step.splits * tokens <= tiles.scratch_rows(arch, max(tokens, 1))
+            assert tiles.rank_class(arch, 10**6) == tiles.rank_classes(arch)[-1]
             for rank in (1, 16, 17, 256):
                 for width in (1, 512, 8192, 10**5):
                     tiles.shrink_tile(arch, step.block_tokens, rank, width)
@@ -52,11 +51,11 @@ def test_tile_table_serves_every_batch():
 def test_update_refuses_what_does_not_fit():
     batch = BatchMetadata(8, 2, 4, CPU)
     with pytest.raises(ValueError, match="batch_tokens: got 9"):
-        batch.update(Segments.build(np.zeros(3, np.int64)), 9)
+        batch.update(Segments.build(np.zeros(3, np.int64)), 9, 1)
     with pytest.raises(ValueError, match="3 adapters, expected at most max_segments = 2"):
-        batch.update(Segments.build(np.arange(3)), 3)
+        batch.update(Segments.build(np.arange(3)), 3, 1)
     with pytest.raises(ValueError, match="token row 2, expected less than batch_tokens = 2"):
-        batch.update(Segments.build(np.zeros(3, np.int64)), 2)
+        batch.update(Segments.build(np.zeros(3, np.int64)), 2, 1)
     with pytest.raises(ValueError, match="max_segments: got 0"):
         BatchMetadata(8, 0, 4, CPU)
     with pytest.raises(ValueError, match=r"expected < 2\*\*31"):
@@ -65,10 +64,11 @@ def test_update_refuses_what_does_not_fit():
 
 def test_tiles_of_the_graph_that_replays():
     batch = BatchMetadata(300, 2, 4, CPU)
-    batch.update(Segments.build(np.zeros(40, np.int64)), 40)
-    assert (batch.tiling.block_tokens, batch.grid_tiles) == (16, 3)
-    batch.update(Segments.build(np.zeros(40, np.int64)), 40, graph_tokens=300)
-    assert (batch.tiling.block_tokens, batch.grid_tiles) == (64, 1)
+    batch.update(Segments.build(np.zeros(40, np.int64)), 40, 9)
+    assert (batch.tiling.block_tokens, batch.grid_tiles, batch.rank_class) == (16, 3, 16)
+    batch.update(Segments.build(np.zeros(40, np.int64)), 40, 9, Captured(300, 64))
+    assert (batch.tiling.block_tokens, batch.grid_tiles, batch.rank_class) == (64, 1, 17)
+    assert batch.tiles[:HEADER_FIELDS].tolist() == [1, 9], "the rank of the batch, not of the graph"
 
 
 def test_adapter_table():
@@ -140,7 +140,7 @@ def test_linear_refuses_what_does_not_fit(changed, message):
 
 def test_activations_are_checked():
     batch = BatchMetadata(8, 2, 4, CPU)
-    batch.update(Segments.build(np.zeros(3, np.int64)), 3)
+    batch.update(Segments.build(np.zeros(3, np.int64)), 3, 1)
     check_activations("x", torch.zeros(4, 7), 7, torch.float32, batch)
     with pytest.raises(ValueError, match=r"x: got shape \(2, 7\), expected \[3 or more, 7\]"):
         check_activations("x", torch.zeros(2, 7), 7, torch.float32, batch)

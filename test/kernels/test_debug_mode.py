@@ -22,10 +22,10 @@ def set_up(slots: list[int], a_row: int, h_width: int = 4) -> tuple[LoraLinear, 
     table.write(0, torch.tensor(slots), entry)
     planes = [torch.zeros(10, 64), torch.zeros(10, 64)]
     linear = LoraLinear(
-        planes, table.slots, table.first_slots, table.descriptors[0, 0], table.scalings[0, 0], 16, (0, 16), 4
+        planes, table.slots, table.first_slots, table.descriptors[0, 0], table.scalings[0, 0], 16, (0, 16)
     )
     batch = BatchMetadata(4, 1, h_width, CPU)
-    batch.update(Segments.build(np.zeros(2, np.int64)), 2)
+    batch.update(Segments.build(np.zeros(2, np.int64)), 2, 4)
     return linear, batch
 
 

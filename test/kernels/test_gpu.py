@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from blocklora_kernels.batch import Captured
 from blocklora_kernels.segments import Segments
 from blocklora_kernels.side_stream import SideStream
 from blocklora_testing.kernels.cases import DOWN, GATE_UP, MIXED, QKV, Part, Shape, build, zipf
@@ -31,14 +32,14 @@ def result(out):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize(("alignment", "contiguous"), [(1, False), (8, True), (8, False)])
+@pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("shape", [QKV, GATE_UP, DOWN])
 @pytest.mark.parametrize("tokens", [zipf(21, 3), np.full(37, 1), np.repeat([2, 0, -1, 1], [300, 5, 7, 90])])
-def test_mixed_batch(shape, tokens, alignment, contiguous, dtype):
-    case = build(shape, MIXED[shape], tokens, dtype=dtype, stride=72, alignment=alignment, contiguous=contiguous)
+def test_mixed_batch(shape, tokens, contiguous, dtype):
+    case = build(shape, MIXED[shape], tokens, dtype=dtype, stride=72, contiguous=contiguous)
     linear, batch, x, out = on_gpu(case, dtype)
     batch.h.fill_(torch.nan)
-    batch.update(Segments.build(tokens), len(x))
+    batch.update(Segments.build(tokens), len(x), case.rank)
     linear.add_delta_(out, x, batch)
     case.check(result(out))
 
@@ -46,9 +47,9 @@ def test_mixed_batch(shape, tokens, alignment, contiguous, dtype):
 @pytest.mark.parametrize("shape", REAL)
 @pytest.mark.parametrize("tokens", [zipf(64, 3), np.repeat([2, 0, 1], [600, 100, 300])])
 def test_real_shapes(shape, tokens):
-    case = build(shape, REAL[shape], tokens, dtype="bfloat16", width=128, arena_slots=1 << 15, alignment=8)
+    case = build(shape, REAL[shape], tokens, dtype="bfloat16", width=128, arena_slots=1 << 15)
     linear, batch, x, out = on_gpu(case, "bfloat16")
-    batch.update(Segments.build(tokens), len(x))
+    batch.update(Segments.build(tokens), len(x), case.rank)
     linear.add_delta_(out, x, batch)
     case.check(result(out))
 
@@ -58,7 +59,8 @@ def test_graph_replays_other_batches():
     cases = [build(QKV, MIXED[QKV], tokens, dtype="bfloat16") for tokens in batches]
     linear, batch, x, out = on_gpu(cases[0], "bfloat16")
     linear.debug = False  # the check copies to the host, which a capture forbids
-    batch.update(Segments.build(np.full(24, -1)), 24, fixed_grid=True)
+    captured = Captured(24, 16)
+    batch.update_for_capture(captured)
     before = out.clone()
     linear.add_delta_(out, x, batch)  # compiles
     graph, side = torch.cuda.CUDAGraph(), SideStream(out.device)
@@ -69,7 +71,7 @@ def test_graph_replays_other_batches():
         linear.expand_(out, batch)
     for case in cases:
         out.copy_(before)
-        batch.update(Segments.build(case.adapters), 24, graph_tokens=24)
+        batch.update(Segments.build(case.adapters), 24, case.rank, captured)
         graph.replay()
         first = out.clone()
         case.check(result(out))

@@ -168,28 +168,39 @@ def test_triton_adder_in_the_interpreter(tmp_path: Path) -> None:
 
 
 def check_graph_metadata(folder: Path, step_class: type) -> None:
-    """A decode batch gets the tiles of the smallest captured graph that holds it, and runs right without the graph."""
+    """A batch gets the tiles of the smallest captured graph that holds it, and runs right without the graph."""
     spec, pool, step, deltas = make(folder, 0, 2, step_class, slots=200)
-    step.init_graphs(8)
-    for size in (8, 2, 4):
-        step.prepare_capture(size)
-        assert step._graph.grid_tiles == step._graph.most_tiles(size)
-    buffer = step._graph._buffer
-    for keys in (["plain", "n2", None], [None], ["n3", "n2", "plain", "n3"], ["plain"] * 8, ["n2"] * 9):
-        assert pool.bring_in(key for key in keys if key)
-        pool.begin_step(key for key in keys if key)
-        check(spec, step, deltas, keys, None)
-        adapted = {key for key in keys if key}
-        if len(keys) <= 8:
-            assert step._batch is step._graph
-            assert step._graph._buffer is buffer, "a captured graph would read old addresses"
-            assert int(step._graph.tiles[0]) == len(adapted), "stale tiles would be replayed"
-        else:
-            assert step._batch is step._eager
+    for kind, largest in (("decode", 8), ("prefill", 16)):
+        step.init_graphs(kind, largest)
+        for size in (largest, 2, 4):
+            step.prepare_capture(kind, size)
+            assert step._batch.grid_tiles == step._batch.most_tiles(size)
+    decode, prefill = (step._graphs[kind].batch for kind in ("decode", "prefill"))
+    addresses = [batch._buffer.data_ptr() for batch in (decode, prefill)]
+    for keys, counts, expected in (
+        (["plain", "n2", None], None, decode),
+        ([None], None, None),  # replays a graph without adapters
+        (["gone", None], None, decode),  # for upstream a batch with adapters
+        (["n3", "n2", "plain", "n3"], None, decode),
+        (["plain"] * 8, None, decode),
+        (["n2"] * 9, None, step._eager),
+        (["n2", "n3"], [3, 2], prefill),
+        ([None], [5], prefill),  # there is no prefill graph without adapters
+        ([None], [50], None),
+        (["n2", None, "n3"], [3, 14, 2], step._eager),
+    ):
+        assert pool.bring_in(key for key in keys if key in CHOICES)
+        pool.begin_step(key for key in keys if key in CHOICES)
+        check(spec, step, deltas, keys, counts)
+        assert step._batch is expected
+        if expected is not None:
+            assert int(expected.tiles[0]) == len({key for key in keys if key in CHOICES}), "stale tiles are replayed"
+            assert expected.rank == (step._graphs["decode"]._rank if expected is not step._eager else expected.rank)
+    assert addresses == [batch._buffer.data_ptr() for batch in (decode, prefill)], "graphs would read old addresses"
 
 
 @pytest.mark.parametrize("method", ["init_graphs", "prepare_capture"])
 def test_torch_adder_refuses_cuda_graphs(tmp_path: Path, method: str) -> None:
     _, _, step, _ = make(tmp_path, 0, 1, TorchAdder, slots=200)
     with pytest.raises(ValueError, match="--disable-cuda-graph"):
-        getattr(step, method)(4)
+        getattr(step, method)("decode", 4)

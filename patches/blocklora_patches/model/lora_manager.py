@@ -11,9 +11,9 @@ import torch
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.model_executor.runner import get_is_capture_mode
+from sglang.srt.model_executor.runner import get_capture_lora_variant, get_is_capture_mode
 from sglang.srt.plugins.hook_registry import HookType
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_flags, get_parallel
 from sglang_blocklora.adapters.loading import Found, LocalShard, Report, merge, read_adapter
 from sglang_blocklora.batch.delta_adder import DeltaAdder
 from sglang_blocklora.batch.torch_adder import TorchAdder
@@ -47,8 +47,6 @@ class BlockLoRAManager(release.ManagerBase):
     """
 
     memory_pool = None  # upstream's gauges of its slot pool are left out
-    supports_prefill_cuda_graph = False
-    prefill_cuda_graph_max_bs = None
 
     def start(
         self,
@@ -63,6 +61,7 @@ class BlockLoRAManager(release.ManagerBase):
         """What ``__init__`` does, whose parameters are the release's."""
         settings, tp_rank, tp_size = Settings.required(), get_parallel().tp_rank, get_parallel().tp_size
         self._max_rank = max_lora_rank or 256
+        self._prefill_graph_tokens = 0  # of the largest prefill graph
         self.device = next(base_model.parameters()).device
         self.lora_refs: dict[str, LoRARef] = {}
         self._linears = linears = adaptable_linears(base_model)
@@ -118,7 +117,10 @@ class BlockLoRAManager(release.ManagerBase):
     def _install_step(self, settings: Settings) -> None:
         """Put the batch's deltas behind every linear; the arena exists."""
         if settings.uses_triton(self.device.type == "cuda"):
-            step: DeltaAdder = TritonAdder(self._spec, self.pool, self._max_rank, self.device, settings.adapter_overlap)
+            triton = TritonAdder(self._spec, self.pool, self._max_rank, self.device, settings.adapter_overlap)
+            if self.device.type == "cuda":
+                triton.compile()
+            step: DeltaAdder = triton
         else:
             step = TorchAdder(self._spec, self.pool)
         self._step = step
@@ -225,23 +227,43 @@ class BlockLoRAManager(release.ManagerBase):
 
     def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
         """Group the batch's tokens by adapter. Requests without one take no part."""
-        if get_is_capture_mode():
-            self._step.prepare_capture(len(forward_batch.lora_ids))
-        elif forward_batch.forward_mode.is_decode():
-            self._step.prepare(forward_batch.lora_ids, None)
+        decode = forward_batch.forward_mode.is_decode()
+        if decode and get_is_capture_mode():
+            if get_capture_lora_variant() == "nolora":
+                self._step.reset()
+            else:
+                self._step.prepare_capture("decode", len(forward_batch.lora_ids))
+        elif get_flags().dp.capturing_prefill_graph:
+            self._step.prepare_capture("prefill", forward_batch.extend_num_tokens)
         else:
-            self._step.prepare(forward_batch.lora_ids, forward_batch.extend_seq_lens_cpu)
+            self._step.prepare(forward_batch.lora_ids, None if decode else forward_batch.extend_seq_lens_cpu)
 
     def reset_lora_batch(self) -> None:
         self._step.reset()
 
     def init_graphs(self, max_tokens: int) -> None:
         """Called before decode graphs of up to ``max_tokens`` tokens are captured."""
-        self._step.init_graphs(max_tokens)
+        self._step.init_graphs("decode", max_tokens)
+
+    def init_prefill_cuda_graph_batch_info(self, max_num_tokens: int, max_num_requests: int | None = None) -> None:
+        """Called before prefill graphs of up to ``max_num_tokens`` tokens are captured; any number of requests fit."""
+        self._step.init_graphs("prefill", max_num_tokens)
+        self._prefill_graph_tokens = max_num_tokens
+
+    @property
+    def supports_prefill_cuda_graph(self) -> bool:
+        """Whether prefill graphs are to be captured."""
+        return Settings.required().uses_triton(self.device.type == "cuda")
+
+    @property
+    def prefill_cuda_graph_max_bs(self) -> int | None:
+        """The most requests of a batch that replays a prefill graph: one for each token."""
+        return self._prefill_graph_tokens or None
 
     def can_use_prefill_cuda_graph(self, forward_batch: ForwardBatch) -> bool:
-        """Prefill runs without graphs; upstream's answer would ask its own backend, which is not there."""
-        return False
+        """Whether a prefill graph may replay the batch, of which upstream knows nothing but its size."""
+        mode, tokens = forward_batch.forward_mode, forward_batch.extend_num_tokens
+        return mode.is_extend() and not mode.is_cuda_graph() and 0 < (tokens or 0) <= self._prefill_graph_tokens
 
     def init_cuda_graph_moe_buffers(self, max_bs: int, max_loras: int, compute_dtype: Any, moe_layer: Any) -> None:
         """MoE layers are not adapted."""

@@ -26,7 +26,7 @@ ATTRIBUTES = v0_5_22.ATTRIBUTES | {
 class _LoRABackend:
     """What upstream's graph runner asks of the manager's backend, which is not there."""
 
-    skip_inactive_dense_lora = False  # no graphs without adapters beside those with
+    skip_inactive_dense_lora = True  # graphs without adapters beside those with: what model/graphs.py asks for, too
 
 
 class ManagerBase(v0_5_22.ManagerBase):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,11 @@ class AdapterShard:
     descriptors: tuple[tuple[LinearDescriptor, ...], ...]
     scalings: tuple[tuple[tuple[float, ...], ...], ...]
     entry: torch.Tensor = field(compare=False, repr=False)
+
+    @cached_property
+    def local_rank(self) -> int:
+        """The largest local rank of a slice on this TP rank."""
+        return max(descriptor.largest_rank for layer in self.descriptors for descriptor in layer)
 
 
 def load_shard(
@@ -113,7 +118,8 @@ def _copy_factors(
         read = partial(checkpoint.read, module.name)
         _put(a[a_row : a_row + cut.a_rows], read_a(plan.linear, cut, module.shape, read))
         a_row += cut.a_rows
-        _put(_matrix(planes, address, cut.b_rows, cut.block_rank), read_b(plan.linear, cut, module.shape, read))
+        b = _matrix(planes, address, cut.block_rank, cut.b_rows).t()
+        _put(b, read_b(plan.linear, cut, module.shape, read))
 
 
 def _matrix(planes: torch.Tensor, address: Address, rows: int, columns: int) -> torch.Tensor:

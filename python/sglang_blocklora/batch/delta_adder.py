@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
+
+BatchKind = Literal["decode", "prefill"]
 
 
 class DeltaAdder(Protocol):
@@ -26,8 +28,11 @@ class DeltaAdder(Protocol):
     def reset(self) -> None:
         """No adapter until the next ``prepare``."""
 
-    def init_graphs(self, max_tokens: int) -> None:
-        """Make ready for CUDA graphs of decode batches of up to ``max_tokens`` tokens."""
+    def init_graphs(self, kind: BatchKind, max_tokens: int) -> None:
+        """Make ready for CUDA graphs of batches of ``kind`` with up to ``max_tokens`` tokens."""
 
-    def prepare_capture(self, tokens: int) -> None:
-        """Set the batch of a CUDA graph that is about to be captured: ``tokens`` rows, any adapters when replayed."""
+    def prepare_capture(self, kind: BatchKind, tokens: int) -> None:
+        """Set the batch of a CUDA graph that is about to be captured: ``tokens`` rows, any adapters when replayed.
+
+        A decode batch without adapters replays a graph that is captured after ``reset``, so nothing is prepared for it.
+        """

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from blocklora_kernels import reference
 
-from sglang_blocklora.batch.delta_adder import DeltaAdder
+from sglang_blocklora.batch.delta_adder import BatchKind, DeltaAdder
 from sglang_blocklora.batch.grouping import group_by_adapter
 from sglang_blocklora.batch.stack import AdapterFactors, Stack, StackedBatch
 from sglang_blocklora.memory.loaded import Resident
@@ -54,10 +54,10 @@ class TorchAdder(DeltaAdder):
     def reset(self) -> None:
         self._segments, self._stacked = [], None
 
-    def init_graphs(self, max_tokens: int) -> None:
+    def init_graphs(self, kind: BatchKind, max_tokens: int) -> None:
         raise ValueError("the torch path cannot run in CUDA graphs: start with --disable-cuda-graph")
 
-    def prepare_capture(self, tokens: int) -> None:
+    def prepare_capture(self, kind: BatchKind, tokens: int) -> None:
         raise ValueError("the torch path cannot run in CUDA graphs: start with --disable-cuda-graph")
 
     def start(self, layer: int, linear: int, x: torch.Tensor) -> None:

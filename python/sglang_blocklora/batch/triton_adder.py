@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
-from blocklora_kernels.batch import BatchMetadata
+from blocklora_kernels import tiles
+from blocklora_kernels.batch import BatchMetadata, Captured
 from blocklora_kernels.ops import LoraLinear
 from blocklora_kernels.side_stream import SideStream
 
-from sglang_blocklora.batch.delta_adder import DeltaAdder
+from sglang_blocklora.batch.delta_adder import BatchKind, DeltaAdder
+from sglang_blocklora.batch.graphs import Graphs
 from sglang_blocklora.batch.grouping import group_by_adapter
 from sglang_blocklora.batch.table_entries import TableEntries
 from sglang_blocklora.memory.accounting import IntegrityError
 from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.sharding.linears import ModelSpec
-
-# Local rank of a slice that the tile table is asked for; it decides speed only.
-USUAL_RANK = 64
 
 
 class TritonAdder(DeltaAdder):
@@ -26,7 +24,8 @@ class TritonAdder(DeltaAdder):
 
     Everything the kernels read lies in buffers that keep their addresses, so a captured CUDA graph replays with other
     adapters: entries of resident adapters in an ``AdapterTable``, the batch's tiles in ``BatchMetadata``, one for
-    captured decode batches and one, grown when needed, for all others. Device work is ordered by the current stream.
+    each kind of captured batches and one, grown when needed, for all others. Device work is ordered by the current
+    stream.
     """
 
     def __init__(
@@ -39,6 +38,7 @@ class TritonAdder(DeltaAdder):
         self._spec = spec
         self._pool = pool
         self._device = device
+        self._max_rank = max_rank
         self._h_width = max_rank * max(len(linear.outputs) for layer in spec.layers for linear in layer)
         planes = pool.arena.planes
         self._entries = TableEntries(spec, pool.max_adapters_per_batch, max_rank, device)
@@ -53,47 +53,64 @@ class TritonAdder(DeltaAdder):
                     table.scalings[i, j],
                     linear.inputs.length,
                     linear.out_offsets,
-                    USUAL_RANK,
                 )
                 for j, linear in enumerate(layer)
             ]
             for i, layer in enumerate(spec.layers)
         ]
-        self._graph_sizes: list[int] = []
-        self._graph: BatchMetadata | None = None
+        self._graphs: dict[BatchKind, Graphs] = {}
         self._eager = self._new_metadata(4096)
         self._batch: BatchMetadata | None = None
         self._side = SideStream(device) if overlap else None
 
-    def init_graphs(self, max_tokens: int) -> None:
-        self._graph = self._new_metadata(max_tokens)
+    def init_graphs(self, kind: BatchKind, max_tokens: int) -> None:
+        """Graphs are captured for the largest local rank of the adapters that are loaded by now.
 
-    def prepare_capture(self, tokens: int) -> None:
-        if self._graph is None:
+        Without any they are captured for that of the largest adapter with a block for each TP rank.
+        """
+        ranks = [adapter.shard.local_rank for adapter in self._pool.loaded.values()]
+        rank = max(ranks, default=-(-self._max_rank // self._spec.tp_size))
+        shared = kind == "prefill" and max_tokens <= self._eager.max_tokens
+        self._graphs[kind] = Graphs(self._eager if shared else self._new_metadata(max_tokens), rank)
+
+    def prepare_capture(self, kind: BatchKind, tokens: int) -> None:
+        if kind not in self._graphs:
             raise IntegrityError("init_graphs comes before the capture")
-        if tokens not in self._graph_sizes:
-            self._graph_sizes = sorted([*self._graph_sizes, tokens])
-        self._graph.update(group_by_adapter([], None), tokens, fixed_grid=True)
-        self._batch = self._graph
+        self._graphs[kind].prepare_capture(tokens)
+        self._batch = self._graphs[kind].batch
 
     def prepare(self, keys: Sequence[str | None], token_counts: Sequence[int] | None) -> None:
+        self._batch = None
+        kind: BatchKind = "decode" if token_counts is None else "prefill"
+        if not any(keys) and (kind == "decode" or kind not in self._graphs):
+            return  # a graph without adapters replays it, or none
         resident = self._pool.resident
         entries = self._entries.of({key for key in keys if key is not None and key in resident}, resident)
+        rank = max((resident[key].adapter.shard.local_rank for key in entries), default=1)
         segments = group_by_adapter([entries.get(key, -1) if key else -1 for key in keys], token_counts)
         tokens = len(keys) if token_counts is None else int(sum(token_counts))
-        position = bisect_left(self._graph_sizes, tokens)
-        if token_counts is None and self._graph is not None and position < len(self._graph_sizes):
+        graphs = self._graphs.get(kind)
+        if graphs and (graph := graphs.that_holds(tokens)):
             # A graph may replay this batch, or not: upstream decides later. Metadata with the graph's tiles serve both.
-            self._graph.update(segments, tokens, graph_tokens=self._graph_sizes[position])
-            self._batch = self._graph
-            return
-        if not len(segments.adapters):
-            self._batch = None
-            return
-        if tokens > self._eager.max_tokens:
-            self._eager = self._new_metadata(1 << (tokens - 1).bit_length())
-        self._eager.update(segments, tokens)
-        self._batch = self._eager
+            graphs.batch.update(segments, tokens, rank, graph)
+            self._batch = graphs.batch
+        elif len(segments.adapters):
+            if tokens > self._eager.max_tokens:
+                self._eager = self._new_metadata(1 << (tokens - 1).bit_length())
+            self._eager.update(segments, tokens, rank)
+            self._batch = self._eager
+
+    def compile(self) -> None:
+        """Compile all kernels that serving can need, by launches for which no token is adapted."""
+        batch = self._eager
+        dtype = self._spec.dtype
+        shapes = {(one.in_features, one.out_offsets): one for layer in self._linears for one in layer}
+        for tokens in tiles.token_classes(batch.arch, batch.max_tokens):
+            for rank in tiles.rank_classes(batch.arch):
+                batch.update_for_capture(Captured(tokens, rank), batch_tokens=1)
+                for (inputs, offsets), linear in shapes.items():
+                    x, out = (torch.empty(1, n, dtype=dtype, device=self._device) for n in (inputs, offsets[-1]))
+                    linear.add_delta_(out, x, batch)
 
     def reset(self) -> None:
         self._batch = None

@@ -55,10 +55,13 @@ def numbers(device: str, dtype: torch.dtype, batches: list[np.ndarray]) -> Itera
 
 def replayed(device: str, dtype: torch.dtype) -> Finding:
     """A graph that is captured without any adapter, and replayed with batches of other adapters."""
+    from blocklora_kernels.batch import Captured  # imports triton
+
     problem = make(False, len(DECODE), dtype, device)
     x, out = problem.draw(len(DECODE))
     after = out.clone()
-    problem.describe(np.full(len(DECODE), -1), fixed_grid=True)
+    captured = Captured(len(DECODE), 16)
+    problem.batch.update_for_capture(captured)
     problem.linear.add_delta_(after, x, problem.batch)  # compiles, which a capture forbids
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -66,7 +69,7 @@ def replayed(device: str, dtype: torch.dtype) -> Finding:
     worst = 0.0
     for adapters in (DECODE, DECODE[::-1].copy(), np.full(len(DECODE), 2)):
         after.copy_(out)
-        problem.describe(adapters, graph_tokens=len(DECODE))
+        problem.describe(adapters, captured)
         graph.replay()
         worst = max(worst, problem.error(adapters, x, out, after))
     return judge("CUDA graph", worst, dtype, "three replays")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from blocklora_kernels.batch import BatchMetadata
+from blocklora_kernels.batch import BatchMetadata, Captured
 from blocklora_kernels.descriptor import MAX_SLICES, Address, Blocks, LinearDescriptor, SliceDescriptor
 from blocklora_kernels.ops import LoraLinear
 from blocklora_kernels.segments import Segments
@@ -32,7 +32,7 @@ class Shape:
 class Packed:
     """One adapter on the linear.
 
-    matrices    A, then each slice's B, as they lie in the arena
+    matrices    A, then the transpose of each slice's B, as they lie in the arena
     dense       per slice (A [r, in], B [out, r]) of the same adapter, in float64
     descriptor  without addresses
     """
@@ -65,9 +65,10 @@ class Problem:
         x, out = self._normal(tokens, self.shape.inputs), self._normal(tokens, sum(self.shape.outputs))
         return x.to(self._device), out.to(self._device)
 
-    def describe(self, adapters: np.ndarray, fixed_grid: bool = False, graph_tokens: int | None = None) -> None:
+    def describe(self, adapters: np.ndarray, graph: Captured | None = None) -> None:
         """Make the batch one of a token each for ``adapters`` (-1: the base model); for a graph see ``update``."""
-        self.batch.update(Segments.build(adapters), len(adapters), fixed_grid, graph_tokens)
+        rank = max(adapter.descriptor.largest_rank for adapter in self._adapters)
+        self.batch.update(Segments.build(adapters), len(adapters), rank, graph)
 
     def error(self, adapters: np.ndarray, x: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> float:
         """Largest relative error of an adapter's delta on a slice; infinite where another token was changed.
@@ -100,12 +101,12 @@ class Problem:
             one = SliceDescriptor(rank, 0, NOWHERE, rank, Blocks(1, outputs[0], 0))
             descriptor = LinearDescriptor(rank, rank // n, NOWHERE, Blocks(n, inputs // n, 0), (one,))
             dense = [(torch.block_diag(*chunks).double(), b.double())]
-            return Packed([torch.cat(chunks, dim=1), b], dense, descriptor)
+            return Packed([torch.cat(chunks, dim=1), b.T], dense, descriptor)
         slices, matrices, dense = [], [self._normal(rank * len(outputs), inputs, inputs**-0.5)], []
-        for index, length in enumerate(outputs):  # B is block-diagonal: [out, rank / n] in the arena
+        for index, length in enumerate(outputs):  # B is block-diagonal: [rank / n, out] in the arena
             b = self._normal(length, rank // n, (n / rank) ** 0.5)
             slices.append(SliceDescriptor(rank, index * rank, NOWHERE, rank // n, Blocks(n, length // n, 0)))
-            matrices.append(b)
+            matrices.append(b.T)
             a = matrices[0][index * rank : (index + 1) * rank]
             dense.append((a.double(), torch.block_diag(*b.chunk(n)).double()))
         stacked = rank * len(outputs)
@@ -137,5 +138,4 @@ class Problem:
             table.scalings[0, 0],
             self.shape.inputs,
             np.cumsum([0, *self.shape.outputs]).tolist(),
-            rank=16,
         )

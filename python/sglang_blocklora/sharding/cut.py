@@ -1,7 +1,8 @@
 """Cuts the factors of one checkpoint module for one slice of a linear on one TP rank.
 
 One rule covers plain and block-diagonal adapters: plain is n = 1. A factor that is block-diagonal along the axis that
-tensor parallelism does not split (the wrong orientation) is made dense and served as n = 1 too.
+tensor parallelism does not split (the wrong orientation) is made dense and served as n = 1 too. So is a TP rank's A
+whose blocks begin within a vector load of a GPU: rows of A are read along that axis, whole vectors at a time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from blocklora_kernels.descriptor import Blocks
 
 from sglang_blocklora.sharding.blocks import touched_blocks
+from sglang_blocklora.sharding.layout import ALIGNMENT_ELEMENTS
 from sglang_blocklora.sharding.linears import Interval, LinearSpec
 
 Factor = Literal["A", "B"]
@@ -87,18 +89,25 @@ def cut_slice(linear: LinearSpec, slice_index: int, offset: int, size: int, shap
     block_rank = shape.rank // n
     rank = touched.blocks.count * block_rank
     column = linear.kind == "column"
+    a = Blocks(1, linear.inputs.length, 0) if column or _cuts_vectors(touched.blocks, linear) else touched.blocks
     return SliceCut(
         rank=rank,
         first_rank=touched.first * block_rank,
         first_block=touched.first,
         inputs=inputs,
         outputs=outputs,
-        a=Blocks(1, linear.inputs.length, 0) if column else touched.blocks,
-        a_rows=rank if column else block_rank,
+        a=a,
+        a_rows=rank // a.count,
         b=touched.blocks if column else Blocks(1, output.length, 0),
         b_rows=output.length,
         block_rank=block_rank if column else rank,
     )
+
+
+def _cuts_vectors(blocks: Blocks, linear: LinearSpec) -> bool:
+    """Whether rows of A are read in vectors, and one of them would hold columns of two blocks."""
+    edges = linear.inputs.length, blocks.size, blocks.offset
+    return blocks.count > 1 and edges[0] % ALIGNMENT_ELEMENTS == 0 and any(n % ALIGNMENT_ELEMENTS for n in edges[1:])
 
 
 def read_a(linear: LinearSpec, cut: SliceCut, shape: ModuleShape, read: Read) -> torch.Tensor:
@@ -110,13 +119,14 @@ def read_a(linear: LinearSpec, cut: SliceCut, shape: ModuleShape, read: Read) ->
     if shape.structure != "block_a":
         return read("A", None, slice(cut.inputs.start, cut.inputs.stop))
     parts = []
-    for i in range(cut.a.count):
-        start, stop = cut.a.bounds(i, cut.inputs.length)
-        skipped = start + cut.a.offset - i * cut.a.size  # columns of the block that belong to the TP rank before
+    block_rank, blocks = shape.rank // shape.nblocks, touched_blocks(cut.inputs, shape.nblocks).blocks
+    for i in range(blocks.count):
+        start, stop = blocks.bounds(i, cut.inputs.length)
+        skipped = start + blocks.offset - i * blocks.size  # columns of the block that belong to the TP rank before
         block = cut.first_block + i
-        rows = slice(block * cut.a_rows, (block + 1) * cut.a_rows)
+        rows = slice(block * block_rank, (block + 1) * block_rank)
         parts.append(read("A", rows, slice(skipped, skipped + stop - start)))
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=1) if cut.a == blocks else torch.block_diag(*parts)
 
 
 def read_b(linear: LinearSpec, cut: SliceCut, shape: ModuleShape, read: Read) -> torch.Tensor:

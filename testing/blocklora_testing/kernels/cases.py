@@ -63,6 +63,11 @@ class Case:
     expected: np.ndarray = field(default_factory=lambda: np.empty(0))
     budget: np.ndarray = field(default_factory=lambda: np.empty(0))
 
+    @property
+    def rank(self) -> int:
+        """The largest local rank of a slice."""
+        return max(descriptor.largest_rank for descriptor in self.descriptors)
+
     def check(self, result: np.ndarray) -> None:
         """Every element within its own error budget; rows of the base model and unadapted slices bit for bit."""
         untouched = self.budget == 0
@@ -152,7 +157,8 @@ def column_adapter(rng, shape, parts, scalings, dtype, arena, contiguous, alignm
         empty = SliceDescriptor(0, 0, Address(0, 0, 0), 0, Blocks(0, 0, 0))
         nothing = LinearDescriptor(0, 0, Address(0, 0, 0), Blocks(0, 0, 0), (empty,) * len(parts))
         return arena.take(1, contiguous), nothing, dense
-    slots, (a_address, *b_addresses) = place(arena, [np.concatenate(a_parts), *b_parts], contiguous, alignment)
+    matrices = [np.concatenate(a_parts), *(b.T for b in b_parts)]
+    slots, (a_address, *b_addresses) = place(arena, matrices, contiguous, alignment)
     places = iter(b_addresses)
     slices = tuple(
         SliceDescriptor(0, 0, Address(0, 0, 0), 0, Blocks(0, 0, 0))
@@ -176,13 +182,17 @@ def row_adapter(rng, shape, parts, scalings, dtype, arena, contiguous, alignment
     first, last = start // size, (stop - 1) // size
     chunks = packed.reshape(n, per_block, size).transpose(1, 0, 2).reshape(per_block, full)  # [k, column of the input]
     local_b = b[:, first * per_block : (last + 1) * per_block]
-    slots, (a_address, b_address) = place(arena, [chunks[:, start:stop], local_b], contiguous, alignment)
     count = last - first + 1
     width = count * per_block
+    a, blocks = chunks[:, start:stop], Blocks(count, size, start - first * size)
+    if count > 1 and (stop - start) % 8 == 0 and (blocks.size % 8 or blocks.offset % 8):  # as docs/kernels.md says
+        a = dense_blocks(packed, n)[first * per_block : (last + 1) * per_block, start:stop].astype(packed.dtype)
+        blocks = Blocks(1, stop - start, 0)
+    slots, (a_address, b_address) = place(arena, [a, local_b.T], contiguous, alignment)
     whole = SliceDescriptor(width, 0, b_address, width, Blocks(1, shape.width, 0))
     return (
         slots,
-        LinearDescriptor(width, per_block, a_address, Blocks(count, size, start - first * size), (whole,)),
+        LinearDescriptor(width, len(a), a_address, blocks, (whole,)),
         dense,
     )
 
@@ -198,7 +208,7 @@ def build(
     stride: int | None = None,
     arena_slots: int = 512,
     contiguous: bool = False,
-    alignment: int = 1,
+    alignment: int = 8,
 ) -> Case:
     """A case of ``tokens`` [T] (adapter of each token, negative for the base model).
 

@@ -18,9 +18,9 @@ import numpy as np
 
 # Small tiles: many tiles, chunks, lanes and splits at sizes that the interpreter can afford.
 SMALL_TILES = {
-    "TILINGS": {"default": [(24, 16, 4), (None, 32, 2)]},
-    "SHRINK": {"default": [(16, None, None, 16, 32, 2, 4, 1), (32, None, None, 16, 32, 2, 4, 1)]},
-    "EXPAND": {"default": [(16, None, None, 32, 16, 4, 1), (32, None, None, 32, 16, 4, 1)]},
+    "TILINGS": {"default": [(24, 16, 8), (None, 32, 2)]},
+    "SHRINK": {"default": [(16, None, None, 16, 32, 4, 4, 1), (32, None, None, 16, 32, 2, 4, 1)]},
+    "EXPAND": {"default": [(16, None, None, 32, 16, 2, 4, 1), (32, None, None, 32, 16, 2, 4, 1)]},
 }
 
 
@@ -52,9 +52,10 @@ class Worker:
 
 
 def as_request(case: Any) -> dict[str, Any]:
-    """The case without its answer, descriptors packed."""
+    """The case without its answer, descriptors packed, and the largest rank of a slice."""
     request = {name: value for name, value in vars(case).items() if name not in ("expected", "budget")}
-    return request | {"descriptors": [descriptor.pack() for descriptor in case.descriptors]}
+    packed = [descriptor.pack() for descriptor in case.descriptors]
+    return request | {"descriptors": packed, "rank": case.rank}
 
 
 def use_tiles(small: bool) -> None:
@@ -63,8 +64,9 @@ def use_tiles(small: bool) -> None:
 
     for name, table in (SMALL_TILES if small else ORIGINAL_TILES).items():
         setattr(tile_table, name, table)
-    for function in (tiles.tiling, tiles.shrink_tile, tiles.expand_tile):
-        function.cache_clear()
+    for function in vars(tiles).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 def set_up(request: dict[str, Any], device: str = "cpu", dtype: Any = None) -> tuple[Any, Any, Any, Any]:
@@ -94,7 +96,6 @@ def set_up(request: dict[str, Any], device: str = "cpu", dtype: Any = None) -> t
         table.scalings[0, 0],
         request["in_features"],
         request["out_offsets"],
-        rank=16,
         debug=True,
     )
     x, out = (torch.from_numpy(request[name].copy()).to(place, dtype) for name in ("x", "out"))
@@ -106,17 +107,18 @@ def run_case(
     request: dict[str, Any],
     small: bool = True,
     other_batches: tuple[np.ndarray, ...] = (),
-    fixed_grid: bool = False,
+    captured_rank: int | None = None,
     x_padding: int = 0,
 ) -> np.ndarray:
     """Run shrink and expand on the case.
 
     small          use SMALL_TILES
     other_batches  adapters per token of batches that are run before, through the same metadata object
-    fixed_grid     launch as a CUDA graph's capture would
+    captured_rank  launch as a graph does that was captured for batches of this rank
     x_padding      elements between the rows of x
     """
     import torch
+    from blocklora_kernels.batch import Captured
     from blocklora_kernels.segments import Segments
 
     use_tiles(small)
@@ -125,12 +127,18 @@ def run_case(
         padded = torch.full((x.shape[0], x.shape[1] + x_padding), torch.nan, dtype=x.dtype)
         padded[:, : x.shape[1]] = x
         x = padded[:, : x.shape[1]]
+    graph = None if captured_rank is None else Captured(len(x), captured_rank)
+
+    def run(adapters: np.ndarray, out: torch.Tensor) -> None:
+        batch.update(Segments.build(adapters), len(x), request["rank"], graph)
+        if graph:
+            batch.grid_tiles = batch.most_tiles(len(x))
+        linear.add_delta_(out, x, batch)
+
     for adapters in other_batches:
-        batch.update(Segments.build(adapters), len(x), fixed_grid)
-        linear.add_delta_(out.clone(), x, batch)
+        run(adapters, out.clone())
     batch.h.fill_(torch.nan)
-    batch.update(Segments.build(request["adapters"]), len(x), fixed_grid)
-    linear.add_delta_(out, x, batch)
+    run(request["adapters"], out)
     return out.numpy()
 
 
