@@ -33,18 +33,19 @@ def new_cache(
     policy: str = "lru",
     core: str = "rust",
     kind: type[UnifiedRadixCache] = AdapterPrefixCache,
+    device: str = "cpu",
 ) -> AdapterPrefixCache:
     """A cache over a pool of ``pool_tokens`` slots, as SGLang's registry builds it.
 
     core  which of upstream's trees: ``rust``, or ``python``, which it falls back to
     kind  may be upstream's own cache
     """
-    arguments = (torch.float32, "cpu", None, False)
+    arguments = (torch.float32, device, None, False)
     if page_size == 1:
         allocator = TokenToKVPoolAllocator(pool_tokens, *arguments)
     else:
         allocator = PagedTokenToKVPoolAllocator(pool_tokens, page_size, *arguments)
-    requests = ReqToTokenPool(size=8, max_context_len=64, device="cpu", enable_memory_saver=False)
+    requests = ReqToTokenPool(size=8, max_context_len=64, device=device, enable_memory_saver=False)
     params = CacheInitParams(
         disable=False,
         req_to_token_pool=requests,

@@ -29,11 +29,18 @@ class TritonAdder(DeltaAdder):
     """
 
     def __init__(
-        self, spec: ModelSpec, pool: AdapterPool, max_rank: int, device: torch.device, overlap: bool = False
+        self,
+        spec: ModelSpec,
+        pool: AdapterPool,
+        max_rank: int,
+        device: torch.device,
+        overlap: bool = False,
+        max_tokens: int = 4096,
     ) -> None:
         """
-        max_rank  largest full LoRA rank that is accepted: it bounds the columns of h
-        overlap   run shrink on a second stream beside the linear's own GEMM
+        max_rank    largest full LoRA rank that is accepted: it bounds the columns of h
+        overlap     run shrink on a second stream beside the linear's own GEMM
+        max_tokens  most tokens of a batch; more are served, but take new memory while serving
         """
         self._spec = spec
         self._pool = pool
@@ -59,7 +66,7 @@ class TritonAdder(DeltaAdder):
             for i, layer in enumerate(spec.layers)
         ]
         self._graphs: dict[BatchKind, Graphs] = {}
-        self._eager = self._new_metadata(4096)
+        self._eager = self._new_metadata(max_tokens)
         self._batch: BatchMetadata | None = None
         self._side = SideStream(device) if overlap else None
 
