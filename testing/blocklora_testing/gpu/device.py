@@ -85,6 +85,10 @@ class VirtualGPU(TorchFunctionMode):
         self._collect()
         return [buffer for _, buffer in self._buffers.values() if buffer.place == "device"]
 
+    def memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Memory whose contents nobody looks at, of any size."""
+        return self._add(torch.empty(shape, dtype=dtype, device="meta"), "device")
+
     def buffer_of(self, tensor: torch.Tensor) -> Buffer | None:
         """The memory of a tensor on the device or in page-locked memory; None for other host memory."""
         known = self._buffers.get(tensor.untyped_storage()._cdata)
