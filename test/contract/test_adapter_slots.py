@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 from blocklora_testing.real_cache import digest, new_cache
@@ -9,6 +12,10 @@ from blocklora_testing.tiers import LAYERS, WIDTH, numbered
 from blocklora_testing.toy import host_only_images
 from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.unified_pool import KVArena, UnifiedPool
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
+    from blocklora_patches.model import lora_manager
 
 POOL_TOKENS = 5000
 KEYS = [f"{number:032d}" for number in range(5)]
@@ -55,3 +62,13 @@ def test_slots_of_an_evicted_adapter_are_let_go() -> None:
     assert set(pool.resident) == set(KEYS[:2])
     pool.cache.reset()
     assert not pool.resident
+
+
+@pytest.mark.parametrize(("chunk", "tokens"), [(2048, 2048), (-1, 16384), (None, 16384)])
+def test_metadata_of_a_batch_are_made_for_the_largest_prefill_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, chunk: int | None, tokens: int
+) -> None:
+    """They used to grow while serving, at the first prefill of more than 4096 tokens."""
+    schedule = SimpleNamespace(chunked_prefill_size=chunk, max_prefill_tokens=16384)
+    monkeypatch.setattr(lora_manager, "get_schedule", lambda: schedule)
+    assert lora_manager.most_prefill_tokens() == tokens

@@ -13,7 +13,7 @@ from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.runner import get_capture_lora_variant, get_is_capture_mode
 from sglang.srt.plugins.hook_registry import HookType
-from sglang.srt.runtime_context import get_flags, get_parallel
+from sglang.srt.runtime_context import get_flags, get_parallel, get_schedule
 from sglang_blocklora.adapters.loading import Found, LocalShard, Report, merge, read_adapter
 from sglang_blocklora.batch.delta_adder import DeltaAdder
 from sglang_blocklora.batch.torch_adder import TorchAdder
@@ -37,6 +37,12 @@ from blocklora_patches.model.linears import adaptable_linears, build_spec
 from blocklora_patches.releases.current import release
 
 logger = logging.getLogger(__name__)
+
+
+def most_prefill_tokens() -> int:
+    """Tokens of the largest prefill batch; without chunked prefill a single longer prompt goes beyond it."""
+    chunk = get_schedule().chunked_prefill_size or 0
+    return chunk if chunk > 0 else int(get_schedule().max_prefill_tokens)
 
 
 class BlockLoRAManager(release.ManagerBase):
@@ -117,7 +123,9 @@ class BlockLoRAManager(release.ManagerBase):
     def _install_step(self, settings: Settings) -> None:
         """Put the batch's deltas behind every linear; the arena exists."""
         if settings.uses_triton(self.device.type == "cuda"):
-            triton = TritonAdder(self._spec, self.pool, self._max_rank, self.device, settings.adapter_overlap)
+            triton = TritonAdder(
+                self._spec, self.pool, self._max_rank, self.device, settings.adapter_overlap, most_prefill_tokens()
+            )
             if self.device.type == "cuda":
                 triton.compile()
             step: DeltaAdder = triton
