@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,6 +68,8 @@ class VirtualGPU(TorchFunctionMode):
             patch.setattr(torch.cuda, "current_stream", lambda device=None: streams.current)
             patch.setattr(torch.cuda, "current_device", lambda: 0)
             patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+            properties = SimpleNamespace(multi_processor_count=132, major=9, minor=0)
+            patch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
             patch.setattr(torch.Tensor, "record_stream", self._record_stream)  # its own takes no stand-in
             yield self
 

@@ -19,6 +19,7 @@ import torch
 from blocklora_kernels import scatter
 from blocklora_kernels.ops import LoraLinear
 from sglang_blocklora.adapters.shard import load_shard
+from sglang_blocklora.batch.delta_adder import BatchKind
 from sglang_blocklora.batch.triton_adder import TritonAdder
 from sglang_blocklora.memory import transfer
 from sglang_blocklora.memory.decisions import DecisionLog
@@ -43,6 +44,7 @@ RANKS = (2, 4, 6)
 MAX_RANK = 8
 MAX_RUNNING = 4
 MAX_TOKENS = 64
+GRAPHS: dict[BatchKind, tuple[int, ...]] = {"decode": (1, 2, MAX_RUNNING), "prefill": (8, 16)}
 REAL = torch._C.DisableTorchFunction  # within it tensors are what they are: memory of the CPU
 
 
@@ -110,9 +112,11 @@ class Serving:
             self.pool.bind_arena(KVArena(kv[:2], kv[2:]), slots)
             self.pool.bind_cache(self.cache)
         self.adder = TritonAdder(self.spec, self.pool, MAX_RANK, CUDA, overlap, MAX_TOKENS)
-        self.adder.init_graphs(MAX_RUNNING)
-        for size in (1, 2, MAX_RUNNING):
-            self.adder.prepare_capture(size)
+        self.adder.compile()
+        for kind, sizes in GRAPHS.items():
+            self.adder.init_graphs(kind, sizes[-1])
+            for size in sizes:
+                self.adder.prepare_capture(kind, size)
         self.tokens = torch.empty(MAX_TOKENS, dtype=torch.int64, device=CUDA)
         self.answers = torch.empty(MAX_TOKENS, dtype=torch.int64, pin_memory=True)
         self.running: list[Request] = []
