@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from sglang_blocklora.adapters.spooled import spooled_hash
 from sglang_blocklora.flags import Flag, check, folder, share
 from sglang_blocklora.memory.eviction import DEFAULT_STRATEGY, STRATEGIES
 from sglang_blocklora.naming.folders import AdapterFolders
@@ -92,6 +93,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             told="none",
         ),
     ] = ()
+    adapter_spool_dir: Annotated[
+        str | None,
+        Flag(
+            help="where adapters that come as tensors are kept while they are loaded, in a folder of the server's own "
+            "(docs/rollouts.md); with several nodes all of them must reach it",
+            metavar="DIR",
+            parse=folder,
+            told="/dev/shm where there is room, else a temporary folder",
+        ),
+    ] = None
+    adapter_spool_gb: Annotated[float, Flag(help="GiB that they may take together", above=0)] = 8.0
+    adapter_trust_pickle: Annotated[
+        bool,
+        Flag(
+            help="read tensors over HTTP in SGLang's serialised form too, which is a pickle: it can run code in the "
+            "server, and a client that may load adapters may send it"
+        ),
+    ] = False
     load_balance_method: Annotated[
         str,
         Flag(
@@ -227,6 +246,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def root_of(self, path: str) -> str | None:
         """The folder that the adapter at ``path`` must not lead out of, links followed; None: it may lie anywhere."""
+        if spooled_hash(Path(path)) is not None:
+            return str(Path(path).parent)
         if self.adapter_root is not None:
             return self.adapter_root
         root = self.adapter_folders.root_of(path)

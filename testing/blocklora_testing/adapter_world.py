@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import warnings
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+
+from sglang_blocklora.adapters.spooled import spooled_hash
 
 from blocklora_testing.http_process import HTTPProcess, Scheduler
 
@@ -18,6 +21,7 @@ class Schedulers(Scheduler):
 
     slow     names whose updates are answered by ``answer`` only
     refused  names whose loads are refused
+    bytes    path -> what stands for the adapter's bytes there, where it is not the path itself
     wrong    what a scheduler must never see
     """
 
@@ -28,6 +32,7 @@ class Schedulers(Scheduler):
         self.asked: list[Any] = []
         self.slow: set[str] = set()
         self.refused: set[str] = set()
+        self.bytes: dict[str, str] = {}
         self.wrong: list[str] = []
 
     def dispatch(self, message: Any) -> None:
@@ -60,7 +65,7 @@ class Schedulers(Scheduler):
         """Do what ``message`` asks and say so."""
         from sglang.srt.managers.io_struct import LoRAUpdateOutput
 
-        success, name = True, message.lora_name
+        success, name, loaded = True, message.lora_name, None
         if type(message).__name__ == "UnloadLoRAAdapterReqInput":
             if message.lora_id in (request.lora_id for request in self.running.values()):
                 self.wrong.append(f"unload of {name}, which a request uses")
@@ -69,9 +74,15 @@ class Schedulers(Scheduler):
             success = False
         else:
             self.adapters[message.lora_id] = name
+            loaded = {message.lora_id: self.hash(message.lora_path)}
         error = None if success else f"adapter {name!r}: broken"
-        answer = LoRAUpdateOutput(success=success, error_message=error, rid=message.rid)
+        answer = LoRAUpdateOutput(success=success, error_message=error, rid=message.rid, loaded_adapters=loaded)
         self._later(self._manager._result_dispatcher, answer)
+
+    def hash(self, path: str) -> str:
+        """What stands for the content hash of the adapter at ``path``."""
+        spooled = spooled_hash(Path(path))
+        return spooled or hashlib.sha256(self.bytes.get(path, path).encode()).hexdigest()
 
     def end(self, rid: str) -> None:
         """The request has its answer."""

@@ -55,6 +55,17 @@ def check(request: Any) -> None:
         raise NotAllowed(reason)
 
 
+def check_bringing(request: Any) -> None:
+    """``check`` for one who brings an adapter along: folders that loads are confined to do not confine that."""
+    check(request)
+    settings, serving = Settings.active(), get_serving()
+    if request is not None and settings is not None and not _is_protected(settings, serving):
+        raise NotAllowed(
+            f"Loading adapters from tensors is closed: the server listens on {serving.host}, where others reach it, "
+            "and nobody needs a key. Start it with --admin-api-key, --api-key or --adapter-loading-without-key."
+        )
+
+
 async def allowed_path(request: Any, path: str) -> str:
     """Where to load ``path`` from. Raises ``NotAllowed`` where the client may not load it.
 

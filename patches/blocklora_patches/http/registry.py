@@ -67,6 +67,10 @@ class RequestsInFlight:
 class AdapterRegistry(LoRARegistry):
     """SGLang's ids of adapters by name, without a pause between looking one up and the request's bearing it."""
 
+    def add(self, ref: LoRARef) -> None:
+        """Give a loaded adapter its name, at once: nothing is awaited."""
+        self._register_adapter(ref)
+
     def remove(self, ref: LoRARef) -> None:
         """Take the name of a loaded adapter away, at once: nothing is awaited."""
         del self._registry[ref.lora_name]

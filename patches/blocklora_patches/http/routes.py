@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from typing import Any
@@ -11,7 +12,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 from sglang.srt.entrypoints import http_server
 from sglang.srt.entrypoints.openai.protocol import ModelCard
-from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput
+from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_observability
 from sglang.srt.utils.auth import AuthLevel, auth_level
@@ -25,10 +26,11 @@ from sglang_blocklora.reporting.facts import (
     page,
     slots_told,
 )
+from starlette.requests import ClientDisconnect
 from starlette.routing import Mount
 
 from blocklora_patches.hooks.hook import Hook, Process
-from blocklora_patches.http import model_names, permission, server_info
+from blocklora_patches.http import model_names, permission, server_info, tensors, versions
 from blocklora_patches.http.adapters import NotLoaded, PinRefused, adapters_of
 from blocklora_patches.http.endpoints import replace
 from blocklora_patches.http.facts import facts_of
@@ -72,7 +74,8 @@ class AdapterRoutes:
         loaded = loaded_adapters(self._manager)  # asked last: adapters come and go while folders are looked into
         known = [(name, ref.lora_path, ref.lora_id, bool(ref.pinned)) for name, ref in loaded.items()]
         known += [(name, str(path), None, False) for name, path in folders.items() if name not in loaded]
-        return merge_facts(facts, known, adapters_of(self._manager).errors)
+        adapters = adapters_of(self._manager)
+        return merge_facts(facts, known, adapters.errors, adapters.draining)
 
     async def list_adapters(self, limit: int = Query(100, ge=1, le=MAX_PAGE), after: str | None = None) -> Response:
         """Adapters by name, and who has the slots; ``after`` is the ``last_id`` of the page before."""
@@ -109,20 +112,45 @@ class AdapterRoutes:
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def load(self, body: LoadRequest, client: Request) -> Response:
-        if body.load_inplace:
-            return _error(
-                "load_inplace is not served: a load that fails would leave no adapter. Unload it first.",
-                400,
-                "load_inplace",
-            )
-        request = LoadLoRAAdapterReqInput(lora_name=body.lora_name, lora_path=body.lora_path, pinned=body.pinned)
+        self._manager.auto_create_handle_loop()
         try:
-            result = await self._manager.load_lora_adapter(request, client)
+            path = await permission.allowed_path(client, body.lora_path)
         except permission.NotAllowed as error:
             return _error(error.detail, 403)
+        result = await adapters_of(self._manager).load(body.lora_name, path, body.pinned, update=body.load_inplace)
         if not result.success:
             return _error(result.error_message, 400)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def put(self, name: str, client: Request, pinned: bool = False) -> Response:
+        """Load or update an adapter from a body of safetensors bytes, whose metadata hold its config."""
+        self._manager.auto_create_handle_loop()
+        adapters = adapters_of(self._manager)
+        try:
+            permission.check_bringing(client)
+            result = await tensors.receive(adapters, name, client.stream(), None, pinned, True)
+        except permission.NotAllowed as error:
+            return _error(error.detail, 403)
+        except ClientDisconnect:
+            return _error(f"adapter {name!r}: its client went away half-way.", 400)
+        if not result.success:
+            return _error(result.error_message, 400)
+        return JSONResponse({"name": name, versions.FIELD: adapters.version_of_name(name)})
+
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def load_from_tensors(self, client: Request) -> Any:
+        """SGLang's endpoint, with safetensors bytes in the place of its pickle."""
+        self._manager.auto_create_handle_loop()
+        permission.check_bringing(client)
+        try:
+            body = await asyncio.to_thread(tensors.decode, await tensors.body(client))
+            weights = await asyncio.to_thread(tensors.from_upstream, body, trusted=False)
+        except tensors.NotTaken as error:
+            result = LoRAUpdateOutput(success=False, error_message=str(error))
+        else:
+            result = await tensors.load(adapters_of(self._manager), weights)
+        return JSONResponse(http_server.msgspec_to_builtins(result), status_code=200 if result.success else 400)
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def unload(self, body: UnloadRequest, client: Request) -> Response:
@@ -158,9 +186,11 @@ class AdapterRoutes:
     def add_to(self, app: FastAPI) -> None:
         replace(app, http_server.available_models, self.list_models)
         replace(app, http_server.retrieve_model, self.show_model)
+        replace(app, http_server.load_lora_adapter_from_tensors, self.load_from_tensors)
         app.add_api_route("/adapters", self.list_adapters, methods=["GET"])
         app.add_api_route("/adapters/{name:path}/pin", self.pin, methods=["POST"])
         app.add_api_route("/adapters/{name:path}/unpin", self.unpin, methods=["POST"])
+        app.add_api_route("/adapters/{name:path}", self.put, methods=["PUT"])
         app.add_api_route("/v1/load_lora_adapter", self.load, methods=["POST"])
         app.add_api_route("/v1/unload_lora_adapter", self.unload, methods=["POST"])
 
@@ -171,6 +201,7 @@ def add_to(app: FastAPI, tokenizer_manager: Any) -> None:
     OllamaRoutes(tokenizer_manager).add_to(app)
     AdapterRoutes(tokenizer_manager).add_to(app)
     server_info.add_to(app)
+    versions.add_to(app)
 
 
 def _setup_and_run_http_server(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:

@@ -23,7 +23,7 @@ from sglang_blocklora.requests.values import BadRequest
 from sglang_blocklora.settings import Settings
 
 from blocklora_patches.hooks.hook import Hook, Process
-from blocklora_patches.http import aborts, door, load_on_use, metrics, permission, replicas
+from blocklora_patches.http import aborts, door, load_on_use, metrics, permission, replicas, tensors, versions
 from blocklora_patches.http.adapters import Adapters, NotLoaded
 from blocklora_patches.http.registry import AdapterRegistry
 from blocklora_patches.http.updates import AdapterUpdates
@@ -64,6 +64,7 @@ class AdapterTokenizerManager(TokenizerManager):
         if hasattr(state, "blocklora_adapter"):  # of the route's model (model_names.py)
             obj.lora_path = state.blocklora_adapter
         obj.is_single = True  # read when a stream has ended, also one that is refused here
+        obj.blocklora_client = request
         aborts.note(obj)
         door.check_as_written(obj)
         try:
@@ -105,6 +106,20 @@ class AdapterTokenizerManager(TokenizerManager):
             await load_on_use.load_missing(self, names)
             # Without a pause in which one could go again, upstream takes the ids down.
             await super()._resolve_lora_path(obj)
+
+    async def _validate_and_resolve_lora(self, obj: Any) -> None:
+        """Upstream's requests take whatever has the adapter's name."""
+        await super()._validate_and_resolve_lora(obj)
+        ids = obj.lora_id if isinstance(obj.lora_id, list) else [obj.lora_id]
+        hashes = await self.blocklora_adapters.hashes_of(ids)
+        if obj.blocklora_client is not None:
+            versions.decided(obj.blocklora_client, hashes)
+
+    def _wait_one_response(self, obj: Any, request: Any = None) -> AsyncIterator[Any]:
+        """Upstream's answers do not tell which contents of an adapter gave them."""
+        answers = super()._wait_one_response(obj, request)
+        content_hash = self.blocklora_adapters.hash_of(obj.lora_id)
+        return answers if content_hash is None else versions.told(answers, content_hash)
 
     def _create_tokenized_object(self, obj: Any, input_text: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """A value of another type than the scheduler declares is found out in the middle of everybody's batch."""
@@ -152,13 +167,10 @@ class AdapterTokenizerManager(TokenizerManager):
         return await self.blocklora_adapters.load(obj.lora_name, path, bool(obj.pinned))
 
     async def load_lora_adapter_from_tensors(self, obj: Any, request: Any = None) -> LoRAUpdateOutput:
-        """Not served."""
-        permission.check(request)
-        message = (
-            f"adapter {obj.lora_name!r}: loading from tensors is not served, because every TP rank would receive all "
-            "bytes of the adapter. Save it as a PEFT folder and use /load_lora_adapter."
-        )
-        return LoRAUpdateOutput(success=False, error_message=message)
+        """Upstream gives every TP rank all tensors, out of a pickle, and cannot read them again once they went."""
+        self.auto_create_handle_loop()
+        permission.check_bringing(request)
+        return await tensors.load(self.blocklora_adapters, tensors.from_upstream(obj, trusted=request is None))
 
     async def unload_lora_adapter(self, obj: Any, request: Any = None) -> LoRAUpdateOutput:
         """Upstream holds up every other load and unload until the last request of the adapter has ended, loads it again

@@ -158,6 +158,7 @@ class BlockLoRAManager(release.ManagerBase):
     def end_load(self, decision: Decision) -> tuple[Any, LoRAUpdateOutput] | None:
         """Take an adapter that all TP ranks have read, or refuse it on all of them; the request and what to answer.
 
+        The answer's ``loaded_adapters`` is the content hash by ``lora_id``.
         None where the read was not a load's, but brought a loaded adapter's image back.
         """
         if self.pool.images.arrived(decision):
@@ -194,7 +195,7 @@ class BlockLoRAManager(release.ManagerBase):
         )
         self.pool.add(ref.lora_id, adapter, local.image)
         self.lora_refs[ref.lora_id] = ref
-        return self.create_lora_update_result(success=True)
+        return LoRAUpdateOutput(success=True, loaded_adapters={ref.lora_id: agreed.content_hash})
 
     def _load_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
         """Upstream's load waits for the files; ``scheduler.adapter_updates`` calls ``begin_load`` in its place."""
@@ -212,11 +213,8 @@ class BlockLoRAManager(release.ManagerBase):
     def load_lora_adapter_from_tensors(
         self, lora_ref: LoRARef, tensors: Any, config_dict: Any, added_tokens_config: Any = None
     ) -> LoRAUpdateOutput:
-        """Refused: every TP rank would receive all bytes of the adapter."""
-        return self._refuse(
-            f"adapter {lora_ref.lora_name!r}: loading from tensors is not served. Save it as a PEFT folder and use "
-            "/load_lora_adapter."
-        )
+        """Upstream sends every rank all tensors; the HTTP process keeps them as a folder, which is loaded."""
+        raise NotImplementedError("adapters are loaded with begin_load and end_load")
 
     def _unload_lora_adapter(self, lora_ref: LoRARef) -> LoRAUpdateOutput:
         if lora_ref.lora_id in self.pool.loaded:

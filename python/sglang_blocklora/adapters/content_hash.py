@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from sglang_blocklora.adapters.checkpoint import WEIGHTS_NAME
 from sglang_blocklora.adapters.config import CONFIG_NAME
 
+VERSION_DIGITS = 16
+
 
 def content_hash(folder: Path) -> str:
     """sha256 (hex) over the lengths and bytes of config and weights; reads both files in pieces. Raises ``OSError``."""
-    digest = hashlib.sha256()
+    files = []
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         path = folder / name
-        digest.update(path.stat().st_size.to_bytes(8, "little"))
         with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            files.append((path.stat().st_size, hashlib.file_digest(file, "sha256").digest()))
+    return combined(files)
+
+
+def combined(files: Iterable[tuple[int, bytes]]) -> str:
+    """The content hash of config and weights, given bytes and sha256 of each."""
+    digest = hashlib.sha256()
+    for size_bytes, sha256 in files:
+        digest.update(size_bytes.to_bytes(8, "little"))
+        digest.update(sha256)
     return digest.hexdigest()
+
+
+def version(content_hash: str) -> str:
+    """What answers call contents: the first digits of their hash."""
+    return content_hash[:VERSION_DIGITS]
 
 
 def file_versions(folder: Path) -> tuple[tuple[int, int, int], ...]:

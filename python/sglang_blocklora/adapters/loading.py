@@ -15,6 +15,7 @@ from sglang_blocklora.adapters.content_hash import content_hash, file_versions
 from sglang_blocklora.adapters.errors import AdapterError, brief
 from sglang_blocklora.adapters.files import unreadable
 from sglang_blocklora.adapters.shard import AdapterShard, load_shard
+from sglang_blocklora.adapters.spooled import spooled_hash
 from sglang_blocklora.sharding.linears import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def read_adapter(
         folder = _checked_folder(name, path, root)
         versions = file_versions(folder)
         shard, image = load_shard(name, folder, spec, max_rank, pin_memory=pin_memory, known=not hash_contents)
-        contents = content_hash(folder) if hash_contents else ""
+        contents = (spooled_hash(folder) or content_hash(folder)) if hash_contents else ""
         if file_versions(folder) != versions:
             raise _changed(name, path)
         local = LocalShard(shard=shard, image=image, image_digest=_digest(image))

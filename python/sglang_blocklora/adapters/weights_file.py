@@ -41,8 +41,10 @@ class _Entry(msgspec.Struct):
 
 
 class WeightsFile:
-    """``tensors`` by name, from the header. Raises ``OSError`` for what cannot be read, ``ValueError`` for what is no
-    safetensors file or not a whole one; safetensors itself takes no more. Holds a file descriptor until ``close``.
+    """``tensors`` by name and ``metadata``, from the header. Holds a file descriptor until ``close``.
+
+    Raises ``OSError`` for what cannot be read, ``ValueError`` for what is no safetensors file or not a whole one;
+    safetensors itself takes no more.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,7 +64,8 @@ class WeightsFile:
             raise ValueError(f"a header of {length} bytes in a file of {file_bytes}")
         try:
             entries = msgspec.json.decode(self._read_bytes(LENGTH_BYTES, length), type=dict[str, msgspec.Raw])
-            entries.pop("__metadata__", None)
+            metadata = entries.pop("__metadata__", msgspec.Raw(b"{}"))
+            self.metadata = msgspec.json.decode(metadata, type=dict[str, str])
             header = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in entries.items()}
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"the header cannot be understood ({error})") from error

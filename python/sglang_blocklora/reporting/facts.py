@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
+from sglang_blocklora.adapters.content_hash import version
 from sglang_blocklora.memory.counts import AdapterCount
 from sglang_blocklora.memory.pool import AdapterPool
 
@@ -23,12 +24,22 @@ class Requests(msgspec.Struct, kw_only=True, frozen=True):
     waiting: int = 0
 
 
+class Draining(msgspec.Struct, kw_only=True, frozen=True):
+    """An earlier version of a name, which the last of its requests still have."""
+
+    version: str
+    lora_id: str
+    running: int
+    waiting: int
+
+
 class AdapterFacts(msgspec.Struct, kw_only=True, frozen=True):
     """One adapter, as ``GET /adapters`` shows it. Two may have one name while the older one's last requests run.
 
     lora_id            what it is known by; None before its first load
     tier               "resident" (in the arena), "host" (in host memory) or "disk" (read when asked for)
     bytes_per_tp_rank  rows of the arena on every TP rank, padding included
+    draining           in the HTTP process: versions of the name that were current before
     """
 
     name: str
@@ -43,7 +54,13 @@ class AdapterFacts(msgspec.Struct, kw_only=True, frozen=True):
     bytes_per_tp_rank: int | None = None
     requests: Requests = Requests()
     counts: AdapterCount = msgspec.field(default_factory=AdapterCount)
+    draining: list[Draining] = []
     last_error: str | None = None
+
+    @property
+    def version(self) -> str | None:
+        """What answers call its contents."""
+        return self.content_hash and version(self.content_hash)
 
 
 class OwnedSlots(msgspec.Struct, kw_only=True, frozen=True):
@@ -163,20 +180,36 @@ def added(one: Any, other: Any) -> Any:
 
 
 def merge_facts(
-    facts: Facts, known: Iterable[tuple[str, str | None, str | None, bool]], errors: Mapping[str, str]
+    facts: Facts,
+    known: Iterable[tuple[str, str | None, str | None, bool]],
+    errors: Mapping[str, str],
+    draining: Collection[str] = (),
 ) -> list[AdapterFacts]:
     """All adapters that a request can name, by name.
 
-    known   (name, path, lora_id, pinned) of every adapter known to the HTTP process; those that the scheduler has not
+    known     (name, path, lora_id, pinned) of every adapter known to the HTTP process; those that the scheduler has not
             loaded are loaded when a request names them
-    errors  name -> what last went wrong with it in the HTTP process
+    errors    name -> what last went wrong with it in the HTTP process
+    draining  lora_ids whose name is gone or another's; those of names that are known are told
     """
+    earlier: dict[str, list[Draining]] = {}
+    for one in facts.adapters:
+        if one.lora_id is not None and one.lora_id in draining and one.version is not None:
+            earlier.setdefault(one.name, []).append(
+                Draining(
+                    version=one.version,
+                    lora_id=one.lora_id,
+                    running=one.requests.running,
+                    waiting=one.requests.waiting,
+                )
+            )
     loaded = {one.lora_id: one for one in facts.adapters}
     found = []
     for name, path, lora_id, pinned in sorted(known, key=lambda one: one[0]):
         there = loaded.get(lora_id) if lora_id else None
         one = there or AdapterFacts(name=name, path=path, lora_id=lora_id, pinned=pinned, tier="disk")
-        found.append(msgspec.structs.replace(one, last_error=one.last_error or errors.get(name)))
+        last_error = one.last_error or errors.get(name)
+        found.append(msgspec.structs.replace(one, last_error=last_error, draining=earlier.get(name, [])))
     return found
 
 
@@ -194,7 +227,7 @@ def page(adapters: Sequence[AdapterFacts], limit: int, after: str | None) -> dic
 
 
 def _flat(adapter: AdapterFacts) -> dict[str, Any]:
-    told: dict[str, Any] = msgspec.to_builtins(adapter)
+    told: dict[str, Any] = msgspec.to_builtins(adapter) | {"version": adapter.version}
     for part in ("requests", "counts"):
         told.update(told.pop(part))
     return told
