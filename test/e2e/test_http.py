@@ -130,7 +130,7 @@ def test_an_adapter_can_be_unloaded_whatever_its_requests_came_to(server: Server
         ({"lora_name": "x", "lora_path": "/nowhere"}, "no folder"),
         ({"lora_name": "", "lora_path": "/nowhere"}, "a name that is empty"),
         ({"lora_name": "x", "lora_path": ""}, "is no path"),
-        ({"lora_name": "x", "lora_path": "/nowhere", "load_inplace": True}, "load_inplace"),
+        ({"lora_name": "x", "lora_path": "/nowhere", "load_inplace": True}, "/nowhere"),
     ],
 )
 def test_refused_loads_have_openai_error_bodies_and_take_nothing(server: Server, body: dict, message: str) -> None:

@@ -75,6 +75,7 @@ class Adapters:
         self.draining: dict[str, LoRARef] = {}
         self._hashes: dict[str, str] = {}  # lora_id -> content hash
         # Content hashes of --lora-paths are the schedulers' to tell.
+        self._asking = SingleFlight()
         self._untold = {ref.lora_id for ref in self.loaded.values()}
         settings = Settings.active() or DEFAULTS
         where = settings.adapter_spool_dir
@@ -88,12 +89,14 @@ class Adapters:
     async def hashes_of(self, lora_ids: Collection[str | None]) -> list[str | None]:
         """Content hash of each adapter that is loaded, None for the base model's requests."""
         if not self._untold.isdisjoint(lora_ids):
-            told = await facts_of(self._manager).now()
-            for one in told.adapters:
-                if one.lora_id in self._untold and one.content_hash is not None:
-                    self._hashes[one.lora_id] = one.content_hash
-            self._untold.difference_update(lora_ids)
+            await self._asking.run("hashes", self._ask_for_hashes)
         return [self.hash_of(lora_id) for lora_id in lora_ids]
+
+    async def _ask_for_hashes(self) -> None:
+        told = await facts_of(self._manager).now()
+        known = {one.lora_id: one.content_hash for one in told.adapters if one.lora_id in self._untold}
+        self._hashes.update(known)
+        self._untold.clear()
 
     def hash_of(self, lora_id: str | None) -> str | None:
         """``hashes_of`` one whose hash was asked for or told before."""

@@ -117,9 +117,11 @@ class AdapterRoutes:
             path = await permission.allowed_path(client, body.lora_path)
         except permission.NotAllowed as error:
             return _error(error.detail, 403)
-        result = await adapters_of(self._manager).load(body.lora_name, path, body.pinned, update=body.load_inplace)
+        adapters = adapters_of(self._manager)
+        result = await adapters.load(body.lora_name, path, body.pinned, update=body.load_inplace)
         if not result.success:
             return _error(result.error_message, 400)
+        versions.note(client, adapters.version_of_name(body.lora_name))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
@@ -136,7 +138,9 @@ class AdapterRoutes:
             return _error(f"adapter {name!r}: its client went away half-way.", 400)
         if not result.success:
             return _error(result.error_message, 400)
-        return JSONResponse({"name": name, versions.FIELD: adapters.version_of_name(name)})
+        version = adapters.version_of_name(name)
+        versions.note(client, version)
+        return JSONResponse({"name": name, versions.FIELD: version})
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def load_from_tensors(self, client: Request) -> Any:
@@ -144,12 +148,14 @@ class AdapterRoutes:
         self._manager.auto_create_handle_loop()
         permission.check_bringing(client)
         try:
-            body = await asyncio.to_thread(tensors.decode, await tensors.body(client))
+            body = await asyncio.to_thread(tensors.decode, await tensors.read_body(client))
             weights = await asyncio.to_thread(tensors.from_upstream, body, trusted=False)
         except tensors.NotTaken as error:
             result = LoRAUpdateOutput(success=False, error_message=str(error))
         else:
-            result = await tensors.load(adapters_of(self._manager), weights)
+            adapters = adapters_of(self._manager)
+            result = await tensors.load(adapters, weights)
+            versions.note(client, adapters.version_of_name(weights.name))
         return JSONResponse(http_server.msgspec_to_builtins(result), status_code=200 if result.success else 400)
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)

@@ -78,7 +78,7 @@ class Weights(msgspec.Struct, kw_only=True):
     update: bool
 
 
-async def body(client: Any) -> bytes:
+async def read_body(client: Any) -> bytes:
     """A request's body. Raises ``NotTaken`` where it is longer than any adapter that could be kept."""
     limit = int(Settings.required().adapter_spool_gb * 2**30 * 2)  # base64 takes four bytes for three
     pieces, size = [], 0

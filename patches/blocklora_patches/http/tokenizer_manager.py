@@ -13,7 +13,7 @@ from contextlib import aclosing
 from typing import Any
 
 from sglang.srt.entrypoints.openai.protocol import DEFAULT_MODEL_NAME
-from sglang.srt.managers.io_struct import LoRAUpdateOutput
+from sglang.srt.managers.io_struct import ContinueGenerationReqInput, LoRAUpdateOutput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_lora, get_parallel
@@ -157,6 +157,14 @@ class AdapterTokenizerManager(TokenizerManager):
         for part in aborts.end(rid, self.rid_to_state):
             super().abort_request(part)
 
+    async def pause_generation(self, obj: Any) -> None:
+        """Upstream waits for the requests that it aborts, also while schedulers are paused and end none, and holds what
+        a continue needs meanwhile."""
+        if obj.mode == "abort" and self.is_pause:
+            async with self.is_pause_cond:
+                await self._async_dispatch_to_scheduler(ContinueGenerationReqInput())
+        await super().pause_generation(obj)
+
     # Adapters.
 
     async def load_lora_adapter(self, obj: Any, request: Any = None) -> LoRAUpdateOutput:
@@ -170,7 +178,11 @@ class AdapterTokenizerManager(TokenizerManager):
         """Upstream gives every TP rank all tensors, out of a pickle, and cannot read them again once they went."""
         self.auto_create_handle_loop()
         permission.check_bringing(request)
-        return await tensors.load(self.blocklora_adapters, tensors.from_upstream(obj, trusted=request is None))
+        try:
+            weights = tensors.from_upstream(obj, trusted=request is None)
+        except tensors.NotTaken as error:
+            return LoRAUpdateOutput(success=False, error_message=str(error))
+        return await tensors.load(self.blocklora_adapters, weights)
 
     async def unload_lora_adapter(self, obj: Any, request: Any = None) -> LoRAUpdateOutput:
         """Upstream holds up every other load and unload until the last request of the adapter has ended, loads it again

@@ -45,6 +45,11 @@ def decided(request: Any, hashes: Sequence[str | None]) -> None:
     request.state.blocklora_versions = list(dict.fromkeys(version(one) for one in hashes if one is not None))
 
 
+def note(request: Any, loaded: str | None) -> None:
+    """Have the answer to a load carry the version that was loaded."""
+    request.state.blocklora_versions = [] if loaded is None else [loaded]
+
+
 async def told(answers: AsyncIterator[Any], content_hash: str) -> AsyncIterator[Any]:
     """``answers`` of one prompt, each with the version that gave it."""
     async with aclosing(answers):  # type: ignore[type-var]

@@ -57,11 +57,6 @@ class AdapterFacts(msgspec.Struct, kw_only=True, frozen=True):
     draining: list[Draining] = []
     last_error: str | None = None
 
-    @property
-    def version(self) -> str | None:
-        """What answers call its contents."""
-        return self.content_hash and version(self.content_hash)
-
 
 class OwnedSlots(msgspec.Struct, kw_only=True, frozen=True):
     """Slots that hold an owner's weights, and those that hold its cached KV."""
@@ -194,10 +189,10 @@ def merge_facts(
     """
     earlier: dict[str, list[Draining]] = {}
     for one in facts.adapters:
-        if one.lora_id is not None and one.lora_id in draining and one.version is not None:
+        if one.lora_id is not None and one.lora_id in draining and one.content_hash is not None:
             earlier.setdefault(one.name, []).append(
                 Draining(
-                    version=one.version,
+                    version=version(one.content_hash),
                     lora_id=one.lora_id,
                     running=one.requests.running,
                     waiting=one.requests.waiting,
@@ -227,7 +222,8 @@ def page(adapters: Sequence[AdapterFacts], limit: int, after: str | None) -> dic
 
 
 def _flat(adapter: AdapterFacts) -> dict[str, Any]:
-    told: dict[str, Any] = msgspec.to_builtins(adapter) | {"version": adapter.version}
+    told: dict[str, Any] = msgspec.to_builtins(adapter)
+    told["version"] = adapter.content_hash and version(adapter.content_hash)
     for part in ("requests", "counts"):
         told.update(told.pop(part))
     return told

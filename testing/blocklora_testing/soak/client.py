@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 
+VERSION = "X-Adapter-Version"
 ADMIN_KEY = "the-key-of-the-operator"
 
 
@@ -18,12 +19,13 @@ class NoAnswer(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """status, decoded body, and when the request was sent and answered (``time.monotonic``)."""
+    """status, decoded body, and when the request was sent and answered (``time.monotonic``); the header of versions."""
 
     status: int
     body: Any
     begin: float
     end: float
+    version: str | None = None
 
 
 class Client:
@@ -43,15 +45,22 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def call(self, path: str, body: Any = None, *, admin: bool = False, method: str = "POST") -> Answer:
-        """Send ``body`` as JSON, or as it is where it is bytes. ``NoAnswer`` where none comes in time, or at all."""
+    async def call(
+        self, path: str, body: Any = None, *, admin: bool = False, method: str = "POST", version: str | None = None
+    ) -> Answer:
+        """Send ``body`` as JSON, or as it is where it is bytes. ``NoAnswer`` where none comes in time, or at all.
+
+        version  of the adapter that is demanded
+        """
         begin = time.monotonic()
-        headers = _headers(admin)
+        headers = _headers(admin) | ({VERSION: version} if version is not None else {})
         data = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else None
         try:
             async with self._session.request(method, self._url + path, data=data, headers=headers) as answer:
                 text = await answer.read()
-                return Answer(status=answer.status, body=_decoded(text), begin=begin, end=time.monotonic())
+                told = answer.headers.get(VERSION)
+                end = time.monotonic()
+                return Answer(status=answer.status, body=_decoded(text), begin=begin, end=end, version=told)
         except TimeoutError as error:
             raise NoAnswer(f"{method} {path} {data!r:.300}: hung for {self._deadline:g} s") from error
         except aiohttp.ClientError as error:
