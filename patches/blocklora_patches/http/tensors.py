@@ -195,9 +195,11 @@ def _only(name: str, payloads: Sequence[bytes]) -> bytes:
 
 
 def _unpickled(name: str, payloads: Sequence[bytes], load_format: str | None) -> dict[str, torch.Tensor]:
-    """The tensors of SGLang's serialised form: the copy that is meant for TP rank 0, which all are equal to."""
+    """The tensors of SGLang's serialised form. Each TP rank's copy is opened, as its sender waits for that; all are
+    equal.
+    """
     try:
-        found = MultiprocessingSerializer.deserialize(payloads[0])
+        found, *_ = [MultiprocessingSerializer.deserialize(payload) for payload in payloads]
         if load_format == BUCKET:
             bucket = FlattenedTensorBucket(flattened_tensor=found["flattened_tensor"], metadata=found["metadata"])
             found = dict(bucket.reconstruct_tensors())

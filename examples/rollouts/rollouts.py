@@ -1,0 +1,131 @@
+"""``make rollouts``: reinforcement learning against a server that has the adapters under training.
+
+Four variants of SmolLM2 learn at once, each an adapter with a reward of its own. For each: sample from the server,
+several answers to a prompt; one step of the policy gradient with PEFT; send the new weights; sample again. While one
+trains, the others sample. Every request demands the version that was sent last, so that no sample is off policy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import httpx
+from blocklora_testing import smollm2
+from blocklora_testing.server import ServerFailed, running
+from policy import Policies, Sample
+from rewards import PROMPTS, REWARDS
+from rich.console import Console
+from rich.live import Live
+from view import Progress, plot, table
+
+SEED = 0
+PROMPTS_PER_STEP = 4
+ANSWERS_PER_PROMPT = 8
+ANSWER_TOKENS = 16
+
+
+class Trainer:
+    """Samples from ``server``, and trains ``policies``."""
+
+    def __init__(self, policies: Policies, server: httpx.Client, steps: int, seed: int) -> None:
+        self._policies, self._server, self._steps = policies, server, steps
+        self._random = random.Random(seed)
+        self.variants = {name: Progress(name) for name in REWARDS}
+
+    def push(self, name: str) -> None:
+        """Give the server the weights that a variant has now."""
+        began = time.monotonic()
+        answer = self._server.put(f"/adapters/{name}", content=self._policies.weights(name))
+        if answer.status_code != 200:
+            raise ServerFailed(answer.json()["error"]["message"])
+        self.variants[name].version = answer.json()["adapter_version"]
+        self.variants[name].update_s = time.monotonic() - began
+
+    def sample(self, name: str, questions: Sequence[str]) -> list[list[Sample]]:
+        """Answers to each question, all of the version that was sent last."""
+        began, variant = time.monotonic(), self.variants[name]
+        prompts = [self._policies.prompt(question) for question in questions]
+        answer = self._server.post(
+            "/generate",
+            headers={"X-Adapter-Version": variant.version},
+            json={
+                "input_ids": prompts,
+                "lora_path": [name] * len(prompts),
+                "sampling_params": {"temperature": 1.0, "max_new_tokens": ANSWER_TOKENS, "n": ANSWERS_PER_PROMPT},
+            },
+        )
+        if answer.status_code != 200:
+            raise ServerFailed(f"{name}: {answer.text}")
+        found = answer.json()
+        groups = [
+            [
+                Sample(prompt, one["output_ids"], one["text"], REWARDS[name](one["text"]))
+                for one in found[i * ANSWERS_PER_PROMPT : (i + 1) * ANSWERS_PER_PROMPT]
+            ]
+            for i, prompt in enumerate(prompts)
+        ]
+        variant.sample_s = time.monotonic() - began
+        return groups
+
+    def learn(self, name: str, groups: Sequence[Sequence[Sample]]) -> None:
+        """Note what the samples are worth, and improve the variant by them."""
+        began, variant = time.monotonic(), self.variants[name]
+        samples = [sample for group in groups for sample in group]
+        variant.rewards.append(sum(sample.reward for sample in samples) / len(samples))
+        variant.text = max(samples, key=lambda sample: sample.reward).text.replace("\n", " ")
+        self._policies.improve(name, groups)
+        variant.train_s = time.monotonic() - began
+
+    def run(self, show: Live) -> None:
+        """All steps of all variants."""
+        for name in self.variants:
+            self.push(name)
+        with ThreadPoolExecutor(len(self.variants)) as pool:
+
+            def ask(name: str) -> Future[list[list[Sample]]]:
+                return pool.submit(self.sample, name, self._random.sample(PROMPTS, PROMPTS_PER_STEP))
+
+            sampling = {ask(name): name for name in self.variants}
+            while sampling:
+                done = next(iter(wait(sampling, return_when=FIRST_COMPLETED).done))
+                name = sampling.pop(done)
+                self.learn(name, done.result())
+                self.push(name)
+                show.update(table(list(self.variants.values()), self._steps))
+                if len(self.variants[name].rewards) < self._steps:
+                    sampling[ask(name)] = name
+
+
+def main() -> None:
+    """Start the server, train, and leave a plot."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20, help="updates of each variant (default: %(default)s)")
+    parser.add_argument("--tp", type=int, default=2, help="TP size of the server (default: %(default)s)")
+    parser.add_argument(
+        "--plot", type=Path, default=Path("rollouts.png"), help="where the plot goes (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=SEED)
+    arguments = parser.parse_args()
+    console = Console()
+    console.print("building SmolLM2 and four adapters")
+    policies = Policies(list(REWARDS))
+    model = smollm2.build()
+    flags = ["--tp", str(arguments.tp), "--served-model-name", "smollm2", "--context-length", "2048"]
+    flags += ["--max-total-tokens", "16384", "--random-seed", str(arguments.seed)]
+    console.print(f"starting a server at TP {arguments.tp}")
+    with running(model, *flags, log=model.parent / "rollouts.log") as server:
+        client = httpx.Client(base_url=server.url, timeout=300, trust_env=False)
+        with client, Live(console=console, refresh_per_second=4) as show:
+            trainer = Trainer(policies, client, arguments.steps, arguments.seed)
+            trainer.run(show)
+    plot(list(trainer.variants.values()), arguments.plot)
+    console.print(f"the rewards of all steps: {arguments.plot}")
+
+
+if __name__ == "__main__":
+    main()
