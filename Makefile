@@ -9,7 +9,7 @@ VENV := .venv-$(SGLANG)
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo serve test test-release test-all contract research-test soak fuzz lint bench bench-report bench-gpu clean
+.PHONY: demo serve test test-release test-all contract research-test soak rollouts rollouts-test fuzz lint bench bench-report bench-gpu clean
 
 demo: $(VENV)/.demo  ## start a server at TP 2, ask base and every adapter the same question, stop it
 	$(BIN)/python examples/demo/demo.py
@@ -29,6 +29,12 @@ test-all: $(VENV)/.installed  ## the whole matrix too (about an hour on 2 cores)
 
 soak: $(VENV)/.installed  ## 10 minutes of everything at once on a server at TP 2, every answer checked; SEED=1 for another
 	$(BIN)/python -m blocklora_testing.soak --seed $(SEED)
+
+rollouts: $(VENV)/.bench  ## four variants of SmolLM2 learn by the policy gradient against one server: about 10 minutes
+	$(BIN)/python examples/rollouts/rollouts.py
+
+rollouts-test: $(VENV)/.installed  ## 1,000 updates of four adapters under constant load at TP 2, every answer checked
+	$(BIN)/python -m blocklora_testing.rollouts --seed $(SEED)
 
 fuzz: $(VENV)/.installed  ## a million random inputs to the checks, ten thousand to a server at TP 2; SEED=1 for others
 	$(BIN)/python -m blocklora_testing.fuzz --seed $(SEED)

@@ -323,3 +323,38 @@ def test_what_came_as_tensors_is_kept_while_a_name_or_a_request_needs_it(world: 
 
     with get_lora().override(max_loaded_loras=1):
         world.run(scenario)
+
+
+def test_who_needs_no_key_for_folders_needs_one_to_bring_an_adapter(world: World, folder: Path) -> None:
+    from sglang.srt.runtime_context import get_serving
+
+    body = {"lora_name": "a", "config_dict": CONFIG, "load_format": "safetensors"}
+    body |= {"serialized_named_tensors": [base64.b64encode(weights(1.0, None)).decode()]}
+
+    async def scenario() -> None:
+        assert (await put(world, "a", weights(1.0)))[0] == 403
+        assert (await world.post("/load_lora_adapter_from_tensors", body))[0] == 403
+        assert spooled(world) == []
+        with Settings(adapter_dirs=(str(folder),), adapter_loading_without_key=True).exported():
+            assert (await put(world, "a", weights(1.0)))[0] == 200
+
+    with get_serving().override(host="0.0.0.0"):
+        world.run(scenario)
+
+
+def test_an_abort_under_an_earlier_pause_ends(world: World) -> None:
+    """The schedulers are told to go on, so that the requests that are aborted can end."""
+
+    async def scenario() -> None:
+        await world.load("a")
+        await world.stream("a")
+        await world.post("/pause_generation", {"mode": "in_place"})
+        told = len(world.scheduler.received)
+        world.scheduler.end_all()
+        assert (await world.post("/pause_generation", {"mode": "abort"}))[0] == 200
+        kinds = [type(message).__name__ for message in world.scheduler.received[told:]]
+        assert "ContinueGenerationReqInput" in kinds
+        assert world.manager.is_pause
+        await world.post("/continue_generation")
+
+    world.run(scenario)

@@ -150,13 +150,7 @@ async def receive(
         return LoRAUpdateOutput(success=False, error_message=refusal)
     try:
         with adapters.spool.receive() as incoming:
-            waiting: list[bytes | memoryview] = []
-            async for piece in pieces:
-                waiting.append(piece)
-                if sum(map(len, waiting)) >= PIECE_BYTES:
-                    await asyncio.to_thread(incoming.write, waiting)
-                    waiting = []
-            await asyncio.to_thread(incoming.write, waiting)
+            await _take(incoming, pieces)
             if config is None:
                 config = await asyncio.to_thread(_config_inside, name, incoming)
             return await adapters.load_received(name, incoming, config, pinned, update)
@@ -165,6 +159,26 @@ async def receive(
     except OSError as error:
         message = f"adapter {name!r}: its tensors cannot be kept ({error.strerror or error}). See --adapter-spool-dir."
         return LoRAUpdateOutput(success=False, error_message=message)
+
+
+async def _take(incoming: Incoming, pieces: AsyncIterator[bytes | memoryview]) -> None:
+    """Write and hash all of ``pieces``, while the next ones come."""
+    writing: asyncio.Future[Any] = asyncio.gather()
+    waiting: list[bytes | memoryview] = []
+    try:
+        async for piece in pieces:
+            waiting.append(piece)
+            if sum(map(len, waiting)) >= PIECE_BYTES:
+                await writing
+                writing = _taken(incoming, waiting)
+                waiting = []
+    finally:
+        await writing
+    await _taken(incoming, waiting)
+
+
+def _taken(incoming: Incoming, pieces: Sequence[bytes | memoryview]) -> asyncio.Future[Any]:
+    return asyncio.gather(asyncio.to_thread(incoming.write, pieces), asyncio.to_thread(incoming.hash, pieces))
 
 
 def _config_inside(name: str, incoming: Incoming) -> dict[str, Any]:

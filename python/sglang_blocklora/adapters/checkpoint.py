@@ -104,7 +104,7 @@ class Checkpoint:
             raise AdapterError(
                 self.adapter, f"lora_{factor} that cannot be read ({error})", "a whole file", "Copy it again.", module
             ) from error
-        if not torch.isfinite(tensor).all():
+        if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():  # NaN is either's
             raise AdapterError(
                 self.adapter,
                 f"NaN or Inf in lora_{factor}",

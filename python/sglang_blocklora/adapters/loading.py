@@ -37,7 +37,10 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalShard:
-    """What a TP rank read, which stays there: the shard, its packed image [layers, 2, slots, W], the image's sha256."""
+    """What a TP rank read, which stays there: the shard, its packed image [layers, 2, slots, W], the image's sha256.
+
+    Of an adapter that came as tensors, the content hash stands for that sha256.
+    """
 
     shard: AdapterShard
     image: torch.Tensor
@@ -69,10 +72,11 @@ def read_adapter(
         folder = _checked_folder(name, path, root)
         versions = file_versions(folder)
         shard, image = load_shard(name, folder, spec, max_rank, pin_memory=pin_memory, known=not hash_contents)
-        contents = (spooled_hash(folder) or content_hash(folder)) if hash_contents else ""
+        spooled = spooled_hash(folder)  # of bytes that nobody changes
+        contents = (spooled or content_hash(folder)) if hash_contents else ""
         if file_versions(folder) != versions:
             raise _changed(name, path)
-        local = LocalShard(shard=shard, image=image, image_digest=_digest(image))
+        local = LocalShard(shard=shard, image=image, image_digest=spooled or _digest(image))
         return Report(slots=shard.slots, content_hash=contents), local
     except AdapterError as error:
         return Report(error=str(error)), None

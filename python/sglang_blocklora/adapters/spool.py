@@ -103,8 +103,8 @@ class Spool:
 
 
 class Incoming:
-    """One adapter on its way in: its weights piece by piece, then its config. A context manager; what is not finished
-    when it ends is gone.
+    """One adapter on its way in: its weights, written and hashed piece by piece, then its config. A context manager;
+    what is not finished when it ends is gone.
     """
 
     def __init__(self, spool: Spool, folder: Path) -> None:
@@ -124,8 +124,12 @@ class Incoming:
             for piece in pieces if not self._over else ():
                 self._spool.take(len(piece))
                 self._size += len(piece)
-                self._hash.update(piece)
                 self._weights.write(piece)
+
+    def hash(self, pieces: Iterable[bytes | memoryview]) -> None:
+        """Take the same bytes into the content hash: another thread may, while they are written."""
+        for piece in pieces:
+            self._hash.update(piece)
 
     def written(self) -> Path:
         """The file of what came so far. Raises ``OSError``."""
