@@ -16,17 +16,21 @@ class Manager:
     served_model_name = "base"
 
     def __init__(self, answers: list[bool]) -> None:
-        from sglang.srt.lora.lora_registry import LoRARegistry
+        from blocklora_patches.http.registry import AdapterRegistry
 
         self.answers = answers
         self.sent: list[Any] = []
-        self.lora_registry = LoRARegistry()
+        self.lora_registry = AdapterRegistry()
         self.lora_ref_cache: dict[str, Any] = {}
 
     async def blocklora_updates(self, request: Any) -> list[Any]:
         self.sent.append(request)
         return [
-            SimpleNamespace(success=success, error_message=None if success else f"replica {i} refused")
+            SimpleNamespace(
+                success=success,
+                error_message=None if success else f"replica {i} refused",
+                loaded_adapters={request.lora_id: "hash"} if success else None,
+            )
             for i, success in enumerate(self.answers)
         ]
 

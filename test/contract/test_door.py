@@ -307,7 +307,6 @@ INTEGERS = {
     "SetInternalStateReq.server_args": "control",
     "UpdateWeightsFromDistributedReqInput.shapes": "control",
     "PdRoleSwitchReqInput.decode_cuda_graph_bs": "control",
-    "LoadLoRAAdapterFromTensorsReqInput.added_tokens_config": "control",
     "AbortReq.finished_reason": "control",
 }
 

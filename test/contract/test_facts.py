@@ -21,7 +21,7 @@ from sglang_blocklora.reporting.facts import Facts, Requests, SlotFacts
 def facts() -> Iterator[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SGLang warns while it is imported
-        from blocklora_patches.http import facts
+        from blocklora_patches.http import facts, routes  # noqa: F401  # which warns too, where it comes first
     with hooked(facts.HOOKS):
         yield facts
 
@@ -164,7 +164,7 @@ def test_the_list_tells_an_adapter_once_though_it_is_unloaded_while_folders_are_
 
     monkeypatch.setattr(routes, "loaded_adapters", lambda manager: loaded)
     monkeypatch.setattr(routes, "adapters_in_folders", folders)
-    monkeypatch.setattr(routes, "adapters_of", lambda manager: SimpleNamespace(errors={}))
+    monkeypatch.setattr(routes, "adapters_of", lambda manager: SimpleNamespace(errors={}, draining={}))
     nothing = msgspec.convert(told(0)[0]["blocklora"], Facts)
     (one,) = asyncio.run(routes.AdapterRoutes(None)._adapters(nothing))
     assert (one.name, one.lora_id, one.tier) == ("a", None, "disk")
