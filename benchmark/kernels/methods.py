@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
+from types import ModuleType
 
+import numpy as np
 import torch
 from blocklora_kernels.batch import cut_into_tiles
 from problem import Problem
@@ -15,6 +18,12 @@ MOST_GATHERED_BYTES = 8 << 30
 
 def ours(p: Problem) -> Run:
     return lambda copy: p.ours[copy].add_delta_(p.out, p.x, p.batch)
+
+
+def _upstream(module: str) -> ModuleType:
+    """A module of SGLang's LoRA kernels, which 0.5.22 has moved."""
+    folder = "lora.dense" if importlib.util.find_spec("sglang.kernels.ops.lora") else "gemm"
+    return importlib.import_module(f"sglang.kernels.ops.{folder}.{module}")
 
 
 def _batch_info(p: Problem, chunk: int):
@@ -43,11 +52,10 @@ def _batch_info(p: Problem, chunk: int):
 
 def sglang_triton(p: Problem) -> Run:
     """The ``triton`` backend's kernels on merged segments, as its CUDA graph path runs them."""
-    from sglang.kernels.ops.gemm.gate_up_lora_b import gate_up_lora_b_fwd
-    from sglang.kernels.ops.gemm.qkv_lora_b import qkv_lora_b_fwd
-    from sglang.kernels.ops.gemm.sgemm_lora_a import sgemm_lora_a_fwd
-    from sglang.kernels.ops.gemm.sgemm_lora_b import sgemm_lora_b_fwd
-
+    gate_up_lora_b_fwd = _upstream("gate_up_lora_b").gate_up_lora_b_fwd
+    qkv_lora_b_fwd = _upstream("qkv_lora_b").qkv_lora_b_fwd
+    sgemm_lora_a_fwd = _upstream("sgemm_lora_a").sgemm_lora_a_fwd
+    sgemm_lora_b_fwd = _upstream("sgemm_lora_b").sgemm_lora_b_fwd
     info = _batch_info(p, len(p.x))
     outputs = p.linear.outputs
     offsets = torch.tensor(p.out_offsets, dtype=torch.int32, device="cuda")
@@ -65,9 +73,8 @@ def sglang_triton(p: Problem) -> Run:
 
 def sglang_csgmv(p: Problem) -> Run:
     """The ``csgmv`` backend's kernels with the chunk size that it picks for the batch."""
-    from sglang.kernels.ops.gemm.chunked_sgmv_expand import chunked_sgmv_lora_expand_forward
-    from sglang.kernels.ops.gemm.chunked_sgmv_shrink import chunked_sgmv_lora_shrink_forward
-
+    expand = _upstream("chunked_sgmv_expand").chunked_sgmv_lora_expand_forward
+    shrink = _upstream("chunked_sgmv_shrink").chunked_sgmv_lora_shrink_forward
     chunk = 128 if len(p.x) >= 256 else 32 if len(p.x) >= 64 else 16
     info = _batch_info(p, chunk)
     info.max_len = chunk
@@ -75,8 +82,40 @@ def sglang_csgmv(p: Problem) -> Run:
     slices = len(p.linear.outputs)
 
     def run(copy: int) -> object:
-        h = chunked_sgmv_lora_shrink_forward(p.x, p.a[copy], info, slices)
-        return chunked_sgmv_lora_expand_forward(h, p.b[copy], info, offsets, max(p.linear.outputs), p.out)
+        h = shrink(p.x, p.a[copy], info, slices)
+        return expand(h, p.b[copy], info, offsets, max(p.linear.outputs), p.out)
+
+    return run
+
+
+def sglang_triton_v2(p: Problem) -> Run | None:
+    """The ``triton_v2`` backend's kernels and plan. Routes are built before the graph: once a pass for all layers."""
+    if importlib.util.find_spec("sglang.srt.lora.dense") is None:  # 0.5.21
+        return None
+    from sglang.srt.lora.dense.plan import DenseLoraKind
+    from sglang.srt.lora.dense.runner import DenseLoraRunner
+    from sglang.srt.lora.utils import Phase
+    from sglang.srt.lora.workspace import LoraWorkspace
+
+    adapters, tokens = p.a.shape[1], len(p.x)
+    slots = np.full(tokens, -1, np.int32)
+    slots[p.segments.tokens] = np.repeat(p.segments.adapters, np.diff(p.segments.starts))
+    runner = DenseLoraRunner(LoraWorkspace(), max_loras=adapters, device=p.x.device)
+    runner.begin_batch(
+        token_slots=torch.from_numpy(slots).cuda(),
+        lora_ranks=torch.full((adapters,), p.rank, dtype=torch.int32, device="cuda"),
+        scalings=torch.ones(adapters, device="cuda"),
+        num_tokens=tokens,
+        phase=Phase.DECODE if tokens <= 256 else Phase.PREFILL,
+        graph_mode=True,
+    )
+    width = p.out_offsets[-1]
+    plan = runner.plan_for(DenseLoraKind.LINEAR, p.rank, p.linear.in_features, width, num_tokens=tokens)
+    runner.route(plan.block_size)
+
+    def run(copy: int) -> object:
+        h = runner.run_a(p.x, p.a[copy], stack=len(p.linear.outputs), plan=plan)
+        return runner.run_b(h, p.b[copy], p.out, offsets=p.out_offsets, plan=plan)
 
     return run
 
@@ -131,6 +170,7 @@ METHODS: dict[str, Callable[[Problem], Run | None]] = {
     "ours": ours,
     "sglang triton": sglang_triton,
     "sglang csgmv": sglang_csgmv,
+    "sglang triton_v2": sglang_triton_v2,
     "torch bmm": torch_bmm,
     "flashinfer": flashinfer_segment_gemm,
 }

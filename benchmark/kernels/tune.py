@@ -17,20 +17,21 @@ from pathlib import Path
 import numpy as np
 import shapes
 import torch
+import triton
 from blocklora_kernels import tile_table, tiles
 from problem import Problem, build
 from timing import capture, replay_times_us
 
-RANK_LIMITS = (8, 16, 64, None)
+RANK_LIMITS = (16, None)  # each is a class, for which all kernels are compiled at a server's start
 WIDTH_LIMITS = (1024, 8192, None)
 BATCHES = {16: [(1, 1), (16, 16), (64, 8)], 64: [(2048, 8)]}
 SHRINK = {
-    16: list(itertools.product((16,), (64, 128, 256), (2, 4, 8), (2, 4), (5, 7))),
-    64: list(itertools.product((16, 32, 64), (32, 64), (2, 4), (8,), (3, 5))),
+    16: list(itertools.product((16,), (64, 128, 256), (1, 2, 4), (2, 4, 8), (5, 7))),
+    64: list(itertools.product((16, 32, 64), (32, 64, 128), (1, 2), (4, 8), (3, 5))),
 }
 EXPAND = {
-    16: list(itertools.product((32, 64, 128), (16, 32), (4, 8), (1,))),
-    64: list(itertools.product((64, 128), (16, 32), (8,), (1, 3))),
+    16: list(itertools.product((64, 128, 256), (16, 32, 64), (1, 2, 4), (4, 8), (1,))),
+    64: list(itertools.product((64, 128), (16, 32), (1, 2), (4, 8), (1, 3))),
 }
 Key = tuple[int, int | None, int | None]
 
@@ -42,8 +43,9 @@ def limit(limits: tuple[int | None, ...], value: int) -> int | None:
 def use(op: str, candidate: tuple[int, ...]) -> None:
     """Serve ``candidate`` as the only tile of ``op`` for both block sizes."""
     setattr(tile_table, op, {"default": [(block, None, None, *candidate) for block in (16, 64)]})
-    tiles.shrink_tile.cache_clear()
-    tiles.expand_tile.cache_clear()
+    for function in vars(tiles).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 def time_us(p: Problem, op: str, candidate: tuple[int, ...]) -> float:
@@ -58,10 +60,8 @@ def time_us(p: Problem, op: str, candidate: tuple[int, ...]) -> float:
 
     try:
         return float(np.median(replay_times_us(capture(run, len(p.ours)), len(p.ours))))
-    except (RuntimeError, torch.OutOfMemoryError) as error:
-        if "out of resource" in str(error):
-            return float("inf")
-        raise
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
 
 
 def tune(models: list[str], sizes: list[int]) -> dict[str, dict[Key, tuple[int, ...]]]:
@@ -72,6 +72,7 @@ def tune(models: list[str], sizes: list[int]) -> dict[str, dict[Key, tuple[int, 
         for adapter, linear in itertools.product(shapes.adapters(model, tp), shapes.linears(model, tp)):
             for block, (tokens, count) in [(b, pair) for b, pairs in BATCHES.items() for pair in pairs]:
                 per_token = np.arange(tokens) * count // tokens
+                use("SHRINK", max(SHRINK[block], key=lambda candidate: candidate[2]))  # h must hold the most splits
                 p = build(linear, adapter.local_rank, shapes.row_width(model, tp), per_token, count, False)
                 for op, table, width in (
                     ("SHRINK", SHRINK, linear.in_features),

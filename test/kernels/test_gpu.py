@@ -54,6 +54,37 @@ def test_real_shapes(shape, tokens):
     case.check(result(out))
 
 
+def test_a_known_variant_is_launched_alike():
+    """The second launch of a linear goes past Triton's own launcher."""
+    case = build(QKV, MIXED[QKV], np.array([1]), dtype="bfloat16")  # one token: as many splits as there are
+    linear, batch, x, out = on_gpu(case, "bfloat16")
+    batch.update(Segments.build(case.adapters), len(x), case.rank)
+    for again in (out, out.clone()):
+        linear.add_delta_(again, x, batch)
+        case.check(result(again))
+
+
+def test_graph_of_prefill_replays_other_batches():
+    """Of fewer tokens, more adapters and other ranks than it was captured for."""
+    sizes = (600, 290, 1)
+    batches = [np.append(zipf(n, 3, n), np.full(600 - n, -1)) for n in sizes]
+    cases = [build(GATE_UP, MIXED[GATE_UP], tokens, dtype="bfloat16") for tokens in batches]
+    linear, batch, x, out = on_gpu(cases[0], "bfloat16")
+    linear.debug = False
+    captured = Captured(600, 1)
+    batch.update_for_capture(captured)
+    before = out.clone()
+    linear.add_delta_(out, x, batch)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        linear.add_delta_(out, x, batch)
+    for tokens, case in zip(sizes, cases, strict=True):
+        out.copy_(before)
+        batch.update(Segments.build(case.adapters[:tokens]), tokens, case.rank, captured)
+        graph.replay()
+        case.check(result(out))
+
+
 def test_graph_replays_other_batches():
     batches = [zipf(24, 3, seed) for seed in range(4)] + [np.full(24, -1), np.full(24, 2)]
     cases = [build(QKV, MIXED[QKV], tokens, dtype="bfloat16") for tokens in batches]

@@ -21,5 +21,5 @@ def test_captured_launches_serve_every_batch(tmp_path: Path) -> None:
     replayed = run("replay", tmp_path, TRITON_INTERPRET="1")
     assert sum(line.startswith("right: ") for line in replayed) == 16
     verdicts = [line for line in captured + replayed if not line.startswith("right: ")]
-    assert len(verdicts) == 11
+    assert len(verdicts) == 12
     assert not [line for line in verdicts if not line.startswith("found: ")]

@@ -4,9 +4,10 @@
     python -m blocklora_testing.kernels.replays replay FOLDER     # in Triton's interpreter, TRITON_INTERPRET=1
 
 The first captures every graph of a server with a ``TritonAdder``, checks that random batches find all addresses and
-constants as they were captured, and writes the launches down. The second runs exactly these, programs and arguments,
-for random batches: nothing outside of the launch's tensors is touched, each element is written once, and outputs are
-what dense float64 algebra says. Both then plant faults, one after another, and print of each whether it was found.
+constants as they were captured and that none has a kernel compiled, and writes the launches down. The second runs
+exactly these, programs and arguments, for random batches: nothing outside of the launch's tensors is touched, each
+element is written once, and outputs are what dense float64 algebra says. Both then plant faults, one after another, and
+print of each whether it was found.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from sglang_blocklora.memory.loaded import LoadedAdapter
 from sglang_blocklora.memory.static_arena import StaticArena
 from sglang_blocklora.memory.static_pool import StaticPool
 from triton.runtime.errors import InterpreterError
+from triton.runtime.jit import JITFunction
 
 from blocklora_testing.kernels import worker
 from blocklora_testing.toy import ToyModel, host_only_images, write_adapter
@@ -132,6 +134,20 @@ def capture(folder: Path) -> None:
                 if launch.arguments != captured[key].arguments:
                     raise AssertionError(f"captured with {captured[key].arguments}, now {launch.arguments}")
 
+    def serve() -> None:
+        """Batches of every size and adapter, with graphs and without."""
+        with changed(JITFunction, "_do_compile", _refuse_to_compile):
+            for kind, keys, counts in random_batches(5, 20):
+                for repeats in (1, 2, 60):
+                    many = counts and [repeats * n for n in counts]
+                    server.adder.prepare(keys if counts else keys * repeats, many)
+                    run(kind, sum(many) if many else repeats * len(keys))
+
+    with changed(tiles, "token_classes", lambda arch, most: (24,)):
+        server.adder.compile()
+    tell({"tiles that are not compiled at start-up": nullcontext()}, serve)
+    server.adder.compile()
+    serve()
     for kind, sizes in GRAPHS.items():
         for tokens in sizes:
             server.adder.prepare_capture(kind, tokens)
@@ -152,6 +168,10 @@ def capture(folder: Path) -> None:
         },
         check,
     )
+
+
+def _refuse_to_compile(*args: Any) -> None:
+    raise AssertionError("a kernel is compiled while the server runs")
 
 
 def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
