@@ -71,7 +71,7 @@ def launches(arch: int) -> list[tuple[Any, dict[str, int], int, int]]:
     """Kernel, constants, warps and stages of every tile of the table that a GPU of ``arch`` would use."""
     key, found = f"sm_{arch}", []
     for vector in (GRANULE, 1):
-        common = {"WIDTH": 1024, "VECTOR": vector}
+        common = {"WIDTH": 1024, "VECTOR": vector, "DEPENDENT": arch >= 90}
         for block, _, _, n, k, _, warps, stages in tile_table.SHRINK.get(key, tile_table.SHRINK["default"]):
             tile = {"BLOCK_T": block, "BLOCK_N": n, "BLOCK_K": k if vector > 1 else NARROW}
             warps = warps if vector > 1 else max(warps, NARROW_WARPS)
@@ -96,6 +96,7 @@ def main() -> None:
                 row = {"kernel": kernel.__name__, "arch": arch, "dtype": dtype, "warps": warps, "stages": stages}
                 row |= {name: value for name, value in constants.items() if name.startswith(("BLOCK", "VECTOR"))}
                 row |= assemble(compiled.asm["ptx"], arch) | {"shared_bytes": compiled.metadata.shared}
+                row["dependent"] = "griddepcontrol" in compiled.asm["ptx"]
                 row["shared_limit_bytes"] = SHARED_MEMORY_LIMIT_BYTES[arch]
                 text = json.dumps(row) if arguments.json else "  ".join(f"{k} {v}" for k, v in row.items())
                 sys.stdout.write(text + "\n")

@@ -5,6 +5,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from blocklora_kernels.addressing import adapter_rows, load_matrix
 from blocklora_kernels.descriptor import HEAD_FIELDS, SLICE_FIELDS
@@ -91,12 +92,14 @@ def expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """A program takes every ``num_programs``-th item: one tile of tokens of one adapter, and a span of output chunks.
 
     Slices are the columns [0, out_1), [out_1, out_2), [out_2, out_3) of ``out``, which is updated in place; absent ones
     are empty. A chunk is ``BLOCK_O`` columns of one slice. The fewer tiles the batch holds, the shorter the spans:
     programs for all of them. ``slices``, ``shares``, ``most_splits`` and ``BLOCK_N`` are those of the shrink before.
+    ``DEPENDENT``: that shrink may still run; what it began with is there, what it writes is not.
     """
     chunks_1 = (out_1 + BLOCK_O - 1) // BLOCK_O
     chunks_2 = chunks_1 + (out_2 - out_1 + BLOCK_O - 1) // BLOCK_O
@@ -105,6 +108,8 @@ def expand_kernel(
     _, splits = lanes_and_splits(p_tiles, slices, shares, most_splits, BLOCK_N)
     h_split_stride = split_stride(p_tiles, max_tiles, h_stride)
     span = tl.maximum((chunks * tiles + tl.num_programs(0) - 1) // tl.num_programs(0), 1)
+    if DEPENDENT:
+        gdc_wait()
     for item in range(tl.program_id(0), (chunks + span - 1) // span * tiles, tl.num_programs(0)):
         tile = item % tiles
         first_chunk = item // tiles * span

@@ -25,7 +25,7 @@ class Launcher:
         variant    equal for launches that differ in nothing that the compiler sees: types of arguments, which of them
                    are multiples of 16, constants and options
         arguments  the kernel's first parameters; the rest are ``constants``, in order
-        options    ``num_warps`` and ``num_stages``
+        options    ``num_warps``, ``num_stages``, ``launch_pdl``
         """
         compiled = self._compiled.get(variant)
         if compiled is None:

@@ -38,6 +38,7 @@ class LoraLinear:
         scalings: torch.Tensor,
         in_features: int,
         out_offsets: Sequence[int],
+        dependent: bool = False,
         debug: bool = False,
     ) -> None:
         """
@@ -46,6 +47,7 @@ class LoraLinear:
         descriptors  int32 [adapters, DESCRIPTOR_FIELDS] of this linear; scalings float32 [adapters, MAX_SLICES]
         in_features  local input width
         out_offsets  [slices + 1], where each slice's output columns start and end on this TP rank; starts at 0
+        dependent    launch expand while shrink ends, on the same stream (sm_90 and later)
         debug        check every address of the batch's adapters before each launch (synchronises with the device)
         """
         check_linear(planes, slots, first_slots, descriptors, scalings, in_features, out_offsets)
@@ -56,6 +58,7 @@ class LoraLinear:
         self.out_offsets = tuple(out_offsets)
         self.out_ends = self.out_offsets[1:] + (out_offsets[-1],) * (MAX_SLICES + 1 - len(out_offsets))
         self.slices = len(out_offsets) - 1
+        self.dependent = dependent
         self.debug = debug
         self.width = planes[0].shape[1]
         self.row_stride = planes[0].stride(0)
@@ -99,6 +102,7 @@ class LoraLinear:
             "BLOCK_T": batch.tiling.block_tokens,
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k if self.vector > 1 else NARROW,
+            "DEPENDENT": self.dependent,
         }
         self._shrink.launch(
             (batch.tiling.block_tokens, tile, x.stride(0), x.data_ptr() % VECTOR_BYTES),
@@ -147,6 +151,7 @@ class LoraLinear:
             "BLOCK_N": shrink_tile.block_n,
             "BLOCK_O": block_o,
             "BLOCK_R": tile.block_r if self.vector > 1 else NARROW,
+            "DEPENDENT": self.dependent,
         }
         self._expand.launch(
             (batch.tiling.block_tokens, shrink_tile, tile, out.stride(0), out.data_ptr() % VECTOR_BYTES),
@@ -155,6 +160,7 @@ class LoraLinear:
             constants,
             num_warps=tile.warps,
             num_stages=tile.stages,
+            **{"launch_pdl": True} if self.dependent else {},
         )
 
     def _shrink_tile(self, batch: BatchMetadata) -> tiles.ShrinkTile:

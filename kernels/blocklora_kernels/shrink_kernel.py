@@ -5,6 +5,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from blocklora_kernels.addressing import adapter_rows, granules, load_matrix
 from blocklora_kernels.division import ANY_VALUE, HEADER, lanes_and_splits, split_stride, tile_rows
@@ -72,13 +73,16 @@ def shrink_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """A program takes every ``num_programs``-th item: one tile of tokens, one split of the columns, one lane.
 
     A lane is every ``lanes``-th chunk of ``BLOCK_N`` rows of A. Partial sums go to ``h[split]``; expand adds the splits
     in order, so a result does not depend on timing. Lanes are the slowest index, so that those beyond an adapter's
-    rank, which have nothing to do, lie at the end.
+    rank, which have nothing to do, lie at the end. ``DEPENDENT``: expand may be launched by now.
     """
+    if DEPENDENT:
+        gdc_launch_dependents()
     tiles = tl.load(p_tiles)
     lanes, splits = lanes_and_splits(p_tiles, slices, shares, most_splits, BLOCK_N)
     h_split_stride = split_stride(p_tiles, max_tiles, h_stride)

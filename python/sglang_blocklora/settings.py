@@ -124,11 +124,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Flag(help="who computes the adapters' part; auto: triton on a GPU, torch elsewhere"),
     ] = "auto"
     adapter_overlap: Annotated[
-        bool,
+        Literal["off", "stream", "launch"],
         Flag(
-            help="triton: shrink runs on a second stream, beside the linear's own product (not yet measured on a GPU)"
+            help="triton: shrink on a second stream, beside the linear's own product, or expand launched while shrink "
+            "ends (neither measured on a GPU yet)"
         ),
-    ] = False
+    ] = "off"
     schedule_policy: Annotated[
         str,
         Flag(

@@ -21,4 +21,5 @@ def test_no_spills(arch):
     }
     for row in rows:
         assert row["spill_bytes"] == 0, row
+        assert row["dependent"] == (arch >= 90), "expand launched while shrink ends"
         assert row["shared_bytes"] <= row["shared_limit_bytes"], row

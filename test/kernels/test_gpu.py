@@ -64,6 +64,21 @@ def test_a_known_variant_is_launched_alike():
         case.check(result(again))
 
 
+@pytest.mark.parametrize("tokens", [zipf(64, 3), np.repeat([2, 0, 1], [600, 100, 300])])
+def test_expand_launched_while_shrink_ends(tokens):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    case = build(QKV_8B, REAL[QKV_8B], tokens, dtype="bfloat16", width=128, arena_slots=1 << 15)
+    linear, batch, x, out = on_gpu(case, "bfloat16")
+    linear.dependent, linear.debug = True, False
+    batch.update(Segments.build(tokens), len(x), case.rank)
+    for _ in range(20):  # h of the pass before would be wrong too: it is not a number
+        batch.h.fill_(torch.nan)
+        again = out.clone()
+        linear.add_delta_(again, x, batch)
+        case.check(result(again))
+
+
 def test_graph_of_prefill_replays_other_batches():
     """Of fewer tokens, more adapters and other ranks than it was captured for."""
     sizes = (600, 290, 1)

@@ -44,7 +44,7 @@ def make(folder: Path, rank: int, size: int, step_class: type, slots: int):
             ),
             image,
         )
-    options = () if step_class is TorchAdder else (16, torch.device("cpu"), rank == 1)  # overlapped on one rank
+    options = () if step_class is TorchAdder else (16, torch.device("cpu"), "stream" if rank == 1 else "off")
     step = step_class(spec, pool, *options)
     return spec, pool, step, deltas
 

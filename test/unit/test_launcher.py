@@ -142,7 +142,7 @@ GIVEN = {
     "--adapter-trust-pickle": ([], True),
     "--load-balance-method": (["total_tokens"], "total_tokens"),
     "--adapter-kernels": (["torch"], "torch"),
-    "--adapter-overlap": ([], True),
+    "--adapter-overlap": (["stream"], "stream"),
     "--schedule-policy": (["fcfs", "lpm"], "lpm"),
     "--adapter-max-wait-steps": (["2"], 2),
     "--adapter-weight": (["a=2", "b=0.5"], {"a": 2.0, "b": 0.5}),

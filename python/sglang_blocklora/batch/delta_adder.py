@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import torch
 
 BatchKind = Literal["decode", "prefill"]
+Overlap = Literal["off", "stream", "launch"]
 
 
 class DeltaAdder(Protocol):

@@ -10,7 +10,7 @@ from blocklora_kernels.batch import BatchMetadata, Captured
 from blocklora_kernels.ops import LoraLinear
 from blocklora_kernels.side_stream import SideStream
 
-from sglang_blocklora.batch.delta_adder import BatchKind, DeltaAdder
+from sglang_blocklora.batch.delta_adder import BatchKind, DeltaAdder, Overlap
 from sglang_blocklora.batch.graphs import Graphs
 from sglang_blocklora.batch.grouping import group_by_adapter
 from sglang_blocklora.batch.table_entries import TableEntries
@@ -34,14 +34,17 @@ class TritonAdder(DeltaAdder):
         pool: AdapterPool,
         max_rank: int,
         device: torch.device,
-        overlap: bool = False,
+        overlap: Overlap = "off",
         max_tokens: int = 4096,
     ) -> None:
         """
         max_rank    largest full LoRA rank that is accepted: it bounds the columns of h
-        overlap     run shrink on a second stream beside the linear's own GEMM
+        overlap     "stream": shrink runs on a second stream beside the linear's own GEMM; "launch": expand is launched
+                    while shrink ends, for which a GPU must be of compute capability 9.0 or later
         max_tokens  most tokens of a batch; more are served, but take new memory while serving
         """
+        if overlap == "launch" and torch.cuda.get_device_capability(device) < (9, 0):
+            raise ValueError(f"--adapter-overlap launch needs a GPU of compute capability 9.0, found {device}'s")
         self._spec = spec
         self._pool = pool
         self._device = device
@@ -60,6 +63,7 @@ class TritonAdder(DeltaAdder):
                     table.scalings[i, j],
                     linear.inputs.length,
                     linear.out_offsets,
+                    dependent=overlap == "launch",
                 )
                 for j, linear in enumerate(layer)
             ]
@@ -68,7 +72,7 @@ class TritonAdder(DeltaAdder):
         self._graphs: dict[BatchKind, Graphs] = {}
         self._eager = self._new_metadata(max_tokens)
         self._batch: BatchMetadata | None = None
-        self._side = SideStream(device) if overlap else None
+        self._side = SideStream(device) if overlap == "stream" else None
 
     def init_graphs(self, kind: BatchKind, max_tokens: int) -> None:
         """Graphs are captured for the largest local rank of the adapters that are loaded by now.
