@@ -12,6 +12,7 @@ from blocklora_testing.toy import ToyModel, write_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang_blocklora.adapters.shard import AdapterShard, load_shard
+from sglang_blocklora.sharding.cut import ModuleShape, cut_slice
 
 
 def rank_delta(shard: AdapterShard, image: torch.Tensor, spec, layer: int, index: int) -> torch.Tensor:
@@ -121,3 +122,18 @@ def test_rank_and_alpha_pattern_differ_inside_a_fused_linear() -> None:
             rank_pattern={"q_proj": 4, "up_proj": 12},
             alpha_pattern={"k_proj": 3.0, "down_proj": 1.5},
         )
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_blocks_of_a_begin_on_vectors(size: int) -> None:
+    """Kernels read rows of A eight elements at a time, where the row is a multiple of eight."""
+    dense = 0
+    for nblocks in (2, 4, 6, 8, 12, 16, 24, 48):
+        for rank in range(size):
+            linear = ToyModel(intermediate=96).spec(rank, size).layers[0][3]
+            cut = cut_slice(linear, 0, 0, linear.outputs[0].size, ModuleShape(48, nblocks, "block_a"))
+            assert cut.a_rows * cut.a.count == cut.rank
+            if linear.inputs.length % 8 == 0 and cut.a.count > 1:
+                assert (cut.a.size | cut.a.offset) % 8 == 0
+            dense += cut.a.count == 1 and cut.rank > 48 // nblocks
+    assert dense, "some are stored dense"
