@@ -175,3 +175,28 @@ def test_no_kernel_computes_an_adapted_linear_past_its_quant_method(hook: Any) -
     assert original(kernel, tokens, joined), "it would be left out"
     assert hook.handler(original, kernel, tokens, plain)
     assert not hook.handler(original, kernel, tokens, joined)
+
+
+class Method(UnquantizedLinearMethod):
+    """A quant method of a later release, with one more way to compute a linear."""
+
+    def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
+        layer.restored = True
+
+    def apply_another_way(self, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_what_upstream_asks_of_a_quant_method_is_the_own_ones_answer() -> None:
+    layer = torch.nn.Module()
+    adapted.AdaptedLinearMethod(Method(), None, 0, 0).restore_weights_before_loading(layer)
+    assert layer.restored, "the base class's own does nothing, and was called in its place"
+
+
+@pytest.mark.parametrize("name", ["apply_with_addend", "apply_another_way"])
+def test_no_way_to_compute_a_linear_leaves_out_the_deltas(name: str) -> None:
+    """Upstream asks whether there is one, and calls ``apply`` where there is not."""
+    joined = adapted.AdaptedLinearMethod(Method(), None, 0, 0)
+    assert hasattr(Method(), name)
+    assert not hasattr(joined, name)
+    assert joined.apply_into == joined._apply_into

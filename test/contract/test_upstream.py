@@ -150,6 +150,7 @@ import torch
 import blocklora_patches.model.unsupported as u
 from sglang.srt.arg_groups.fields import disagg, exec_, lora, memory, model, parallel, schedule, serving, spec
 from sglang.srt.configs.model_config import AttentionArch
+from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig
 
 real = {
     "get_disagg": disagg.Disagg, "get_lora": lora.Lora, "get_spec": spec.Spec, "get_parallel": parallel.Parallel,
@@ -162,6 +163,10 @@ def refusal(unified, **changed):
     for name, bag in real.items():  # defaults of the fields that have one
         vars(bags[name]).update(zip(bag.__struct_fields__[-len(bag.__struct_defaults__):], bag.__struct_defaults__))
     groups = {"overlap": exec_.ExecOverlap(), "graph": exec_.ExecGraph(), "kernel": exec_.ExecKernel()}
+    groups["deterministic"] = exec_.ExecDeterministic()
+    groups["graph"].cuda_graph_config = CudaGraphConfig()
+    groups["graph"].cuda_graph_config.decode.backend = changed.get("decode_graphs", "full")
+    os.environ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"] = str(int(changed.get("late_sizing", False)))
     bags["get_exec"] = SimpleNamespace(**groups)
     vars(bags["get_parallel"]).update(attn_dcp_size=1, attn_dp_enabled=False)
     bags["get_memory"].radix_cache_backend = "blocklora" if unified else None
@@ -200,6 +205,13 @@ REFUSED = [
     (True, {"head_dim": 12, "v_head_dim": 12, "tp_size": 8}, ["a K row of 12 elements", STATIC]),
     (False, {"pp_size": 2, "enable_torch_compile": True}, ["--pp-size", "--enable-torch-compile", STOCK]),
     (False, DP_ATTENTION, ["--enable-dp-attention", STOCK]),
+    (False, {"enable_deterministic_inference": True}, ["--enable-deterministic-inference", STOCK]),
+    (
+        False,
+        {"decode_graphs": "tc_piecewise", "late_sizing": True},
+        ["--cuda-graph-backend-decode tc_piecewise", STOCK] if version("sglang") == "0.5.21" else [],
+    ),
+    (True, {"late_sizing": True}, ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", STATIC]),
     (
         False,
         {"enable_nvidia_megakernel": True, "enable_amd_monokernel": True},

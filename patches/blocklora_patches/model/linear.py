@@ -39,6 +39,9 @@ class AdaptedLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         self.base.process_weights_after_loading(layer)
 
+    def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
+        self.base.restore_weights_before_loading(layer)
+
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The local output [tokens, local outputs], deltas included."""
         self._step.start(self._layer, self._linear, x)
@@ -53,6 +56,8 @@ class AdaptedLinearMethod(LinearMethodBase):
         return out
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("apply"):  # another way to compute the output, which would leave out the deltas
+            raise AttributeError(f"{type(self).__name__} has no {name}: adapters do not join it")
         return getattr(self.base, name)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from sglang.srt.configs.model_config import AttentionArch
+from sglang.srt.environ import envs
 from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
 from sglang.srt.runtime_context import (
     get_disagg,
@@ -61,6 +62,11 @@ def _everywhere(model_config: Any) -> Table:
         ("--enable-two-batch-overlap", execution.overlap.enable_two_batch_overlap, part_of_batch),
         ("--enable-pdmux", get_disagg().enable_pdmux, "two batches would run at once"),
         ("--enable-torch-compile", execution.graph.enable_torch_compile, "the compiled code would keep one batch"),
+        (
+            "--enable-deterministic-inference",
+            execution.deterministic.enable_deterministic_inference,
+            "how an adapter's sums are cut depends on the batch",
+        ),
         ("--enable-lora-overlap-loading", bool(get_lora().enable_lora_overlap_loading), "it drives SGLang's slot pool"),
         (
             "--speculative-algorithm",
@@ -89,6 +95,11 @@ def _unified(model_config: Any) -> Table:
         ("V rows of another width than K's", model_config.v_head_dim != model_config.head_dim, "rows must be alike"),
         (f"--kv-cache-dtype {kv_dtype}", kv_dtype not in own, "adapters are kept in the model's own data type"),
         ("--prefill-only-disable-kv-cache", get_schedule().prefill_only_disable_kv_cache, "there are no slots"),
+        (
+            "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
+            envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get(),
+            "the KV pool would change its size under the rows of adapters",
+        ),
         ("--enable-page-major-kv-layout", memory.enable_page_major_kv_layout, "a layer's rows are not adjacent"),
         ("--disable-radix-cache", memory.disable_radix_cache, "adapters live in the radix tree"),
         (

@@ -17,6 +17,8 @@ from sglang.srt.mem_cache.base_prefix_cache import (
     MatchResult,
 )
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, Phase
+from sglang.srt.utils import is_cuda
 
 FUSED_LINEARS: tuple[str, ...] = ()
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -95,4 +97,10 @@ def uses_dp_attention(parallel: Any) -> bool:
 
 def unsupported(execution: Any) -> tuple[tuple[str, bool, str], ...]:
     """Rows for the table of ``model/unsupported.py``."""
-    return ()
+    graphs, why = execution.graph.cuda_graph_config or CudaGraphConfig(), "the compiled code would keep one batch"
+    compiled = {phase: getattr(graphs, phase).backend == Backend.TC_PIECEWISE for phase in Phase.ALL}
+    return (
+        ("--cuda-graph-backend-decode tc_piecewise", compiled[Phase.DECODE], why),
+        # Elsewhere it is the default, of graphs that are not captured.
+        ("--cuda-graph-backend-prefill tc_piecewise", compiled[Phase.PREFILL] and is_cuda(), why),
+    )

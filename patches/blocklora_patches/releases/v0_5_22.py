@@ -20,7 +20,6 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from blocklora_patches.releases import v0_5_21
-from blocklora_patches.releases.v0_5_21 import unsupported as unsupported
 
 FUSED_LINEARS: tuple[str, ...] = ("sglang.srt.layers.dual_gemm.DualGemm.can_run",)
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -108,3 +107,8 @@ def tp_rank_of(linear: Any) -> int:
 def uses_dp_attention(parallel: Any) -> bool:
     """Whether tokens of one batch differ between TP ranks."""
     return bool(parallel.attn_dp_enabled)
+
+
+def unsupported(execution: Any) -> tuple[tuple[str, bool, str], ...]:
+    """Rows for the table of ``model/unsupported.py``."""
+    return ()
