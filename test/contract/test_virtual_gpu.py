@@ -15,7 +15,9 @@ import pytest
 import torch
 from blocklora_kernels import table
 from blocklora_kernels.batch import BatchMetadata
-from blocklora_testing.gpu.device import VirtualGPU
+from blocklora_kernels.side_stream import SideStream
+from blocklora_patches.cache import events
+from blocklora_testing.gpu.device import CUDA, VirtualGPU
 from blocklora_testing.gpu.serving import MAX_TOKENS, Serving
 from blocklora_testing.gpu.trace import Buffer, Finding
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
@@ -75,6 +77,7 @@ SERVERS = [
     pytest.param({"overlap": True, "seed": 1}, id="shrink beside the GEMM"),
     pytest.param({"ahead": 2, "seed": 2}, id="two passes ahead"),
     pytest.param({"page": 16, "slots": 320, "seed": 3}, id="pages"),
+    pytest.param({"events": True, "seed": 4}, id="KV events"),
 ]
 
 
@@ -86,6 +89,7 @@ def test_nothing_is_out_of_order_waited_for_or_allocated(options) -> None:
     assert not done.of("freed")
     assert not done.waits
     assert not done.large
+    assert (done.serving.events > 0) == ("events" in options)
 
 
 def test_what_is_kept_of_resident_adapters_is_their_slot_numbers() -> None:
@@ -114,6 +118,7 @@ LOST = {
     "self._copied[self._turn].synchronize()": {"ahead": 2},
     "self._stream.wait_event(self._forked)": {"overlap": True},
     "self._done.wait()": {"overlap": True},
+    "self._done.synchronize()": {"events": True},
 }
 
 
@@ -202,16 +207,31 @@ def asks_for_a_value(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(table.AdapterTable, "write", write)
 
 
+def events_from_the_device(patch: pytest.MonkeyPatch) -> None:
+    def told_at_once(self: events.HostCopy, slots: torch.Tensor) -> None:
+        self._done, self._slots = None, slots
+
+    patch.setattr(events.HostCopy, "__init__", told_at_once)
+
+
 def pageable_images(patch: pytest.MonkeyPatch) -> None:
     original = Transfer.copy
     patch.setattr(Transfer, "copy", lambda self, owner, slots, image: original(self, owner, slots, image.clone()))
 
 
 @pytest.mark.parametrize(
-    "plant", [slots_on_the_host, pageable_entries, blocking_entries, asks_for_a_value, pageable_images]
+    "plant",
+    [
+        slots_on_the_host,
+        pageable_entries,
+        blocking_entries,
+        asks_for_a_value,
+        pageable_images,
+        events_from_the_device,
+    ],
 )
 def test_what_the_host_waits_for_is_found(plant: Plant) -> None:
-    assert run(plant=plant).waits
+    assert run(plant=plant, events=plant is events_from_the_device).waits
 
 
 def whole_image_staged(patch: pytest.MonkeyPatch) -> None:
@@ -237,3 +257,21 @@ def metadata_that_grow(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("plant", [whole_image_staged, metadata_that_grow])
 def test_memory_that_is_taken_while_serving_is_found(plant: Plant) -> None:
     assert run(plant=plant).large
+
+
+def test_streams_that_torch_gave_to_others_too_are_given_up() -> None:
+    """It hands out the same 32 in turn: nothing would overlap with the pass that has one of ours."""
+    gpu = VirtualGPU()
+    with pytest.MonkeyPatch.context() as patch, gpu.on():
+        serving = Serving(gpu, patch)
+        ours = serving.pool._transfer
+        serving.forward = gpu.streams.Stream(number=ours._rows.number)
+        names = [serving.load(contents) for contents in range(6)]
+        serving.run(40, names)
+        assert len({stream.number for stream in (serving.forward, serving.schedule, ours._rows, ours._link)}) == 4
+        assert not [finding for finding in gpu.trace.findings if finding.kind == "race"]
+        side = SideStream(CUDA)
+        with torch.cuda.stream(gpu.streams.Stream(number=side._stream.number)):
+            with side.fork():
+                beside = torch.cuda.current_stream()
+            assert beside != torch.cuda.current_stream()

@@ -238,8 +238,9 @@ class VirtualGPU(TorchFunctionMode):
         on_device = [tensor for tensor in tensors if self._on_device(tensor)]
         if not on_device:
             for tensor in tensors:
-                if name == "numpy" and self.buffer_of(tensor) is not None:  # what follows is written through it
-                    self.trace.run("numpy", HOST, [self.access(tensor, True)])
+                if name in ("numpy", "tolist") and self.buffer_of(tensor) is not None:
+                    # What follows numpy() is written through it.
+                    self.trace.run(name, HOST, [self.access(tensor, name == "numpy")])
             return func(*args, **kwargs)
         if name in WAITING or (name == "__getitem__" and _has_mask(args[1])):
             self._wait(name)

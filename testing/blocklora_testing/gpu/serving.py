@@ -83,12 +83,14 @@ class Serving:
         static: bool = False,
         overlap: bool = False,
         ahead: int = 1,
+        events: bool = False,
     ) -> None:
         """
         patch    lasts as long as this object is used
         slots    of the KV pool, or of the arena and the KV pool each (``static``)
         overlap  shrink runs beside the base model's GEMM
         ahead    passes that are ordered before the host learns of the one before them; SGLang's is 1
+        events   KV events are taken after each pass
         """
         self.gpu, self.random, self.page, self.ahead = gpu, random.Random(seed), page, ahead
         patch.setattr(scatter, "scatter_kernel", _Scatter(self))
@@ -100,7 +102,8 @@ class Serving:
         kv = [torch.empty(slots + page, 1, self.spec.row_width, dtype=torch.float16, device=CUDA) for _ in "kkvv"]
         self.kv = [gpu.by_rows(buffer.view(len(buffer), -1)) for buffer in kv]
         with torch.cuda.stream(self.schedule):
-            self.cache = new_cache(page, slots, device="cuda", core="python")  # the other tree calls torch from Rust
+            # SGLang's other tree calls torch from Rust.
+            self.cache = new_cache(page, slots, device="cuda", core="python", events=events)
         common = (3, host_only_images(), DecisionLog(None, 0))
         self.pool: AdapterPool
         if static:
@@ -122,7 +125,7 @@ class Serving:
         self.running: list[Request] = []
         self.in_flight: list[Pass] = []
         self.numbers: dict[str, int] = {}  # content hash -> what all its rows hold
-        self.loaded = self.forwards = self.ended = 0
+        self.loaded = self.forwards = self.ended = self.events = 0
         gpu.synchronize()
 
     def load(self, contents: int) -> str:
@@ -181,6 +184,7 @@ class Serving:
                 self.in_flight.append(self._run(batch, counts or None))
             while len(self.in_flight) > (self.ahead if batch else 0):
                 self._learn(self.in_flight.pop(0))
+            self.events += len(self.cache.take_events())
 
     def idle(self) -> None:
         """Let everything end."""
