@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from blocklora_patches.cache import registry as cache_registry
 from blocklora_patches.hooks.apply import apply
-from blocklora_patches.http import facts, model_names, routes, tokenizer_manager, versions
+from blocklora_patches.http import activation, facts, model_names, routes, tokenizer_manager, versions
 from blocklora_patches.model import graphs, linear, lora_manager, runner
 from blocklora_patches.scheduler import (
     adapter_updates,
@@ -28,6 +28,7 @@ HOOKS = (
     *admission.HOOKS,
     *control.HOOKS,
     *adapter_updates.HOOKS,
+    *activation.HOOKS,
     *facts.HOOKS,
     *model_names.HOOKS,
     *versions.HOOKS,

@@ -280,7 +280,7 @@ def test_a_base_model_request_cannot_name_an_adapter_by_its_extra_key() -> None:
         extra_key = own + admission.id("a") if lora_id is None else own
         request = Req("1", "", array("q", [1]), SamplingParams(), lora_id=lora_id, extra_key=extra_key)
         schedule_batch._init(None, request)
-        assert split_key(request.extra_key) == (lora_id, extra_key or None)
+        assert split_key(request.extra_key) == (lora_id, extra_key or None, None)
 
 
 def test_two_requests_whose_adapters_do_not_fit_together_run_one_after_the_other() -> None:

@@ -18,7 +18,9 @@ with warnings.catch_warnings():
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
 POOL_TOKENS = 240
-CONTENTS = {None: None, "x": "A", "y": "B", "z": "A"}  # lora_id (short) -> contents: x and z are the same bytes
+# lora_id (short) -> contents: x and z are the same bytes, e and f are activated by the last 1 of a prompt
+CONTENTS = {None: None, "x": "A", "y": "B", "z": "A", "e": "E", "f": "F"}
+ACTIVATED = ("E", "F")
 SPACES = [(name, user, salt) for name in CONTENTS for user in (None, "u") for salt in (None, "s", "t")]
 NO_IDS = (-1, 1 << 32, 1 << 62, -(1 << 63))  # what a client can write that is no token of any vocabulary
 
@@ -28,11 +30,11 @@ class Operations:
 
     def __init__(self, cache: AdapterPrefixCache, page_size: int, seed: int, spaces: list[tuple] = SPACES) -> None:
         self.cache, self.page_size, self.random = cache, page_size, random.Random(seed)
-        self.inserted: dict[tuple, set[tuple[int, ...]]] = {space: set() for space in spaces}
+        self.inserted: dict[tuple, set[tuple[tuple[int, ...], int | None]]] = {space: set() for space in spaces}
 
-    def key(self, space: tuple, tokens: list[int]) -> RadixKey:
+    def key(self, space: tuple, tokens: list[int], first: int | None) -> RadixKey:
         name, user, salt = space
-        return key_of(tokens, digest(name)[:32] if name else None, user, salt)
+        return key_of(tokens, digest(name)[:32] if name else None, user, salt, first)
 
     def reserve(self, count: int):
         allocator = self.cache.token_to_kv_pool_allocator
@@ -59,25 +61,29 @@ class Operations:
             self.insert(space, tokens, self.random.randint(0, len(tokens) // self.page_size) * self.page_size)
 
     def insert(self, space: tuple, tokens: list[int], middle: int) -> None:
+        first = None
+        if CONTENTS[space[0]] in ACTIVATED:
+            first = max((at for at, token in enumerate(tokens) if token == 1), default=None)
+            space = space if first is not None else (None, *space[1:])
         name = space[0]
         lora_id = digest(name)[:32] if name else None
         if lora_id and self.cache.slots_of(lora_id) is None:
             self.cache.publish(lora_id, self.cache.reserve(lora_id))
-        match = self.cache.match_prefix(MatchPrefixParams(key=self.key(space, tokens)))
+        match = self.cache.match_prefix(MatchPrefixParams(key=self.key(space, tokens, first)))
         receipt = self.cache.inc_lock_ref(match.last_device_node).to_dec_params()
         matched = matched_slots(self.cache, match)
         own = self.reserve(len(tokens) - len(matched)) if len(tokens) > len(matched) else matched[:0]
         values = torch.cat([matched, own])
         for end in sorted({max(middle, len(matched)), len(tokens)}):
-            params = insert_params(self.key(space, tokens[:end]), values[:end], len(matched))
+            params = insert_params(self.key(space, tokens[:end], first), values[:end], len(matched))
             if self.cache.insert(params).rotation_tail_declined:
                 assert set(tokens[:end]) & set(NO_IDS)
                 self.cache.token_to_kv_pool_allocator.free(values[len(matched) :])
                 break
-            found = self.cache.match_prefix(MatchPrefixParams(key=self.key(space, tokens[:end])))
+            found = self.cache.match_prefix(MatchPrefixParams(key=self.key(space, tokens[:end], first)))
             matched = values[:end] = matched_slots(self.cache, found)
         self.cache.dec_lock_ref(match.last_device_node, receipt)
-        self.inserted[space].add(tuple(tokens[: len(matched)]))
+        self.inserted[space].add((tuple(tokens[: len(matched)]), first))
 
     def truth(self) -> Counter:
         """(adapter's number, salt, token path) of all cached blocks, asked of the tree; users' keys are not told."""
@@ -86,10 +92,11 @@ class Operations:
             name, user, salt = space
             contents = CONTENTS[name]
             number = int(digest(contents)[:15], 16) if contents else None
-            for tokens in keys:
-                match = self.cache.match_prefix(MatchPrefixParams(key=self.key(space, list(tokens))))
-                ends = range(self.page_size, len(matched_slots(self.cache, match)) + 1, self.page_size)
-                found |= {(number, salt, tokens[:end], user) for end in ends}
+            for tokens, first in keys:
+                match = self.cache.match_prefix(MatchPrefixParams(key=self.key(space, list(tokens), first)))
+                for end in range(self.page_size, len(matched_slots(self.cache, match)) + 1, self.page_size):
+                    own = end > (first or 0)  # a page that holds tokens of both is the adapter's
+                    found.add((number if own else None, salt, tokens[:end], user, first if own else None))
         return Counter(entry[:3] for entry in found)
 
 
@@ -98,7 +105,7 @@ def test_a_subscriber_knows_what_is_cached(page_size: int, seed: int) -> None:
     cache = new_cache(page_size, POOL_TOKENS, events=True)
     for name, contents in CONTENTS.items():
         if contents:
-            cache.know(digest(name)[:32], digest(contents), 30)
+            cache.know(digest(name)[:32], digest(contents), 12, activated=contents in ACTIVATED)
     operations, subscriber = Operations(cache, page_size, seed), Subscriber(page_size)
     most = 0
     for step in range(300):

@@ -127,6 +127,56 @@ def test_an_adapters_kv_is_found_under_its_own_extra_key_and_salt_only(page_size
     assert made.cache.slot_counts().adapters == {digest("A"): SLOTS}, "one copy of the weights"
 
 
+@pytest.mark.parametrize("core", ["rust", "python"])
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_what_is_behind_an_invocation_is_found_by_its_adapter_alone(page_size: int, core: str) -> None:
+    made, (e, f) = Cache(page_size, core), (digest("id of E")[:32], digest("id of F")[:32])
+    for lora_id, contents in ((e, "E"), (f, "F")):
+        made.cache.know(lora_id, digest(contents), SLOTS, activated=True)
+        made.publish(lora_id)
+    assert made.serve(key_of(PROMPT, e, activated_from=10)) == 0
+    shared = 10 // page_size * page_size
+    for key in (key_of(PROMPT), key_of(PROMPT, f, activated_from=10), key_of(PROMPT, e, activated_from=11)):
+        assert len(made.found(key)) == shared, "the base model's and no more"
+    for key in (key_of(PROMPT, e, "s", activated_from=10), key_of(PROMPT, None, "s"), key_of(PROMPT, A)):
+        assert len(made.found(key)) == 0
+    assert len(made.found(key_of(PROMPT, e, activated_from=10))) == len(PROMPT)
+    for number in range(4):  # what a client could send who knows how the tree marks them
+        disguised = [*PROMPT[:10], *(1 << 62 | number << 32 | token for token in PROMPT[10:])]
+        for lora_id, first in ((None, None), (f, 10), (e, 5)):
+            found = made.found(key_of(disguised, lora_id, activated_from=first))
+            assert len(found) <= shared, "an adapter's KV"
+    made.cache.check_slots(in_use=0)
+    made.cache.evict(EvictParams(num_tokens=POOL_TOKENS))
+    assert made.allocator.available_size() == POOL_TOKENS
+
+
+def test_kv_of_an_activated_adapter_waits_for_its_weights() -> None:
+    made, e = Cache(1), digest("id of E")[:32]
+    made.cache.know(e, digest("E"), SLOTS, activated=True)
+    made.publish(e)
+    key = key_of(PROMPT, e, activated_from=10)
+    made.serve(key)
+    found = made.match(key).last_device_node  # as a running request has it
+    receipt = made.cache.inc_lock_ref(found).to_dec_params()
+    made.cache.evict(EvictParams(num_tokens=POOL_TOKENS))
+    assert made.cache.slots_of(e) is not None, "the weights of a running request went"
+    made.cache.dec_lock_ref(found, receipt)
+    made.cache.tree_core.inc_full_pin(int(found))  # the KV alone
+    made.cache.evict(EvictParams(num_tokens=POOL_TOKENS))
+    made.cache.tree_core.dec_full_pin(int(found))
+    assert made.cache.slots_of(e) is None
+    assert len(made.found(key)) == len(PROMPT)
+    made.cache.check_slots(in_use=0)
+    made.cache.forget(e)
+    again = digest("again")[:32]
+    made.cache.know(again, digest("E"), SLOTS, activated=True)
+    assert len(made.found(key_of(PROMPT, again, activated_from=10))) == len(PROMPT), "the same bytes, loaded again"
+    made.cache.reset()
+    made.allocator.clear()
+    assert len(made.found(key_of(PROMPT, again, activated_from=10))) == 0
+
+
 @pytest.mark.parametrize("wrong", [-1, 1 << 32, 1 << 62, -(1 << 63), (1 << 63) - 1])
 @pytest.mark.parametrize("lora_id", [None, A])
 @pytest.mark.parametrize("salt", [None, "s"])

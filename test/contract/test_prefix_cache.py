@@ -21,7 +21,7 @@ def test_only_these_methods_of_upstream_are_overridden() -> None:
     inherited = {name for base in UnifiedRadixCache.__mro__[:-1] for name in vars(base)}
     ours = AdapterPrefixCache.__mro__[: AdapterPrefixCache.__mro__.index(UnifiedRadixCache)]
     own = {name for base in ours for name in vars(base) if not name.startswith("_")}
-    everywhere = {"reset", "evict", "evict_for_alloc", "insert", "take_events"}
+    everywhere = {"reset", "evict", "evict_for_alloc", "insert", "take_events", "inc_lock_ref", "dec_lock_ref"}
     since_0_5_22 = {"touch_prefix", "path_device_indices", "prefix_device_indices"}
     assert own & inherited == everywhere | (since_0_5_22 if since_0_5_22 <= inherited else {"match_prefix"})
 

@@ -15,26 +15,30 @@ LORA_ID = "0123456789abcdef" * 2
 TOKENS = st.lists(st.integers(0, (1 << 32) - 1), min_size=8, max_size=40).map(lambda ids: array("q", ids))
 
 
-@given(st.none() | ANY_TEXT, st.none() | ANY_TEXT)
-@example(None, LORA_ID)
-@example(None, "32:" + LORA_ID)
-@example(LORA_ID, ":")
-@example("", "0:")
-@example("\ud83d\ude00", "\U0001f600")
+@given(st.none() | ANY_TEXT, st.none() | ANY_TEXT, st.none() | st.integers(0, 10**8))
+@example(None, LORA_ID, None)
+@example(None, "32:" + LORA_ID, None)
+@example(None, "32@7:" + LORA_ID, None)
+@example(LORA_ID, ":", 7)
+@example("", "0:", None)
+@example("", "@0:", 0)
+@example("\ud83d\ude00", "\U0001f600", None)
 def test_an_adapter_and_a_clients_extra_key_are_read_out_of_the_key_they_make(
-    lora_id: str | None, own: str | None
+    lora_id: str | None, own: str | None, first: int | None
 ) -> None:
-    """So no two pairs make one key, and a client without an adapter makes none of a client with one."""
-    assert split_key(request_key(lora_id, own)) == (lora_id, own or None)
+    """So no two requests make one key, and a client without an adapter makes none of a client with one."""
+    if lora_id is None:
+        first = None
+    assert split_key(request_key(lora_id, own, first)) == (lora_id, own or None, first)
 
 
 @given(ANY_TEXT)
 def test_a_string_that_no_request_makes_is_refused_or_read_in_one_way(text: str) -> None:
     try:
-        pair = split_key(text)
+        parts = split_key(text)
     except ValueError:
         return
-    assert pair[0] is not None or request_key(*pair) in (text, None)
+    assert parts[0] is not None or request_key(*parts) in (text, None)
 
 
 @given(TOKENS, st.tuples(ANY_TEXT, ANY_TEXT), st.tuples(ANY_TEXT, ANY_TEXT))

@@ -27,15 +27,31 @@ STEPS_BETWEEN_FLUSHES = 15
 ORDINARY = st.builds(
     lambda kind, length, tail: ([kind] * 20 + [kind, 0, 1] * 14)[:length] + tail,
     st.integers(0, 2),
-    st.integers(1, 60),
-    st.lists(st.integers(0, 2), max_size=4),
+    st.sampled_from([33, 48]) | st.sampled_from([33, 48]) | st.integers(1, 60),
+    st.just([]) | st.lists(st.integers(0, 2), max_size=4),
 )
 # What a client could send to be taken for someone else: the marks of an adapter, which count from 0, and any int64.
 COUNTING = st.builds(lambda slots, tail: [*range(slots), *tail], st.integers(1, 50), st.lists(st.integers(0, 2)))
 ANY_ID = st.sampled_from([-1, 1 << 32, 1 << 62, 1 << 62 | 1, -(1 << 63)]) | st.integers(-(1 << 63), (1 << 63) - 1)
 PROMPTS = ORDINARY | COUNTING | st.builds(lambda tokens, bad: [*tokens, bad], ORDINARY, ANY_ID)
 # Extra keys and salts: some of the client's own, and what the cache uses itself.
-CLIENTS = [None, "u", "s", digest("A"), digest("id0")[:32], "32:" + digest("id0")[:32], ":", "|"]
+CLIENTS = st.sampled_from([None] * 8) | st.sampled_from(
+    ["u", "s", digest("A"), digest("id0")[:32], "32:" + digest("id0")[:32], "32@5:" + digest("id0")[:32], ":", "|"]
+)
+# Activated adapters: contents -> the tokens that activate them.
+INVOCATIONS = {"E": [1], "F": [2], "G": [1]}
+
+
+def last_of(tokens: list[int], wanted: list[int]) -> int | None:
+    """Where ``wanted`` begins for the last time in ``tokens``."""
+    places = (at for at in range(len(tokens) - len(wanted), -1, -1) if tokens[at : at + len(wanted)] == wanted)
+    return next(places, None)
+
+
+def disguised(tokens: list[int], contents: str) -> list[int]:
+    """What a client could send who knows how the tree has ``tokens`` of an activated adapter, the number included."""
+    first, number = last_of(tokens, INVOCATIONS[contents]) or 0, 1 + list(INVOCATIONS).index(contents)
+    return [token if at < first else 1 << 62 | number << 32 | token for at, token in enumerate(tokens)]
 
 
 @dataclass
@@ -43,7 +59,8 @@ class Running:
     """A request that holds a lock: its tokens, what the tree holds of them, and the slots it allocated itself.
 
     user   the client's own extra key
-    space  what its KV is written as: contents, user's key and salt
+    space  what its KV is written as beside its owner: the user's key and salt
+    first  its first token that is an activated adapter's; those before it are the base model's
     """
 
     tokens: list[int]
@@ -56,10 +73,18 @@ class Running:
     own: torch.Tensor
     node: object
     receipt: object
+    first: int | None = None
 
     @property
     def key(self) -> RadixKey:
-        return key_of(self.tokens, self.adapter, self.user, self.salt)
+        return key_of(self.tokens, self.adapter, self.user, self.salt, self.first)
+
+    @property
+    def path(self) -> list[str]:
+        """What the KV of each token is."""
+        own = f"{self.contents}|{self.space}" if self.first is None else f"{self.contents}|{self.space}|{self.first}"
+        spaces = [f"base|{self.space}"] * (self.first or 0) + [own] * len(self.tokens)
+        return [f"{spaces[i]} {self.tokens[: i + 1]}" for i in range(len(self.tokens))]
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -87,20 +112,20 @@ class CacheMachine(RuleBasedStateMachine):
         self.moves: Counter[str] = Counter()  # content hash -> times published, less times evicted
         self.cache.on_evicted = lambda content_hash: self.moves.update({content_hash: -1})
         self.memory = ["" for _ in range(POOL_TOKENS + page_size)]
-        for contents, slots in (("A", 7), ("B", 20), ("C", 33)):
+        for contents, slots in (("A", 7), ("B", 20), ("C", 33), ("E", 9), ("F", 18), ("G", 4)):
             self.load(contents, slots)
 
     @property
     def allocator(self):
         return self.cache.token_to_kv_pool_allocator
 
-    @rule(contents=st.sampled_from("ABCD"), slots=st.integers(1, 50))
+    @rule(contents=st.sampled_from("ABCDEFG"), slots=st.integers(1, 50))
     def load(self, contents: str, slots: int) -> None:
         """A new name for new or known bytes: reloading is loading the same contents under a new id."""
         lora_id = digest(f"id{self.count}")[:32]
         self.count += 1
         self.sizes.setdefault(contents, slots)
-        self.cache.know(lora_id, digest(contents), self.sizes[contents])
+        self.cache.know(lora_id, digest(contents), self.sizes[contents], contents in INVOCATIONS)
         self.adapters[lora_id] = contents
 
     def make_resident(self, lora_id: str) -> bool:
@@ -140,33 +165,50 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         prompts=st.lists(PROMPTS, min_size=1, max_size=4),
-        user=st.sampled_from(CLIENTS),
-        salt=st.sampled_from(CLIENTS),
+        user=CLIENTS,
+        salt=CLIENTS,
     )
     def serve(self, data, prompts: list[list[int]], user: str | None, salt: str | None) -> None:
         """Whole requests, one after the other, so that there is always something cached."""
         for tokens in prompts:
-            running = len(self.running)
-            self.admit(data.draw(st.sampled_from([*sorted(self.adapters), None])), tokens, user, salt)
-            if len(self.running) > running:
-                self.end(self.running.pop(), keep=True)
+            self.whole(data.draw(st.sampled_from([*sorted(self.adapters), None])), tokens, user, salt)
+
+    @rule(data=st.data(), tokens=PROMPTS, user=CLIENTS, more=st.lists(st.integers(0, 2), max_size=8))
+    def fork(self, data, tokens: list[int], user: str | None, more: list[int]) -> None:
+        """One context, asked of several, who have much of it in common; then once more with what came of it."""
+        names = data.draw(st.lists(st.sampled_from([*sorted(self.adapters), None]), min_size=2, max_size=6))
+        for lora_id in names:
+            self.whole(lora_id, tokens, user, None)
+        self.whole(names[0], tokens + more, user, None)
+        if all(0 <= token < 1 << 32 for token in tokens):
+            self.whole(None, disguised(tokens, data.draw(st.sampled_from(sorted(INVOCATIONS)))), user, None)
+
+    def whole(self, lora_id: str | None, tokens: list[int], user: str | None, salt: str | None) -> None:
+        """A request from its beginning to its end."""
+        running = len(self.running)
+        self.admit(lora_id, tokens, user, salt)
+        if len(self.running) > running:
+            self.end(self.running.pop(), keep=True)
 
     @precondition(lambda self: len(self.running) < MAX_RUNNING)
     @rule(
         data=st.data(),
         tokens=PROMPTS,
-        user=st.sampled_from(CLIENTS),
-        salt=st.sampled_from(CLIENTS),
+        user=CLIENTS,
+        salt=CLIENTS,
     )
     def start(self, data, tokens: list[int], user: str | None, salt: str | None) -> None:
         self.admit(data.draw(st.sampled_from([*sorted(self.adapters), None])), tokens, user, salt)
 
     def admit(self, lora_id: str | None, tokens: list[int], user: str | None, salt: str | None) -> None:
         """Adapter, match, lock, then slots for what did not match; nothing where there is no room."""
-        key = key_of(tokens, lora_id, user, salt)
         contents = self.adapters[lora_id] if lora_id else "base"
+        first = last_of(tokens, INVOCATIONS[contents]) if contents in INVOCATIONS else None
+        if contents in INVOCATIONS and first is None:
+            lora_id, contents = None, "base"
+        key = key_of(tokens, lora_id, user, salt, first)
         self.cache.arrived(lora_id, key)
-        if lora_id and self.cache.slots_of(lora_id) is None:
+        if lora_id and first is None and self.cache.slots_of(lora_id) is None:
             missed = self.cache.match_prefix(MatchPrefixParams(key=key))
             assert len(matched_slots(self.cache, missed)) == 0, "KV without its adapter"
             assert missed.last_device_node == self.cache.root_node_handle()
@@ -176,22 +218,23 @@ class CacheMachine(RuleBasedStateMachine):
         found = self.cache.match_prefix(MatchPrefixParams(key=key))
         matched = matched_slots(self.cache, found)
         assert len(matched) == expected == found.full_kv_hit_length
-        space = f"{contents}|{user!r}|{salt!r}"
+        space = f"{user!r}|{salt!r}"
         receipt = self.cache.inc_lock_ref(found.last_device_node).to_dec_params()
         own = self.allocate(len(tokens) - len(matched))
         if own is None:
             self.cache.dec_lock_ref(found.last_device_node, receipt)
             return
         request = Running(
-            list(tokens), user, salt, contents, space, lora_id, matched, own, found.last_device_node, receipt
+            list(tokens), user, salt, contents, space, lora_id, matched, own, found.last_device_node, receipt, first
         )
+        found_kv = [self.memory[slot] for slot in matched.tolist()]
+        assert found_kv == request.path[: len(matched)], "a request was given KV that is not its own"
         self.write(request)
         self.running.append(request)
 
     def write(self, request: Running) -> None:
         """What the forward pass does: KV of the tokens that did not match goes into the request's own slots."""
-        path = [f"{request.space} {request.tokens[: i + 1]}" for i in range(len(request.tokens))]
-        for slot, text in zip(request.own.tolist(), path[len(request.matched) :], strict=False):
+        for slot, text in zip(request.own.tolist(), request.path[len(request.matched) :], strict=False):
             self.memory[slot] = text
 
     def allocate(self, count: int) -> torch.Tensor | None:
@@ -304,7 +347,7 @@ class CacheMachine(RuleBasedStateMachine):
             else:
                 kv[self.memory[slot].split("|")[0]] += 1
         assert not weights, "a resident adapter's weights are not in the tree"
-        assert kv.keys() <= {"base", *resident}, "KV in the namespace of an adapter that is not resident"
+        assert kv.keys() <= {"base", *resident, *INVOCATIONS}, "KV in the namespace of an adapter that is not resident"
         counts = self.cache.slot_counts()
         assert counts.kv == {None if owner == "base" else digest(owner): count for owner, count in kv.items()}
         assert counts.adapters == {digest(contents): len(slots) for contents, slots in resident.items()}
@@ -315,7 +358,7 @@ class CacheMachine(RuleBasedStateMachine):
         """What running requests and pins need is there, intact and locked, and nothing else is locked."""
         locked: set[int] = set()
         for request in self.running:
-            path = [f"{request.space} {request.tokens[: i + 1]}" for i in range(len(request.tokens))]
+            path = request.path
             slots = torch.cat([request.matched, request.own])[: len(path)].tolist()
             assert [self.memory[slot] for slot in slots] == path, "KV of a running request is not its own"
             locked |= set(request.matched.tolist())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from sglang_blocklora import cpu_only
 
 cpu_only.install_shims()  # transformers imports torchvision where it is installed
@@ -48,13 +49,17 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class AdapterChoice:
-    """An adapter to make: nblocks None for plain LoRA; targets None for all seven linears."""
+    """An adapter to make: nblocks None for plain LoRA; targets None for all seven linears.
+
+    invocation  tokens from which on it is active
+    """
 
     nblocks: int | None = None
     rank: int = 8
     targets: tuple[str, ...] | None = None
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] | None = None
+    invocation: tuple[int, ...] = ()
 
 
 def family_config(
@@ -133,6 +138,8 @@ def build_adapters(model_folder: Path, folder: Path, choices: Mapping[str, Adapt
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     column = PHI3_COLUMN if base.config.model_type == "phi3" else COLUMN
     peft_model = None
+    # Only PEFT's model for this task looks for invocations.
+    task = "CAUSAL_LM" if any(choice.invocation for choice in choices.values()) else None
     for seed, (name, choice) in enumerate(choices.items()):
         targets = list(choice.targets or (*column, *ROW))
         bd = choice.nblocks and BdLoraConfig(
@@ -147,6 +154,8 @@ def build_adapters(model_folder: Path, folder: Path, choices: Mapping[str, Adapt
             use_bdlora=bd or None,
             use_rslora=choice.use_rslora,
             rank_pattern=dict(choice.rank_pattern or {}),
+            task_type=task,
+            alora_invocation_tokens=list(choice.invocation) if choice.invocation and not choice.nblocks else None,
         )
         if peft_model is None:
             peft_model = get_peft_model(base, config, adapter_name=name)
@@ -159,7 +168,26 @@ def build_adapters(model_folder: Path, folder: Path, choices: Mapping[str, Adapt
                     parameter.normal_(std=0.12)
     assert peft_model is not None
     peft_model.save_pretrained(folder)
+    for name, choice in choices.items():
+        if choice.invocation and choice.nblocks:  # which PEFT cannot run together
+            changed = read_config(folder / name) | {"alora_invocation_tokens": list(choice.invocation)}
+            (folder / name / "adapter_config.json").write_text(json.dumps(changed))
     return {name: folder / name for name in choices}
+
+
+def dense_twin(adapter: Path, folder: Path) -> Path:
+    """A block-diagonal adapter as the plain one that computes the same: PEFT can run that with an invocation."""
+    config = read_config(adapter)
+    blocks = config.pop("use_bdlora")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name, factor in tensors.items():
+        packed = blocks["target_modules_bd_a" if ".lora_A." in name else "target_modules_bd_b"]
+        if any(pattern in name for pattern in packed):
+            tensors[name] = torch.block_diag(*factor.chunk(blocks["nblocks"])).contiguous()
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
 
 
 def peft_tokens(

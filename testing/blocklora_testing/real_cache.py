@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Iterable
 
 import torch
+from sglang_blocklora.memory.prefix import request_key
 
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 with warnings.catch_warnings():
@@ -60,22 +61,35 @@ def new_cache(
 
 
 def request_of(
-    tokens: Iterable[int], lora_id: str | None = None, own_extra: str | None = None, salt: str | None = None
+    tokens: Iterable[int],
+    lora_id: str | None = None,
+    own_extra: str | None = None,
+    salt: str | None = None,
+    activated_from: int | None = None,
 ) -> Req:
-    """A request as the scheduler makes it of what a client sends, hooks and all."""
+    """A request as the scheduler makes it of what a client sends, hooks and all.
+
+    activated_from  where its adapter, an activated one, was found to begin
+    """
     made = Req(
         "1", "", array("q", tokens), SamplingParams(), lora_id=lora_id, extra_key=own_extra or None, cache_salt=salt
     )
     for hook in request.HOOKS:
         hook.handler(None, made)
+    if activated_from is not None:
+        made.extra_key = request_key(lora_id, own_extra, activated_from)
     return made
 
 
 def key_of(
-    tokens: Iterable[int], lora_id: str | None = None, own_extra: str | None = None, salt: str | None = None
+    tokens: Iterable[int],
+    lora_id: str | None = None,
+    own_extra: str | None = None,
+    salt: str | None = None,
+    activated_from: int | None = None,
 ) -> RadixKey:
     """The key with which SGLang looks such a request up."""
-    made = request_of(tokens, lora_id, own_extra, salt)
+    made = request_of(tokens, lora_id, own_extra, salt, activated_from)
     return RadixKey(made.origin_input_ids, made.extra_key, cache_salt=made.cache_salt)
 
 

@@ -33,7 +33,8 @@ class Subscriber:
     def store(self, event: BlockStored) -> None:
         space = (event.lora_id, event.cache_salt)
         *parent_space, path = self.blocks[event.parent_block_hash] if event.parent_block_hash else (*space, ())
-        assert tuple(parent_space) == space
+        # What is behind an invocation stands behind the base model's blocks.
+        assert tuple(parent_space) in (space, (None, event.cache_salt))
         assert event.block_size == self.page_size
         assert len(event.token_ids) == len(event.block_hashes) * self.page_size
         for i, block in enumerate(event.block_hashes):

@@ -24,11 +24,15 @@ from sglang.srt.mem_cache.events import KVCacheEventRecorder
 
 @dataclass(frozen=True)
 class Namespace:
-    """What cached KV belongs to: an adapter's contents (None: the base model), a user's extra key, a cache salt."""
+    """What cached KV belongs to: an adapter's contents (None: the base model), a user's extra key, a cache salt.
+
+    activated_from  first token that is an activated adapter's; those before it are the base model's
+    """
 
     content_hash: str | None
     extra_key: str | None
     cache_salt: str | None
+    activated_from: int | None = None
 
     @property
     def lora_id(self) -> int | None:
@@ -38,6 +42,8 @@ class Namespace:
     @property
     def seed(self) -> bytes:
         """What a chain of block hashes starts with; upstream's own where it tells namespaces apart."""
+        if self.activated_from is not None:
+            return Namespace(None, self.extra_key, self.cache_salt).seed
         if self.content_hash is None and self.extra_key is None:
             if self.cache_salt is None:
                 return b""
@@ -133,24 +139,33 @@ class KVEvents:
 
         slots  that before token ``start``, where there is one, then the first of each new page
         """
-        digest = self._digests[slots.pop(0) // self._page] if start else namespace.seed
-        parent, blocks = None, list(self._chain(digest, tokens[start:]))
-        if new:
-            parent = _as_int64(blocks[(new - start) // self._page - 1] if new > start else digest)
+        end = len(tokens)
+        # The page of the invocation is the adapter's as a whole: nobody else finds it.
+        own_from = min((namespace.activated_from or 0) // self._page * self._page, end)
+        before = self._digests[slots.pop(0) // self._page] if start else namespace.seed
+        blocks = list(self._chain(before, tokens[start : max(own_from, start)]))
+        digest = blocks[-1] if blocks else before
+        if namespace.activated_from is not None and start <= own_from:
+            parts = repr((namespace.content_hash, namespace.activated_from))
+            digest = hashlib.sha256(digest + parts.encode()).digest()
+        blocks += self._chain(digest, tokens[max(own_from, start) :])
         fresh = blocks[(new - start) // self._page :]
         self._digests.update(zip((slot // self._page for slot in slots), fresh, strict=True))
-        self._recorder.enqueue(
-            BlockStored(
-                block_hashes=[_as_int64(digest) for digest in fresh],
-                parent_block_hash=parent,
-                token_ids=list(tokens[new:]),
-                block_size=self._page,
-                lora_id=namespace.lora_id,
-                medium=StorageMedium.GPU,
-                cache_salt=namespace.cache_salt,
-                session_id=session,
-            )
-        )
+        for first, last, lora_id in ((new, own_from, None), (max(new, own_from), end, namespace.lora_id)):
+            if first < last:
+                i = (first - start) // self._page
+                self._recorder.enqueue(
+                    BlockStored(
+                        block_hashes=[_as_int64(one) for one in blocks[i : (last - start) // self._page]],
+                        parent_block_hash=_as_int64(blocks[i - 1] if i else before) if first else None,
+                        token_ids=list(tokens[first:last]),
+                        block_size=self._page,
+                        lora_id=lora_id,
+                        medium=StorageMedium.GPU,
+                        cache_salt=namespace.cache_salt,
+                        session_id=session,
+                    )
+                )
 
     def _tell_removed(self, slots: list[int]) -> None:
         pages = [slot // self._page for slot in slots]

@@ -6,22 +6,24 @@ runs, leaves-first eviction drops KV before its adapter, and all of upstream's a
 
 Each adapter has a namespace of the tree to itself, in which no key without its marks is ever looked up or inserted:
 ``sglang_blocklora/memory/prefix.py``. A request whose key could not be told apart is served, and nothing of it cached.
+An activated adapter is in its namespace too, but the KV of its requests is the base model's up to the invocation, and
+lies where that lies: ``places.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import (
+    DecLockRefResult,
     EvictParams,
     EvictResult,
+    IncLockRefResult,
     InsertParams,
     InsertResult,
     MatchPrefixParams,
@@ -36,25 +38,13 @@ from sglang_blocklora.memory.changes import Changes
 from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.entries import Entries, Entry
 from sglang_blocklora.memory.eviction import LRU, EvictionStrategy
-from sglang_blocklora.memory.prefix import are_token_ids, salted_tokens, split_key
+from sglang_blocklora.memory.prefix import are_token_ids
 
 from blocklora_patches.cache.events import KVEvents, Namespace
+from blocklora_patches.cache.places import NOTHING, ActivatedNode, Place, find_place
 from blocklora_patches.releases.current import release
 
 logger = logging.getLogger(__name__)
-_NOTHING = RadixKey(array("q"))
-
-
-@dataclass(slots=True)
-class Place:
-    """Where a request's KV lies in the tree: behind its adapter's weights (None: the base model), under ``key``.
-
-    own_extra  the extra key that the client sent
-    """
-
-    entry: Entry | None
-    own_extra: str | None
-    key: RadixKey
 
 
 class AdapterPrefixCache(release.CacheBase):
@@ -81,12 +71,16 @@ class AdapterPrefixCache(release.CacheBase):
             self._went(entry)
         self._changes.removed()
         super().reset()
+        known = set(self._entries.activated)
+        self._entries.forget_numbers()
+        for content_hash in known.difference(self._entries.activated):
+            self._owners.forget(content_hash)
         if self._events is not None:
             self._events.cleared()
 
-    def know(self, lora_id: str, content_hash: str, slots: int) -> None:
-        """Tell what requests with ``lora_id`` use, until ``forget``."""
-        self._entries.know(lora_id, content_hash, self.slots_needed(slots))
+    def know(self, lora_id: str, content_hash: str, slots: int, activated: bool = False) -> None:
+        """Tell what requests with ``lora_id`` use, until ``forget``; whether it is an activated adapter."""
+        self._entries.know(lora_id, content_hash, self.slots_needed(slots), activated)
 
     def forget(self, lora_id: str) -> None:
         """No request with ``lora_id`` runs any more or comes again; what is cached of its contents stays."""
@@ -111,8 +105,7 @@ class AdapterPrefixCache(release.CacheBase):
         place = self._place(key)
         if place is None:
             return 0
-        found = self.tree_core.match_full_device_prefix(place.key)[0]
-        return found if place.entry is None else max(found - len(place.entry.marks), 0)
+        return max(self.tree_core.match_full_device_prefix(place.key)[0] - place.weights, 0)
 
     @property
     def changes(self) -> int:
@@ -122,7 +115,10 @@ class AdapterPrefixCache(release.CacheBase):
     def may_match_otherwise(self, lora_id: str | None, found_tokens: int, since: int) -> bool:
         """Whether a request could match another number of tokens now than at the change ``since``."""
         entry = self._entries.get(lora_id)
-        return self._changes.concern(None if entry is None else entry.content_hash, found_tokens, since)
+        owners = (
+            [None] if entry is None else [entry.content_hash] if entry.number is None else [None, entry.content_hash]
+        )
+        return any(self._changes.concern(owner, found_tokens, since) for owner in owners)
 
     def can_admit(self, lora_id: str | None) -> bool:
         """Whether a request would find its adapter resident; the base model's (None) needs none."""
@@ -179,7 +175,14 @@ class AdapterPrefixCache(release.CacheBase):
         allocator, cached = self.token_to_kv_pool_allocator, self.all_values_flatten()
         weights, kv = self._owners.count(cached)
         total, free = allocator.size, allocator.available_size()
-        return SlotCounts(total=total, free=free, in_use=total - free - len(cached), adapters=weights, kv=kv)
+        return SlotCounts(
+            total=total,
+            free=free,
+            in_use=total - free - len(cached),
+            adapters=weights,
+            kv=kv,
+            activated=self._entries.activated,
+        )
 
     def check_slots(self, in_use: int) -> None:
         """``IntegrityError`` unless every slot has exactly one owner, ``in_use`` of them requests outside the tree."""
@@ -266,7 +269,8 @@ class AdapterPrefixCache(release.CacheBase):
         return [entry.content_hash for entry in evicted]
 
     def _went(self, entry: Entry) -> None:
-        self._owners.forget(entry.content_hash)
+        if entry.number is None:  # else its KV may be there, and is found again
+            self._owners.forget(entry.content_hash)
         self._entries.went(entry)
         self.on_evicted(entry.content_hash)
 
@@ -280,38 +284,61 @@ class AdapterPrefixCache(release.CacheBase):
         """``match``, upstream's, of what lies behind the adapter that a request's key names."""
         place = self._place(params.key)
         if place is None:
-            return match(dataclasses.replace(params, key=_NOTHING))
+            return match(dataclasses.replace(params, key=NOTHING))
         if place.entry is None:
-            return match(params)
-        weights = len(place.entry.marks)
+            return match(dataclasses.replace(params, key=place.key))
+        if place.activated_from is not None:
+            if place.entry.node is not None:  # the weights are used too, which the order of eviction goes by
+                match(MatchPrefixParams(key=RadixKey(place.entry.marks, place.entry.content_hash)))
+            result = match(dataclasses.replace(params, key=place.key))
+            return result._replace(last_device_node=place.handle(result.last_device_node))
         result = match(dataclasses.replace(params, key=place.key))
-        if release.matched_tokens(result) < weights:
+        if release.matched_tokens(result) < place.weights:
             return zero_match_result(self, result)
-        return release.without_weights(result, weights)
+        return release.without_weights(result, place.weights)
 
     def tree_key(self, key: RadixKey) -> RadixKey:
         """The key of the tree for a request's key; an empty one where the tree has nothing of it."""
         place = self._place(key)
-        return _NOTHING if place is None else place.key
+        return NOTHING if place is None else place.key
 
     def holds_weights(self, node: int) -> bool:
         """Whether a node of the tree is a resident adapter's weights."""
         return node in self._entries.nodes
 
+    def inc_lock_ref(self, node_id: int, *args: Any, **kwargs: Any) -> IncLockRefResult:
+        if isinstance(node_id, ActivatedNode):
+            self.tree_core.inc_full_pin(node_id.weights)
+        return super().inc_lock_ref(node_id, *args, **kwargs)
+
+    def dec_lock_ref(self, node_id: int, *args: Any, **kwargs: Any) -> DecLockRefResult:
+        if isinstance(node_id, ActivatedNode):
+            self.tree_core.dec_full_pin(node_id.weights)
+        return super().dec_lock_ref(node_id, *args, **kwargs)
+
     def insert(self, params: InsertParams) -> InsertResult:
         place = self._place(params.key)
-        if place is not None and place.entry is not None and self._is_gone(place.entry.node):
+        if place is not None and place.weights and self._is_gone(place.entry.node):
             logger.error("KV of adapter contents %s without their weights is not kept", place.entry.content_hash)
             place = None
         if place is None or not are_token_ids(params.key.raw_token_ids()):
             # Upstream's word for an insert that kept nothing: the request keeps its slots and frees them in the end.
             return InsertResult(prefix_len=0, last_device_node=self.root_node_handle(), rotation_tail_declined=True)
-        result = super().insert(params) if place.entry is None else self._insert_behind(place.entry, place.key, params)
+        if place.weights:
+            result = self._insert_behind(place.entry, place.key, params)
+        else:
+            result = super().insert(dataclasses.replace(params, key=place.key))
+        if place.activated_from is not None:
+            result = dataclasses.replace(result, last_device_node=place.handle(result.last_device_node))
         content_hash = None if place.entry is None else place.entry.content_hash
+        behind = max(params.prev_prefix_len, place.activated_from or 0)
+        self._owners.wrote_kv(None, params.value[params.prev_prefix_len : behind])
+        self._owners.wrote_kv(content_hash, params.value[behind:])
         self._changes.added(content_hash)
-        self._owners.wrote_kv(content_hash, params.value[params.prev_prefix_len :])
+        if place.activated_from is not None:
+            self._changes.added(None)
         if self._events is not None:
-            namespace = Namespace(content_hash, place.own_extra, params.key.cache_salt)
+            namespace = Namespace(content_hash, place.own_extra, params.key.cache_salt, place.activated_from)
             known = min(params.prev_prefix_len, result.prefix_len)
             tokens = params.key.raw_token_ids()
             self._events.stored(namespace, tokens, params.value, known, result.prefix_len, params.session_id)
@@ -351,21 +378,4 @@ class AdapterPrefixCache(release.CacheBase):
         super()._drain_device_frees(device_frees)
 
     def _place(self, key: RadixKey) -> Place | None:
-        """Where the KV of a request's key lies; None where its adapter is not in the tree, or not known (any more).
-
-        With an id that is none of a vocabulary, and could pass for a salted one, a request has its adapter and nothing
-        else of the tree. Without an adapter nothing is salted, and what ``insert`` does not keep is not found.
-        """
-        try:
-            lora_id, own_extra = split_key(key.extra_key)
-        except ValueError:
-            return None
-        if lora_id is None:
-            return Place(None, own_extra, key)
-        entry = self._entries.get(lora_id)
-        if entry is None or entry.slots is None:
-            return None
-        tokens, behind = key.raw_token_ids(), entry.marks
-        if are_token_ids(tokens):
-            behind = behind + salted_tokens(tokens, own_extra, key.cache_salt)
-        return Place(entry, own_extra, RadixKey(behind, entry.content_hash))
+        return find_place(self._entries, key)

@@ -23,7 +23,17 @@ from sglang_blocklora.requests.values import BadRequest
 from sglang_blocklora.settings import Settings
 
 from blocklora_patches.hooks.hook import Hook, Process
-from blocklora_patches.http import aborts, door, load_on_use, metrics, permission, replicas, tensors, versions
+from blocklora_patches.http import (
+    aborts,
+    activation,
+    door,
+    load_on_use,
+    metrics,
+    permission,
+    replicas,
+    tensors,
+    versions,
+)
 from blocklora_patches.http.adapters import Adapters, NotLoaded
 from blocklora_patches.http.registry import AdapterRegistry
 from blocklora_patches.http.updates import AdapterUpdates
@@ -148,6 +158,13 @@ class AdapterTokenizerManager(TokenizerManager):
         """Upstream's series do not tell adapters apart."""
         metrics.count(self, state, recv_obj, i)
         super().collect_metrics(state, recv_obj, i)
+
+    def update_request_meta_info(
+        self, meta_info: dict[str, Any], state: Any, customized_info: Any, index: int, finish_reason: Any
+    ) -> None:
+        """Upstream makes lists of a value for each token."""
+        rest = activation.tell(meta_info, state, customized_info, index)
+        super().update_request_meta_info(meta_info, state, rest, index, finish_reason)
 
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
         """Upstream knows the parts of a request by ids of their own only."""

@@ -28,6 +28,7 @@ from sglang_blocklora.memory.static_arena import StaticArena
 from sglang_blocklora.memory.static_pool import StaticPool
 from sglang_blocklora.memory.transfer import Transfer
 from sglang_blocklora.memory.unified_pool import KVArena, UnifiedPool
+from sglang_blocklora.requests.activation import runs
 from sglang_blocklora.settings import Settings
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -241,8 +242,11 @@ class BlockLoRAManager(release.ManagerBase):
                 self._step.prepare_capture("decode", len(forward_batch.lora_ids))
         elif get_flags().dp.capturing_prefill_graph:
             self._step.prepare_capture("prefill", forward_batch.extend_num_tokens)
+        elif decode:
+            self._step.prepare(forward_batch.lora_ids, None)
         else:
-            self._step.prepare(forward_batch.lora_ids, None if decode else forward_batch.extend_seq_lens_cpu)
+            before, counts = forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu
+            self._step.prepare(*runs(forward_batch.lora_ids, before, counts))
 
     def reset_lora_batch(self) -> None:
         self._step.reset()

@@ -12,6 +12,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from blocklora_patches.hooks.hook import Hook, Process
+from blocklora_patches.scheduler.activation import activate
 from blocklora_patches.scheduler.control import note_arrival, pool_of
 from blocklora_patches.scheduler.queue_order import adapter_fits
 
@@ -34,12 +35,14 @@ def _room(scheduler: Any, req: Any) -> int:
 
 
 def _init_req_max_new_tokens(self: Any, req: Any) -> None:
+    activate(self, req)
     if _taken_by_adapters(self, req):
         wanted, room = req.sampling_params.max_new_tokens, max(_room(self, req), 0)
         req.sampling_params.max_new_tokens = room if wanted is None else min(wanted, room)
 
 
 def _add_request_to_queue(self: Any, req: Any, is_retracted: bool = False) -> None:
+    activate(self, req)
     taken = _taken_by_adapters(self, req)
     if taken and not req.output_ids and _room(self, req) <= 0:
         message = (

@@ -16,6 +16,7 @@ from sglang_blocklora.adapters.targets import Targets
 from sglang_blocklora.sharding.cut import Structure
 
 CONFIG_NAME = "adapter_config.json"
+MAX_TOKEN_ID = 2**31
 BD_KEYS = ("target_modules_bd_a", "target_modules_bd_b", "nblocks", "match_strict")
 
 T = TypeVar("T")
@@ -25,7 +26,8 @@ T = TypeVar("T")
 class AdapterConfig:
     """The part of ``adapter_config.json`` that decides an adapter's mathematics (names and meaning as in PEFT).
 
-    unused  keys that are set and change nothing, each with the reason
+    invocation  token ids from whose last occurrence in a prompt on the adapter is active; empty: always
+    unused      keys that are set and change nothing, each with the reason
     Modules are named as in the model that was trained.
     """
 
@@ -40,6 +42,7 @@ class AdapterConfig:
     match_strict: bool
     block_diagonal: bool
     targets: Targets
+    invocation: Sequence[int]
     unused: Sequence[str]
 
     def rank_of(self, module: str) -> int:
@@ -121,6 +124,7 @@ def parse_config(adapter: str, raw: Mapping[str, Any]) -> AdapterConfig:
         match_strict=_flag(adapter, "use_bdlora.match_strict", bd.get("match_strict"), default=True),
         block_diagonal=bool(bd),
         targets=Targets.read(adapter, raw),
+        invocation=_token_ids(adapter, raw, "alora_invocation_tokens"),
         unused=unused,
     )
 
@@ -172,6 +176,13 @@ def _strings(adapter: str, raw: Mapping[str, Any], key: str) -> tuple[str, ...]:
     value = raw.get(key) or []
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise _wrong(adapter, f"use_bdlora.{key}", value, "a list of strings")
+    return tuple(value)
+
+
+def _token_ids(adapter: str, raw: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    value = raw.get(key) or []
+    if not isinstance(value, list) or not all(type(one) is int and 0 <= one < MAX_TOKEN_ID for one in value):
+        raise _wrong(adapter, key, value, "a list of token ids, as the base model's tokenizer makes of the invocation")
     return tuple(value)
 
 

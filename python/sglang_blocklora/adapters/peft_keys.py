@@ -39,6 +39,7 @@ KEYS: Mapping[str, str | Unused | Refused] = {
     "layers_pattern": APPLIED,
     "bias": APPLIED,
     "init_lora_weights": APPLIED,
+    "alora_invocation_tokens": APPLIED,
     "task_type": SILENT,
     "auto_mapping": SILENT,
     "peft_version": SILENT,
@@ -68,7 +69,6 @@ KEYS: Mapping[str, str | Unused | Refused] = {
         "adapters on bare parameters (MoE experts) are not served", "Target linear modules only."
     ),
     "layer_replication": Refused("replicated layers are not served", "Train without layer_replication."),
-    "alora_invocation_tokens": Refused("activated LoRA is not served", "Train without alora_invocation_tokens."),
     "megatron_config": Refused("Megatron layers are not served", "Convert the adapter to plain PEFT linears."),
     "use_qalora": Refused("QALoRA is not served", "Train without use_qalora."),
     "arrow_config": Refused("Arrow routing is not served", "Serve the routed adapters one by one."),

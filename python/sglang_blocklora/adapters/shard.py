@@ -31,6 +31,7 @@ class AdapterShard:
     """An adapter on one TP rank: all that must be known of it to use its rows.
 
     rank, nblocks  the largest full LoRA rank and block count among its modules
+    invocation     token ids from whose last occurrence in a prompt on the adapter is active; empty: for all tokens
     slots          arena rows that this TP rank's part needs in every layer
     descriptors    [layer][linear], where each factor lies in those rows
     scalings       [layer][linear][slice], alpha / r of the full rank (0 where not adapted)
@@ -40,6 +41,7 @@ class AdapterShard:
     name: str
     rank: int
     nblocks: int
+    invocation: tuple[int, ...] = ()
     slots: int
     descriptors: tuple[tuple[LinearDescriptor, ...], ...]
     scalings: tuple[tuple[tuple[float, ...], ...], ...]
@@ -87,6 +89,7 @@ def load_shard(
         name=name,
         rank=max(shape.rank for shape in shapes.values()),
         nblocks=max(shape.nblocks for shape in shapes.values()),
+        invocation=tuple(config.invocation),
         slots=slots,
         descriptors=tuple(descriptors),
         scalings=scalings,

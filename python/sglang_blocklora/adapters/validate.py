@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from sglang_blocklora.adapters.config import AdapterConfig
-from sglang_blocklora.adapters.errors import AdapterError
+from sglang_blocklora.adapters.errors import AdapterError, brief
 from sglang_blocklora.adapters.tensor_names import Places
 from sglang_blocklora.sharding.architectures import MODULES, suffix_of
 from sglang_blocklora.sharding.cut import Factor, ModuleShape
@@ -38,6 +38,13 @@ def check_modules(
     stored    shapes of lora_A and lora_B as in the file
     max_rank  largest full LoRA rank that is accepted
     """
+    if any(token >= spec.vocab_size for token in config.invocation):
+        raise AdapterError(
+            adapter,
+            f"alora_invocation_tokens = {brief(list(config.invocation))}",
+            f"token ids of the base model, below {spec.vocab_size}",
+            "Check that the adapter was trained on this base model: no prompt could activate it.",
+        )
     positions = spec.find()
     places = Places(positions)
     modules: dict[str, AdaptedModule] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +18,10 @@ class IntegrityError(RuntimeError):
 class SlotCounts:
     """Slots of one TP rank's arena; free, in use, adapters and KV add up to the total.
 
-    in_use    of running requests and not in the radix tree
-    adapters  slots of weights, by content hash
-    kv        slots of cached KV, by the content hash of the adapter that it belongs to, None for the base model
+    in_use     of running requests and not in the radix tree
+    adapters   slots of weights, by content hash
+    kv         slots of cached KV, by the content hash of the adapter that it belongs to, None for the base model
+    activated  content hashes of activated adapters, whose KV waits for the weights where these are put out
     """
 
     total: int
@@ -28,11 +29,13 @@ class SlotCounts:
     in_use: int
     adapters: Mapping[str, int]
     kv: Mapping[str | None, int]
+    activated: Collection[str] = ()
 
     @property
     def invalid_kv(self) -> int:
         """Slots of KV that no request can use, because its adapter is not resident."""
-        return sum(count for owner, count in self.kv.items() if owner is not None and owner not in self.adapters)
+        usable = {None, *self.adapters, *self.activated}
+        return sum(count for owner, count in self.kv.items() if owner not in usable)
 
 
 class SlotOwners:

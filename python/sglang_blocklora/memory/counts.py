@@ -31,6 +31,9 @@ class AdapterCount(msgspec.Struct, kw_only=True):
     misses: Annotated[int, _series("misses", "Requests that did not find it resident.")] = 0
     host_hits: Annotated[int, _series("host_hits", "Of those, requests that found it in host memory.")] = 0
     evictions: Annotated[int, _series("evictions", "Times an adapter was put out of the arena.")] = 0
+    not_activated: Annotated[
+        int, _series("not_activated", "Requests of an activated adapter whose prompt did not hold its invocation.")
+    ] = 0
 
 
 class AdapterCounts:
@@ -63,6 +66,10 @@ class AdapterCounts:
         count.hits += tier == "resident"
         count.misses += tier != "resident"
         count.host_hits += tier == "host"
+
+    def not_activated(self, key: str) -> None:
+        """Count one request that the base model answers: its prompt does not activate the adapter."""
+        self._own(key).not_activated += 1
 
     def evicted(self, key: str) -> None:
         """Count one time that an adapter was put out of the arena."""

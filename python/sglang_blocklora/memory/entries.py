@@ -16,6 +16,7 @@ class Entry:
 
     content_hash  sha256 in hex; the namespace of its weights and KV
     marks         keys of its slots: whole pages; not to be changed
+    number        of the contents of an activated adapter, which no other contents have; None for other adapters
     lora_ids      the ids under which it is loaded
     pins          those of them that hold it in the tree
     node          the tree's node of its weights, None where it is not resident (upstream never uses a number again)
@@ -24,6 +25,7 @@ class Entry:
 
     content_hash: str
     marks: array[int]
+    number: int | None = None
     lora_ids: set[str] = field(default_factory=set)
     pins: set[str] = field(default_factory=set)
     node: int | None = None
@@ -36,12 +38,16 @@ class Entries:
     resident      by content hash, in order of loading
     nodes         of those
     pinned_slots  slots of those with pins
+    activated     numbers of activated adapters' contents, whose KV may outlive their weights: kept when an entry is
+                  forgotten, until ``forget_numbers``
     """
 
     def __init__(self) -> None:
         self.resident: dict[str, Entry] = {}
         self.nodes: set[int] = set()
         self.pinned_slots = 0
+        self.activated: dict[str, int] = {}
+        self._last_number = 0
         self._by_id: dict[str, Entry] = {}
         self._by_contents: dict[str, Entry] = {}
 
@@ -58,9 +64,11 @@ class Entries:
         """The entry of a loaded adapter, else None."""
         return self._by_id.get(lora_id) if lora_id is not None else None
 
-    def know(self, lora_id: str, content_hash: str, slots: int) -> None:
+    def know(self, lora_id: str, content_hash: str, slots: int, activated: bool = False) -> None:
         """Load contents of ``slots`` slots under an id. ``ValueError`` where either is known otherwise."""
         entry = self._by_contents.get(content_hash) or Entry(content_hash=content_hash, marks=marks(slots))
+        if activated and entry.number is None:
+            entry.number = self._number_of(content_hash)
         if len(entry.marks) != slots or self._by_id.get(lora_id, entry) is not entry:
             raise ValueError(f"{lora_id} cannot be {slots} slots of {content_hash}: one of them is known otherwise")
         self._by_contents[content_hash] = self._by_id[lora_id] = entry
@@ -105,6 +113,16 @@ class Entries:
         entry.pins.discard(lora_id)
         self.pinned_slots -= 0 if entry.pins else len(entry.marks)
         return None if entry.pins else entry.node
+
+    def forget_numbers(self) -> None:
+        """The tree is empty: contents that are not loaded may have another number when they come again."""
+        self.activated = {known: number for known, number in self.activated.items() if known in self._by_contents}
+
+    def _number_of(self, content_hash: str) -> int:
+        if content_hash not in self.activated:
+            self._last_number += 1
+            self.activated[content_hash] = self._last_number
+        return self.activated[content_hash]
 
     def _drop(self, entry: Entry) -> None:
         if not entry.lora_ids and entry.slots is None:

@@ -28,7 +28,7 @@ class PrefixCache(Protocol):
 
     on_evicted: Callable[[str], None]
 
-    def know(self, lora_id: str, content_hash: str, slots: int) -> None: ...
+    def know(self, lora_id: str, content_hash: str, slots: int, activated: bool) -> None: ...
     def forget(self, lora_id: str) -> None: ...
     def slots_needed(self, slots: int) -> int: ...
     def slots_of(self, lora_id: str) -> torch.Tensor | None: ...
@@ -101,7 +101,7 @@ class UnifiedPool(AdapterPool):
         self._cache = cache
         cache.on_evicted = self._went
         for key, adapter in self.loaded.items():
-            cache.know(key, adapter.content_hash, adapter.slots)
+            cache.know(key, adapter.content_hash, adapter.slots, bool(adapter.shard.invocation))
 
     @property
     def cache(self) -> PrefixCache:
@@ -113,7 +113,7 @@ class UnifiedPool(AdapterPool):
     def add(self, key: str, adapter: LoadedAdapter, image: torch.Tensor) -> None:
         super().add(key, adapter, image)
         if self._cache is not None:
-            self._cache.know(key, adapter.content_hash, adapter.slots)
+            self._cache.know(key, adapter.content_hash, adapter.slots, bool(adapter.shard.invocation))
 
     def reason_not_to_add(self, slots: int, pinned: bool) -> str | None:
         """As in the base class; all fit before the KV pool's size is known."""

@@ -148,8 +148,12 @@ class Validators:
         assert "fuzzed" in report.error
 
     def request_key(self, rng: Random) -> None:
-        """A client's extra key cannot be taken for an adapter, nor one pair of the two for another."""
-        pairs = [(rng.choice((None, f"{rng.getrandbits(128):032x}")), cases.text(rng, KEYS) or None) for _ in range(2)]
+        """A client's extra key cannot be taken for an adapter, nor one request for another."""
+        pairs = []
+        for _ in range(2):
+            lora_id = rng.choice((None, f"{rng.getrandbits(128):032x}"))
+            first = rng.choice((None, 0, rng.randrange(10**8))) if lora_id else None
+            pairs.append((lora_id, cases.text(rng, KEYS) or None, first))
         keys = [request_key(*pair) for pair in pairs]
         assert [split_key(key) for key in keys] == pairs
         assert (keys[0] == keys[1]) == (pairs[0] == pairs[1])

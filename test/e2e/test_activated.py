@@ -1,0 +1,158 @@
+"""Activated adapters on a real server: PEFT's tokens, and one context computed once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from blocklora_testing.models import (
+    VOCAB,
+    AdapterChoice,
+    build_adapters,
+    build_model,
+    dense_twin,
+    peft_tokens,
+)
+from blocklora_testing.server import Server, running
+
+NEW_TOKENS = 12
+PAGE = 16
+INVOCATION, OTHER = (17, 42, 99), (7,)
+CHOICES = {
+    "judge": AdapterChoice(rank=8, invocation=INVOCATION),
+    "router": AdapterChoice(rank=4, invocation=INVOCATION, use_rslora=True),
+    "one": AdapterChoice(rank=6, invocation=OTHER),
+    "blocks": AdapterChoice(2, rank=8, invocation=INVOCATION),
+    "four": AdapterChoice(4, rank=8, invocation=INVOCATION),
+    "plain": AdapterChoice(rank=8),
+    "n2": AdapterChoice(2, rank=8),
+}
+ACTIVATED = [name for name, choice in CHOICES.items() if choice.invocation]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model, activated adapters beside others, prompts, and PEFT's tokens: ``expected[adapter][prompt]``."""
+
+    model: Path
+    adapters: dict[str, Path]
+    prompts: list[list[int]]
+    expected: dict[str | None, list[list[int]]]
+
+    def check(self, server: Server, names: list[str | None], prompts: list[int] | None = None) -> None:
+        """All at once, so that they share batches."""
+        asked = [(i, name) for i in prompts or range(len(self.prompts)) for name in names]
+        found = server.many([(self.prompts[i], name) for i, name in asked], NEW_TOKENS)
+        for (i, name), tokens in zip(asked, found, strict=True):
+            assert tokens == self.expected[name][i], (name, i)
+
+
+def words(count: int, seed: int) -> list[int]:
+    """Random tokens without an invocation."""
+    found = torch.randint(0, VOCAB, (count,), generator=torch.Generator().manual_seed(seed))
+    return [token if token not in (17, *OTHER) else 5 for token in found.tolist()]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("activated")
+    model = build_model(folder / "model", "llama")
+    adapters = build_adapters(model, folder / "adapters", CHOICES)
+    # What PEFT is asked: it has no block-diagonal adapters with an invocation.
+    asked = {
+        name: dense_twin(path, folder / "twins" / name) if CHOICES[name].nblocks and CHOICES[name].invocation else path
+        for name, path in adapters.items()
+    }
+    invoke, context = list(INVOCATION), words(100, 1)
+    prompts = [
+        context + invoke + words(3, 2),
+        context + invoke,  # nothing behind it
+        invoke + words(20, 3),  # nothing before it
+        context[:40] + invoke + words(25, 4) + invoke + words(4, 5),  # the last one counts
+        context + invoke[:2] + words(4, 6),  # half of it is none
+        [*context[:64], 7, *invoke, 7, *words(2, 7)],  # both kinds
+        [*context[:31], 7, 17, *invoke, *words(1, 8)],  # at a page's end, behind its own first token
+        context,
+    ]
+    return Case(model, adapters, prompts, peft_tokens(model, asked, prompts, NEW_TOKENS))
+
+
+def start(made: Case, folder: Path, *flags: str):
+    paths = ["--lora-paths", *(f"{name}={path}" for name, path in made.adapters.items())]
+    debug = {"SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK": "1"}
+    return running(made.model, *flags, *paths, log=folder / "log", environment=debug, warm=True)
+
+
+def test_the_adapters_make_a_difference(made: Case) -> None:
+    """Else the tests below could not fail: with them, where an invocation is, and only there."""
+    for name in ACTIVATED:
+        same = [own == base for own, base in zip(made.expected[name], made.expected[None], strict=True)]
+        assert same == [OTHER[0] not in prompt if name == "one" else not holds(prompt) for prompt in made.prompts]
+
+
+def holds(prompt: list[int]) -> bool:
+    return any(tuple(prompt[at : at + 3]) == INVOCATION for at in range(len(prompt)))
+
+
+@pytest.mark.parametrize(
+    ("tp", "flags"),
+    [
+        (1, ("--chunked-prefill-size", "48", "--page-size", str(PAGE))),
+        (2, ("--max-total-tokens", "1536", "--chunked-prefill-size", "32")),
+        pytest.param(4, (), marks=pytest.mark.matrix),
+        pytest.param(2, ("--adapter-memory", "static"), marks=pytest.mark.matrix),
+        pytest.param(2, ("--page-size", str(PAGE)), marks=pytest.mark.matrix),
+        pytest.param(1, (), marks=pytest.mark.matrix),
+    ],
+)
+def test_tokens_equal_peft(made: Case, tmp_path: Path, tp: int, flags: tuple[str, ...]) -> None:
+    everyone: list[str | None] = [None, *made.adapters]
+    with start(made, tmp_path, "--tp", str(tp), *flags) as server:
+        made.check(server, ["judge"])  # cold
+        made.check(server, everyone)  # warm from another one, and mixed
+        assert server.call("/flush_cache", {})[0] == 200
+        made.check(server, [None])
+        made.check(server, ACTIVATED)  # warm from the base model
+        made.check(server, everyone)  # warm from themselves
+        for seed in range(20):  # others take the slots
+            server.tokens(words(200, 100 + seed), None, 2)
+        made.check(server, everyone)
+
+
+@pytest.fixture(scope="module")
+def server(made: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with start(made, tmp_path_factory.mktemp("activated-server")) as server:
+        yield server
+
+
+def ask(server: Server, prompt: list[int], adapter: str | None, **more: object) -> dict:
+    sampling = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+    body = {"input_ids": prompt, "lora_path": adapter, "sampling_params": sampling, **more}
+    status, answer = server.call("/generate", body)
+    assert status == 200, answer
+    return answer["meta_info"]
+
+
+def test_the_context_is_computed_once_for_all(made: Case, server: Server) -> None:
+    context = words(300, 50)
+    prompt = context + list(INVOCATION)
+    assert ask(server, prompt, "judge")["cached_tokens"] == 0
+    for name in ("router", "blocks", "four"):
+        assert ask(server, prompt, name)["cached_tokens"] == len(context), "up to the invocation"
+    assert ask(server, prompt, "judge")["cached_tokens"] == len(prompt) - 1, "and its own"
+    assert ask(server, [*context, 1], None)["cached_tokens"] == len(context), "the base model too"
+    assert ask(server, [*context, 1], "plain")["cached_tokens"] == 0, "others compute their own"
+    assert ask(server, prompt, None)["cached_tokens"] == len(context), "what is behind it is the adapters' alone"
+    assert ask(server, prompt, "judge", extra_key="tenant")["cached_tokens"] == 0
+    assert ask(server, [*context, 1], None, extra_key="tenant")["cached_tokens"] == len(context)
+
+
+def test_an_answer_says_where_its_adapter_began(made: Case, server: Server) -> None:
+    context = words(20, 60)
+    assert ask(server, [*context, *INVOCATION, 1], "judge")["activated_from"] == 20
+    assert ask(server, context, "judge")["activated_from"] is None
+    assert "activated_from" not in ask(server, context, "plain")
+    assert "activated_from" not in ask(server, context, None)
