@@ -68,6 +68,9 @@ class SplitStep(TorchAdder):
         if split:  # on every TP rank or on none: segments and shares follow from what all ranks agreed on
             add_deltas_(self._spec.layers[layer][linear].kind, out, x, split, self._collectives)
 
+    def _stack_of(self, adapters: dict[str, Resident]) -> None:
+        """Adapters are not multiplied at once: a collective stands between shrink and expand."""
+
     def _read_linear(self, resident: Resident, i: int, j: int) -> reference.LinearFactors | SplitFactors | None:
         descriptor = resident.adapter.shard.descriptors[i][j]
         if not isinstance(descriptor, SplitDescriptor) or not descriptor.h_width:
