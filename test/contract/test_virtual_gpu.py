@@ -74,7 +74,7 @@ def run(lost: Collection[str] = (), plant: Plant | None = None, steps: int = 80,
 SERVERS = [
     pytest.param({}, id="unified"),
     pytest.param({"static": True}, id="static"),
-    pytest.param({"overlap": True, "seed": 1}, id="shrink beside the GEMM"),
+    pytest.param({"overlap": "stream", "seed": 1}, id="shrink beside the GEMM"),
     pytest.param({"ahead": 2, "seed": 2}, id="two passes ahead"),
     pytest.param({"page": 16, "slots": 320, "seed": 3}, id="pages"),
     pytest.param({"events": True, "seed": 4}, id="KV events"),
@@ -116,8 +116,8 @@ LOST = {
     "self._rows.wait_event(self._filled[part])": {},
     "self._forward.wait_event(done)": {},
     "self._copied[self._turn].synchronize()": {"ahead": 2},
-    "self._stream.wait_event(self._forked)": {"overlap": True},
-    "self._done.wait()": {"overlap": True},
+    "self._stream.wait_event(self._forked)": {"overlap": "stream"},
+    "self._done.wait()": {"overlap": "stream"},
     "self._done.synchronize()": {"events": True},
 }
 

@@ -19,7 +19,7 @@ import torch
 from blocklora_kernels import scatter
 from blocklora_kernels.ops import LoraLinear
 from sglang_blocklora.adapters.shard import load_shard
-from sglang_blocklora.batch.delta_adder import BatchKind
+from sglang_blocklora.batch.delta_adder import BatchKind, Overlap
 from sglang_blocklora.batch.triton_adder import TritonAdder
 from sglang_blocklora.memory import transfer
 from sglang_blocklora.memory.decisions import DecisionLog
@@ -81,14 +81,14 @@ class Serving:
         page: int = 1,
         slots: int = 150,
         static: bool = False,
-        overlap: bool = False,
+        overlap: Overlap = "off",
         ahead: int = 1,
         events: bool = False,
     ) -> None:
         """
         patch    lasts as long as this object is used
         slots    of the KV pool, or of the arena and the KV pool each (``static``)
-        overlap  shrink runs beside the base model's GEMM
+        overlap  as ``TritonAdder`` has it
         ahead    passes that are ordered before the host learns of the one before them; SGLang's is 1
         events   KV events are taken after each pass
         """
