@@ -80,8 +80,45 @@ def use_engine(task, found):
             except sgl.UnknownAdapter as error:
                 found["unknown"] = str(error)
         found["after"] = tokens("n2")
+        found["from tensors"] = from_tensors(engine, task["folders"], tokens)
     finally:
         engine.shutdown()
+
+
+def from_tensors(engine, folders, tokens):
+    # Every way in which SGLang's own tests load tensors, and an update.
+    import safetensors.torch
+    from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.utils import MultiprocessingSerializer
+    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+
+    def contents(name):
+        tensors = safetensors.torch.load_file(folders[name] + "/adapter_model.safetensors")
+        with open(folders[name] + "/adapter_config.json") as file:
+            return tensors, json.load(file)
+
+    found = []
+    load = engine.load_lora_adapter_from_tensors
+
+    def note(result, name="tensors"):
+        found.append([result.success, result.error_message, result.success and tokens(name)])
+
+    note(load("tensors", *contents("n3")))
+    note(load("tensors", *contents("n4")))
+    note(load("tensors", *contents("n4"), load_inplace=True))
+    note(load("bad", {"x": contents("n4")[0].popitem()[1]}, contents("n4")[1]), "bad")
+    note(Engine.load_lora_adapter_from_tensors(engine, "theirs", *contents("n8")), "theirs")
+    tensors, config = contents("n1")
+    bucket = FlattenedTensorBucket(named_tensors=list(tensors.items()))
+    flat = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
+    packed = [MultiprocessingSerializer.serialize(flat, output_str=True) for _ in range(2)]
+    note(load("bucket", packed, config, load_format="flattened_bucket"), "bucket")
+    theirs = Engine.load_lora_adapter_from_tensors(engine, "bucket2", packed, config, load_format="flattened_bucket")
+    note(theirs, "bucket2")
+    note(engine.load_lora_adapter("tensors", folders["n3"], load_inplace=True))
+    for name in ("tensors", "theirs", "bucket", "bucket2"):
+        assert engine.unload_lora_adapter(name).success
+    return found
 
 
 def use_runtime(task, found):
@@ -123,7 +160,8 @@ def found(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> dict:
         "max_total_tokens": 16384,
         "lora_paths": [f"{name}={llama.adapters[name]}" for name in ("n2", "plain")],
     }
-    task = {"options": options, "prompt": llama.prompts[0], "new_tokens": NEW_TOKENS}
+    folders = {name: str(folder) for name, folder in llama.adapters.items()}
+    task = {"options": options, "prompt": llama.prompts[0], "new_tokens": NEW_TOKENS, "folders": folders}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", script, json.dumps(task)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])},
@@ -160,3 +198,13 @@ def test_programs_run_on_a_runtime_with_our_extension(found: dict) -> None:
     assert found["runtime stream"] == "hello" + found["direct"][0]
     assert found["runtime adapters"] == 2, "GET /adapters is ours alone"
     assert "Loaded: n2, plain." in found["runtime unknown"]
+
+
+def test_adapters_come_as_tensors_and_are_updated(found: dict, llama: Case) -> None:
+    expected = ["n3", "already loaded", "n4", "tensor 'x'", "n8", "n1", "n1", "n3"]
+    for (success, message, tokens), wanted in zip(found["from tensors"], expected, strict=True):
+        if wanted in llama.expected:
+            assert (success, tokens) == (True, llama.expected[wanted][0]), message
+        else:
+            assert not success
+            assert wanted in message

@@ -25,7 +25,7 @@ from sglang_blocklora.settings import Settings
 from blocklora_patches.http.adapters import Adapters
 
 # Weights are written and hashed in pieces of this size, in a thread: the event loop goes on with others.
-PIECE_BYTES = 2**20
+PIECE_BYTES = 2**22
 # Where weights that come alone carry their adapter_config.json.
 CONFIG_KEY = "adapter_config"
 SAFETENSORS = "safetensors"
@@ -150,7 +150,7 @@ async def receive(
         return LoRAUpdateOutput(success=False, error_message=refusal)
     try:
         with adapters.spool.receive() as incoming:
-            await _take(incoming, pieces)
+            await take(incoming, pieces)
             if config is None:
                 config = await asyncio.to_thread(_config_inside, name, incoming)
             return await adapters.load_received(name, incoming, config, pinned, update)
@@ -161,17 +161,19 @@ async def receive(
         return LoRAUpdateOutput(success=False, error_message=message)
 
 
-async def _take(incoming: Incoming, pieces: AsyncIterator[bytes | memoryview]) -> None:
+async def take(incoming: Incoming, pieces: AsyncIterator[bytes | memoryview]) -> None:
     """Write and hash all of ``pieces``, while the next ones come."""
     writing: asyncio.Future[Any] = asyncio.gather()
     waiting: list[bytes | memoryview] = []
+    size = 0
     try:
         async for piece in pieces:
             waiting.append(piece)
-            if sum(map(len, waiting)) >= PIECE_BYTES:
+            size += len(piece)
+            if size >= PIECE_BYTES:
                 await writing
                 writing = _taken(incoming, waiting)
-                waiting = []
+                waiting, size = [], 0
     finally:
         await writing
     await _taken(incoming, waiting)

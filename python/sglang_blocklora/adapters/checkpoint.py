@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -104,7 +105,7 @@ class Checkpoint:
             raise AdapterError(
                 self.adapter, f"lora_{factor} that cannot be read ({error})", "a whole file", "Copy it again.", module
             ) from error
-        if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():  # NaN is either's
+        if tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor))):  # NaN would be both of them
             raise AdapterError(
                 self.adapter,
                 f"NaN or Inf in lora_{factor}",
