@@ -2,8 +2,8 @@
 
     python -m benchmark.rollouts.step_gap
 
-Streams of the base model run, half of the rounds beside updates of a rank 32 adapter, one straight after the other, by PUT.
-What counts is the time between a stream's tokens: at the median, and at most.
+Streams of the base model run, half of the rounds beside updates of a rank 32 adapter, one straight after the other, by
+PUT. What counts is the time between a stream's tokens: at the median, and at most.
 """
 
 from __future__ import annotations
@@ -103,16 +103,16 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         running(smollm2.build(), "--tp", "2", "--served-model-name", "base", log=Path(folder) / "log") as server,
+        httpx.Client(base_url=server.url, timeout=300, trust_env=False) as client,
     ):
-        with httpx.Client(base_url=server.url, timeout=300, trust_env=False) as client:
-            measure(client, ())  # warm
-            for round_ in range(arguments.rounds):
-                order = ("quiet", "updates") if round_ % 2 == 0 else ("updates", "quiet")
-                for variant in order:
-                    figures, updates = measure(client, contents if variant == "updates" else ())
-                    recorder.add("streams", variant, round_, figures | {"updates": updates})
-                    told = {name: round(value, 1) for name, value in figures.items()}
-                    print(f"{variant:8} {updates:4} updates {told}", flush=True)
+        measure(client, ())  # warm
+        for round_ in range(arguments.rounds):
+            order = ("quiet", "updates") if round_ % 2 == 0 else ("updates", "quiet")
+            for variant in order:
+                figures, updates = measure(client, contents if variant == "updates" else ())
+                recorder.add("streams", variant, round_, figures | {"updates": updates})
+                told = {name: round(value, 1) for name, value in figures.items()}
+                print(f"{variant:8} {updates:4} updates {told}", flush=True)
     recorder.finish()
 
 

@@ -4,7 +4,7 @@
 
 The real code on the host: a body comes in pieces and is written and hashed as the HTTP process does it, then one TP
 rank reads, checks and cuts its part into an image. Beside it, in the same rounds, the same bytes are merely copied:
-into a file in memory, and out of it into memory; and hashed, which the HTTP process does in a thread beside the writing.
+into a file in memory, and out of it into memory; and hashed, which the HTTP process does in a thread of its own.
 All times are of the processor, so that a machine that is busy with other work measures the same. Nothing here needs a
 model's weights or a GPU; steps of the scheduler come on top.
 """
