@@ -12,10 +12,10 @@ import torch
 from blocklora_testing import smollm2
 from safetensors.torch import save
 
-LAYERS = range(15, 30)  # the upper half: gradients end there
+LAYERS = range(20, 30)  # the upper third: gradients end there
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 16
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3
 MAX_NORM = 1.0
 
 

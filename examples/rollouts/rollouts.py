@@ -25,8 +25,8 @@ from view import Progress, plot, table
 
 SEED = 0
 PROMPTS_PER_STEP = 4
-ANSWERS_PER_PROMPT = 8
-ANSWER_TOKENS = 16
+ANSWERS_PER_PROMPT = 6
+ANSWER_TOKENS = 12
 
 
 class Trainer:

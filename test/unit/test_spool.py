@@ -48,6 +48,8 @@ def test_what_is_not_finished_is_gone_and_nothing_counts(tmp_path: Path) -> None
     with spool.receive() as incoming:
         incoming.write([b"abc"])
     incoming.write([b"late"])  # a thread that had begun
+    with pytest.raises(OSError, match="has gone"):
+        incoming.finish(CONFIG)
     (root,) = tmp_path.iterdir()
     assert list(root.iterdir()) == []
     assert spool.used_bytes == 0

@@ -35,7 +35,7 @@ class SpoolFull(ValueError):
 
 
 class Spool:
-    """The folders of one process's adapters. Made where the first adapter comes; its methods are for one thread.
+    """The folders of one process's adapters, made when the first one comes. For any thread.
 
     where      folder to make it in; None: in memory where there is room for ``max_bytes``, else a temporary folder
     max_bytes  of all adapters in it, those on their way in included
@@ -49,16 +49,18 @@ class Spool:
         self._sizes: dict[str, int] = {}  # path of a whole adapter -> bytes
         self._held: Counter[str] = Counter()
         self._count = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def receive(self) -> Incoming:
-        """An adapter that begins to come in."""
-        if self._root is None:
-            where = self._where or (MEMORY if _free_bytes(MEMORY) >= self.max_bytes else Path(tempfile.gettempdir()))
-            self._root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=where)).resolve()  # nobody else may enter it
-            self._lease = _removed_after_this_process(self._root)
-        self._count += 1
-        folder = self._root / f"new-{self._count}"
+        """An adapter that begins to come in. Raises ``OSError``."""
+        with self._lock:
+            if self._root is None:
+                room = _free_bytes(MEMORY) >= self.max_bytes
+                where = self._where or (MEMORY if room else Path(tempfile.gettempdir()))
+                self._root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=where)).resolve()  # nobody else may enter it
+                self._lease = _removed_after_this_process(self._root)
+            self._count += 1
+            folder = self._root / f"new-{self._count}"
         folder.mkdir()
         return Incoming(self, folder)
 
@@ -67,20 +69,22 @@ class Spool:
 
     def release(self, path: str) -> None:
         """What ``Incoming.finish`` gave may go once ``keep_only`` is not told of it."""
-        self._held[path] -= 1
-        self._held = +self._held
+        with self._lock:
+            self._held[path] -= 1
+            self._held = +self._held
 
     def keep_only(self, paths: Collection[str]) -> list[Path]:
         """Forget the adapters that are not among ``paths`` and not held; the folders for the caller to remove."""
         gone = []
-        for path in [path for path in self._sizes if path not in paths and path not in self._held]:
-            self._count += 1
-            gone.append(Path(path).rename(Path(path).with_name(f"gone-{self._count}")))
-            self.take(-self._sizes.pop(path))
+        with self._lock:
+            for path in [path for path in self._sizes if path not in paths and path not in self._held]:
+                self._count += 1
+                gone.append(Path(path).rename(Path(path).with_name(f"gone-{self._count}")))
+                self.take(-self._sizes.pop(path))
         return gone
 
     def take(self, count: int) -> None:
-        """Note that so many bytes more are used. Raises ``SpoolFull``. For any thread."""
+        """Note that so many bytes more are used. Raises ``SpoolFull``."""
         with self._lock:
             if count > 0 and self.used_bytes + count > self.max_bytes:
                 raise SpoolFull(
@@ -92,13 +96,15 @@ class Spool:
     def put(self, folder: Path, content_hash: str, size_bytes: int) -> Path:
         """Keep a whole adapter under its hash, held; one that is there already stays, and ``folder`` goes."""
         path = folder.with_name(content_hash)
-        self._held[str(path)] += 1
-        if str(path) in self._sizes:
+        with self._lock:
+            known = str(path) in self._sizes
+            if not known:
+                folder.rename(path)
+                self._sizes[str(path)] = size_bytes
+            self._held[str(path)] += 1
+        if known:
             shutil.rmtree(folder)
             self.take(-size_bytes)
-        else:
-            folder.rename(path)
-            self._sizes[str(path)] = size_bytes
         return path
 
 
@@ -145,6 +151,8 @@ class Incoming:
         """
         data = json.dumps(config, indent=2, sort_keys=True).encode()
         with self._lock:
+            if self._over:
+                raise OSError("who brought the adapter has gone")
             self._spool.take(len(data))
             weights_bytes, self._size = self._size, self._size + len(data)
             (self._folder / CONFIG_NAME).write_bytes(data)
