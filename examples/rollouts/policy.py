@@ -39,10 +39,10 @@ class Policies:
     """The adapters of all variants over one model, each with an optimizer."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        from peft import LoraConfig, get_peft_model
-
         folder = smollm2.build()
         transformers = smollm2.import_transformers()
+        from peft import LoraConfig, get_peft_model  # imports transformers, so only after that
+
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         config = LoraConfig(

@@ -111,9 +111,12 @@ def from_tensors(engine, folders, tokens):
     tensors, config = contents("n1")
     bucket = FlattenedTensorBucket(named_tensors=list(tensors.items()))
     flat = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
-    packed = [MultiprocessingSerializer.serialize(flat, output_str=True) for _ in range(2)]
-    note(load("bucket", packed, config, load_format="flattened_bucket"), "bucket")
-    theirs = Engine.load_lora_adapter_from_tensors(engine, "bucket2", packed, config, load_format="flattened_bucket")
+
+    def packed():  # what is sent can be opened once
+        return [MultiprocessingSerializer.serialize(flat, output_str=True) for _ in range(2)]
+
+    note(load("bucket", packed(), config, load_format="flattened_bucket"), "bucket")
+    theirs = Engine.load_lora_adapter_from_tensors(engine, "bucket2", packed(), config, load_format="flattened_bucket")
     note(theirs, "bucket2")
     note(engine.load_lora_adapter("tensors", folders["n3"], load_inplace=True))
     for name in ("tensors", "theirs", "bucket", "bucket2"):
