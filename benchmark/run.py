@@ -36,6 +36,7 @@ PARTS = {
     "memory": Part("benchmark.memory.serve", 480),
     "scheduler": Part("benchmark.scheduler.serve", 600),
     "quality": Part("benchmark.quality.train", 600),
+    "activated": Part("benchmark.activated.serve", 600, quick=False),
     "added_time": Part("benchmark.decode.added_time", 600, quick=False),
     "scheduler_host_time": Part("benchmark.scheduler.host_time", 120, quick=False),
     "counts": Part("benchmark.paper.counts --tp", 60, quick=False),

@@ -145,6 +145,15 @@ SCHEDULER_BRIEF = Brief(
 )
 
 SECTIONS = (
+    Section(
+        part="activated",
+        baseline="plain",
+        columns=(
+            Column(header="prompt tokens computed for five", figure="prefill_tokens", digits=0),
+            Column(header="TTFT of the first, ms", figure="first_ttft_ms", digits=0),
+            Column(header="TTFT of the others, ms", figure="later_ttft_ms", digits=0),
+        ),
+    ),
     Section(part="added_time", baseline="base model", columns=(STEP, FIRST_TOKEN)),
     Section(part="memory", baseline="stock slots", columns=(*LATENCIES, *CACHES), brief=MEMORY_BRIEF),
     Section(

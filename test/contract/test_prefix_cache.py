@@ -111,7 +111,8 @@ def test_cost_aware_weighs_adapters_against_kv(copy_tokens_per_slot: float, left
 
 
 TestCache = CacheMachine.TestCase
-TestCache.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+# More than 10,000 steps.
+TestCache.settings = settings(max_examples=260, stateful_step_count=40, deadline=None)
 
 
 @pytest.mark.parametrize("page_size", [1, 16])

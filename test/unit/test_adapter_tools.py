@@ -340,3 +340,15 @@ def test_content_hash_follows_config_and_weights_and_nothing_else(tmp_path: Path
     next(iter(tensors.values()))[0, 0] += 1
     save_file(tensors, weights)
     assert content_hash(tmp_path) != first
+
+
+def test_inspect_shows_an_invocation_as_text(config_json: Path, tmp_path: Path, capsys) -> None:
+    """The byte-level tokenizer's ids count from "!" on."""
+    from blocklora_testing.models import save_tokenizer
+
+    write_adapter(tmp_path / "judge", BASE, rank=8, alora_invocation_tokens=[39, 68, 79])
+    for base, text in ((("--base-model", tmp_path), None), ((), None), (("--base-model", tmp_path), "Hep")):
+        if text:
+            save_tokenizer(tmp_path)
+        code, found = run(capsys, "inspect", tmp_path / "judge", *base)
+        assert (code, found["invocation"], found["invocation_text"]) == (0, [39, 68, 79], text)

@@ -38,6 +38,7 @@ class AdapterFacts(msgspec.Struct, kw_only=True, frozen=True):
 
     lora_id            what it is known by; None before its first load
     tier               "resident" (in the arena), "host" (in host memory) or "disk" (read when asked for)
+    invocation         token ids from which on an activated adapter is active; empty for others
     bytes_per_tp_rank  rows of the arena on every TP rank, padding included
     draining           in the HTTP process: versions of the name that were current before
     """
@@ -50,6 +51,7 @@ class AdapterFacts(msgspec.Struct, kw_only=True, frozen=True):
     content_hash: str | None = None
     rank: int | None = None
     nblocks: int | None = None
+    invocation: list[int] = msgspec.field(default_factory=list)
     slots: int | None = None
     bytes_per_tp_rank: int | None = None
     requests: Requests = Requests()
@@ -116,6 +118,7 @@ def pool_facts(
             content_hash=adapter.content_hash,
             rank=adapter.shard.rank,
             nblocks=adapter.shard.nblocks,
+            invocation=list(adapter.shard.invocation),
             slots=adapter.slots,
             bytes_per_tp_rank=adapter.slots * slot_bytes,
             requests=requests(key),

@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple
     """What a command found: as data, as text, and whether it passed."""
     base = BaseSizes.read(arguments.base_model) if getattr(arguments, "base_model", None) else None
     if arguments.command == "inspect":
-        found = inspect_adapter(arguments.path, base, arguments.tp, DTYPES[arguments.dtype])
+        found = inspect_adapter(arguments.path, base, arguments.tp, DTYPES[arguments.dtype], arguments.base_model)
         return dataclasses.asdict(found), inspection_text(found), True
     if arguments.command == "match-rank":
         modules, budget = _measure(arguments, base, parser)

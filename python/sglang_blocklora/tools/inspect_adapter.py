@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from sglang_blocklora.adapters.content_hash import content_hash
 from sglang_blocklora.adapters.notes import notes
-from sglang_blocklora.adapters.tokenizer_files import TOKEN_FILES
+from sglang_blocklora.adapters.tokenizer_files import TOKEN_FILES, TOKENIZER
 from sglang_blocklora.sharding.architectures import kind_of, suffix_of
 from sglang_blocklora.sharding.cut import ModuleShape
 from sglang_blocklora.sharding.layout import place
@@ -51,13 +52,19 @@ class TpCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What ``inspect`` tells; ``rank`` and ``nblocks`` are the largest among the modules."""
+    """What ``inspect`` tells; ``rank`` and ``nblocks`` are the largest among the modules.
+
+    invocation       token ids from which on an activated adapter is active; empty for others
+    invocation_text  the same as text, where the base model's tokenizer is there
+    """
 
     path: str
     content_hash: str
     rank: int
     nblocks: int
     use_rslora: bool
+    invocation: list[int]
+    invocation_text: str | None
     layers: int
     parameters: int
     dtype: str
@@ -67,9 +74,16 @@ class Inspection:
 
 
 def inspect_adapter(
-    folder: Path, base: BaseSizes | None, tp_sizes: Sequence[int], dtype: torch.dtype = torch.bfloat16
+    folder: Path,
+    base: BaseSizes | None,
+    tp_sizes: Sequence[int],
+    dtype: torch.dtype = torch.bfloat16,
+    base_folder: Path | None = None,
 ) -> Inspection:
-    """Describe the adapter in ``folder``, served in ``dtype``. Raises ``AdapterError``."""
+    """Describe the adapter in ``folder``, served in ``dtype``. Raises ``AdapterError``.
+
+    base_folder  the base model's, for its tokenizer
+    """
     with open_adapter(folder, base) as adapter:
         groups = _groups(adapter)
         spec = adapter.spec(0, 1, dtype)
@@ -81,6 +95,8 @@ def inspect_adapter(
             rank=max(group.rank for group in groups),
             nblocks=max(group.nblocks for group in groups),
             use_rslora=adapter.config.use_rslora,
+            invocation=list(adapter.config.invocation),
+            invocation_text=_text(adapter.config.invocation, base_folder),
             layers=len({spec.find()[path][0] for path in adapter.modules}),
             parameters=adapter.parameters,
             dtype=str(dtype).removeprefix("torch."),
@@ -88,6 +104,15 @@ def inspect_adapter(
             tp=costs,
             warnings=list(_warnings(adapter, groups, tp_sizes)),
         )
+
+
+def _text(tokens: Sequence[int], base_folder: Path | None) -> str | None:
+    """What the base model's tokenizer makes of ``tokens``; None without tokens or a fast tokenizer's file."""
+    file = base_folder / TOKENIZER if base_folder is not None else None
+    if not tokens or file is None or not file.is_file():
+        return None
+    text: str = Tokenizer.from_file(str(file)).decode(list(tokens), skip_special_tokens=False)
+    return text
 
 
 def _groups(adapter: OpenedAdapter) -> list[ModuleGroup]:

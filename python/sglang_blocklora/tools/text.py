@@ -26,6 +26,9 @@ def inspection_text(found: Inspection) -> str:
         f"{found.path}\n{structure}, {rank}, {found.layers} layers, {found.parameters:,} parameters\n"
         f"sha256 {found.content_hash}\n"
     )
+    if found.invocation:
+        text = "" if found.invocation_text is None else f", {found.invocation_text!r}"
+        head += f"activated by tokens {', '.join(map(str, found.invocation))}{text}\n"
     modules = table(
         ("module", "count", "kind", "factor", "orientation", "rank", "n", "in", "out", "parameters"),
         (tuple(dataclasses.asdict(group).values()) for group in found.modules),
