@@ -97,6 +97,9 @@ class Trainer:
                 self.learn(name, done.result())
                 self.push(name)
                 show.update(table(list(self.variants.values()), self._steps))
+                if not show.console.is_terminal:  # which would see the table only at the end
+                    one = self.variants[name]
+                    show.console.print(f"{name} step {len(one.rewards)}: reward {one.rewards[-1]:.2f}, {one.version}")
                 if len(self.variants[name].rewards) < self._steps:
                     sampling[ask(name)] = name
 
