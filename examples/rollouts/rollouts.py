@@ -92,7 +92,8 @@ class Trainer:
 
             sampling = {ask(name): name for name in self.variants}
             while sampling:
-                done = next(iter(wait(sampling, return_when=FIRST_COMPLETED).done))
+                ready = wait(sampling, return_when=FIRST_COMPLETED).done
+                done = min(ready, key=lambda one: len(self.variants[sampling[one]].rewards))  # nobody is left behind
                 name = sampling.pop(done)
                 self.learn(name, done.result())
                 self.push(name)
