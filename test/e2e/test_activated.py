@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +18,26 @@ from blocklora_testing.models import (
     peft_tokens,
 )
 from blocklora_testing.server import Server, running
+from tokenizers import pre_tokenizers
 
 NEW_TOKENS = 12
 PAGE = 16
 INVOCATION, OTHER = (17, 42, 99), (7,)
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def ids_of(text: str) -> tuple[int, ...]:
+    """Tokens of the byte-level tokenizer: printable ASCII counts from "!" on, a space is a letter of its own."""
+    return tuple(ALPHABET.index("\u0120" if letter == " " else letter) for letter in text)
+
+
 CHOICES = {
     "judge": AdapterChoice(rank=8, invocation=INVOCATION),
     "router": AdapterChoice(rank=4, invocation=INVOCATION, use_rslora=True),
     "one": AdapterChoice(rank=6, invocation=OTHER),
     "blocks": AdapterChoice(2, rank=8, invocation=INVOCATION),
     "four": AdapterChoice(4, rank=8, invocation=INVOCATION),
+    "chat": AdapterChoice(rank=8, invocation=ids_of("assistant: ")),
     "plain": AdapterChoice(rank=8),
     "n2": AdapterChoice(2, rank=8),
 }
@@ -90,11 +101,11 @@ def test_the_adapters_make_a_difference(made: Case) -> None:
     """Else the tests below could not fail: with them, where an invocation is, and only there."""
     for name in ACTIVATED:
         same = [own == base for own, base in zip(made.expected[name], made.expected[None], strict=True)]
-        assert same == [OTHER[0] not in prompt if name == "one" else not holds(prompt) for prompt in made.prompts]
+        assert same == [not holds(prompt, CHOICES[name].invocation) for prompt in made.prompts]
 
 
-def holds(prompt: list[int]) -> bool:
-    return any(tuple(prompt[at : at + 3]) == INVOCATION for at in range(len(prompt)))
+def holds(prompt: list[int], invocation: tuple[int, ...]) -> bool:
+    return any(tuple(prompt[at : at + len(invocation)]) == invocation for at in range(len(prompt)))
 
 
 @pytest.mark.parametrize(
@@ -156,3 +167,31 @@ def test_an_answer_says_where_its_adapter_began(made: Case, server: Server) -> N
     assert ask(server, context, "judge")["activated_from"] is None
     assert "activated_from" not in ask(server, context, "plain")
     assert "activated_from" not in ask(server, context, None)
+
+
+def test_a_chat_template_may_carry_the_invocation(made: Case, server: Server) -> None:
+    """The test model's ends with "assistant: "; text prompts are the same prompt, and so are its tokens."""
+    text = "user: How many?\nassistant: "
+    place = len(text) - len("assistant: ")
+    chat = {"model": "chat", "messages": [{"role": "user", "content": "How many?"}], "temperature": 0, "max_tokens": 4}
+    status, answer = server.call("/v1/chat/completions", chat)
+    assert (status, answer["metadata"]["activated_from"]) == (200, place)
+    sampling = {"temperature": 0, "max_new_tokens": 4}
+    found = [
+        server.call("/generate", {**prompt, "lora_path": "chat", "sampling_params": sampling})[1]
+        for prompt in ({"text": text}, {"input_ids": list(ids_of(text.replace("\n", "\u010a")))})
+    ]
+    assert [one["meta_info"]["activated_from"] for one in found] == [place, place]
+    assert [one["text"] for one in found] == [answer["choices"][0]["message"]["content"]] * 2
+    done = {"model": "chat", "prompt": "How many?", "temperature": 0, "max_tokens": 4}
+    status, answer = server.call("/v1/completions", done)
+    assert (status, answer["metadata"]["activated_from"]) == (200, None)
+
+
+def test_every_piece_of_a_stream_says_it(server: Server) -> None:
+    body = {"input_ids": [1, 2, *INVOCATION, 3], "lora_path": "judge", "stream": True}
+    status, text = server.call("/generate", body | {"sampling_params": {"max_new_tokens": 5, "ignore_eos": True}})
+    pieces = [json.loads(line.removeprefix("data: ")) for line in text.split("\n") if line.startswith("data: {")]
+    assert status == 200
+    assert pieces
+    assert {piece["meta_info"]["activated_from"] for piece in pieces} == {2}
