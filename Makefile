@@ -18,10 +18,10 @@ serve: $(VENV)/.demo  ## the demo server, until Ctrl-C
 	$(BIN)/python examples/demo/demo.py --serve
 
 test: $(VENV)/.installed  ## everything but the whole model x TP matrix
-	$(BIN)/pytest -n 2 --dist loadfile -m "not matrix"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not matrix"
 
 test-release: $(VENV)/.installed  ## what can differ between SGLang releases: hooks, the cache, tokens of one server
-	$(BIN)/pytest -n 2 --dist loadfile test/contract
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder test/contract
 	$(BIN)/pytest "test/e2e/test_tokens.py::test_tokens_equal_peft[llama-2-2]"
 
 test-all: $(VENV)/.installed  ## the whole matrix too (about an hour on 2 cores)

@@ -34,20 +34,22 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Case]
 
 
 def _make(folder: Path, family: str, kv_heads: int) -> Case:
+    from blocklora_testing.architectures.tiny import modules_of
     from blocklora_testing.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens
 
     model = build_model(folder / "model", family, kv_heads=kv_heads)
+    targets = modules_of(model)
     choices = {
-        "plain": AdapterChoice(),
-        "n1": AdapterChoice(1, rank=4),
-        "n2": AdapterChoice(2, rank=6),
-        "n3": AdapterChoice(3, rank=12, use_rslora=True),
-        "n4": AdapterChoice(4, rank=8),
-        "n8": AdapterChoice(8, rank=16),
+        "plain": AdapterChoice(targets=targets),
+        "n1": AdapterChoice(1, rank=4, targets=targets),
+        "n2": AdapterChoice(2, rank=6, targets=targets),
+        "n3": AdapterChoice(3, rank=12, use_rslora=True, targets=targets),
+        "n4": AdapterChoice(4, rank=8, targets=targets),
+        "n8": AdapterChoice(8, rank=16, targets=targets),
     }
     if family != "phi3":  # q and v alone do not exist there: q, k and v are one module
         choices["partial"] = AdapterChoice(2, rank=4, targets=("q_proj", "v_proj", "o_proj"))
-        choices["mixed"] = AdapterChoice(2, rank=8, rank_pattern={"q_proj": 4, "down_proj": 10})
+        choices["mixed"] = AdapterChoice(2, rank=8, rank_pattern={"q_proj": 4, targets[-1]: 10}, targets=targets)
     adapters = build_adapters(model, folder / "adapters", choices)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in (5, 23)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from blocklora_testing.architectures.tiny import config_of
 from blocklora_testing.models import CONFIGS, family_config
 from sglang_blocklora.sharding.architectures import ARCHITECTURES, MODULES
 from sglang_blocklora.tools.base_model import BaseSizes
@@ -21,7 +23,18 @@ with warnings.catch_warnings():
     from blocklora_patches.model.linears import adaptable_linears, build_spec
     from sglang.srt.configs.update_config import adjust_config_with_unaligned_cpu_tp
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
-    from sglang.srt.models import gemma2, llama, mistral, qwen2, qwen3
+    from sglang.srt.models import (
+        gemma,
+        gemma2,
+        granite,
+        llama,
+        mistral,
+        mixtral,
+        olmo2,
+        qwen2,
+        qwen3,
+        qwen3_moe,
+    )
     from sglang.srt.runtime_context import get_context, get_parallel
 
 FAMILIES = {
@@ -31,6 +44,14 @@ FAMILIES = {
     "qwen3": qwen3.Qwen3ForCausalLM,
     "gemma2": gemma2.Gemma2ForCausalLM,
     "phi3": llama.Phi3ForCausalLM,
+}
+# By transformers' model type, at the sizes of ``config_of``; some have experts, or layers of which some have.
+OTHERS = {
+    "gemma": gemma.GemmaForCausalLM,
+    "granite": granite.GraniteForCausalLM,
+    "olmo2": olmo2.Olmo2ForCausalLM,
+    "qwen3_moe": qwen3_moe.Qwen3MoeForCausalLM,
+    "mixtral": mixtral.MixtralForCausalLM,
 }
 LLAMA_8B = {"heads": 32, "kv_heads": 8, "head_dim": 128, "hidden_size": 4096, "intermediate_size": 14336}
 SMALL = {"heads": 12, "kv_heads": 2, "head_dim": 24, "hidden_size": 288, "intermediate_size": 192}
@@ -57,6 +78,8 @@ def tp_rank(rank: int, size: int) -> Iterator[None]:
             moe_tp_size=size,
             moe_tp_group=group,
             moe_ep_size=1,
+            moe_ep_rank=0,
+            moe_tp_rank=rank,
             moe_dp_size=1,
             pp_size=1,
             pp_rank=0,
@@ -69,15 +92,18 @@ def tp_rank(rank: int, size: int) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_rotary_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its class wants kernels that this machine may not have; no linear depends on it."""
-    for module in (gemma2, llama, qwen2, qwen3):
-        monkeypatch.setattr(module, "get_rope", lambda *args, **kwargs: torch.nn.Identity())
+    rope = torch.nn.Identity()
+    rope.rotary_dim = 24
+    for module in {sys.modules[one.__module__] for one in (*FAMILIES.values(), *OTHERS.values())}:
+        if hasattr(module, "get_rope"):
+            monkeypatch.setattr(module, "get_rope", lambda *args, **kwargs: rope)
 
 
 def sglang_model(family: str, config: Any) -> torch.nn.Module:
     config.vocab_size = VOCAB
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # upstream's, about quantisation methods that this machine cannot use
-        return FAMILIES[family](config)
+        return (FAMILIES | OTHERS)[family](config)
 
 
 def as_read(family: str, config: Any, rank: int, size: int, targets: set[str]) -> Any:
@@ -87,20 +113,27 @@ def as_read(family: str, config: Any, rank: int, size: int, targets: set[str]) -
 
 
 def base_sizes(config: Any) -> BaseSizes:
-    return BaseSizes(
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        layers=config.num_hidden_layers,
-        vocab=VOCAB,
-    )
+    return BaseSizes.of(config.to_dict() | {"vocab_size": VOCAB})
 
 
 def test_every_architecture_of_the_table_is_tried() -> None:
-    assert sorted(one.__name__ for one in FAMILIES.values()) == sorted(ARCHITECTURES)
+    assert sorted(one.__name__ for one in (FAMILIES | OTHERS).values()) == sorted(ARCHITECTURES)
     assert FAMILIES.keys() == CONFIGS.keys()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("family", OTHERS)
+def test_the_tools_know_which_layers_have_experts(family: str, size: int) -> None:
+    config = config_of(family)
+    base = base_sizes(config)
+    for rank in range(size):
+        found = as_read(family, config, rank, size, {"all"})
+        assert found == base.spec(torch.bfloat16, rank, size)
+        assert [len(layer) for layer in found.layers] == {
+            "gemma": [4, 4],
+            "granite": [4, 4],
+            "olmo2": [4, 4],
+        }.get(family, [2, 2])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -154,13 +187,17 @@ def test_what_the_server_was_told_to_leave_out_is_known() -> None:
     }
 
 
-def test_a_layer_with_other_linears_stops_the_server() -> None:
-    """A release that renames or reorders linears must not be served by guess."""
+def test_a_layer_that_is_cut_in_another_way_stops_the_server() -> None:
+    """A release that renames or cuts linears otherwise must not be served by guess."""
     config = family_config("llama", layers=1)
     with tp_rank(0, 1):
-        linears = adaptable_linears(sglang_model("llama", config))
-        with pytest.raises(ValueError, match="other linears than"):
-            build_spec([linears[0][::-1]], config, {"all"}, torch.bfloat16, 0, 1)
+        model = sglang_model("llama", config)
+        model.model.layers[0].mlp.down_proj.input_size_per_partition //= 2
+        with pytest.raises(ValueError, match=r"cuts intermediate of model\.layers\.0 in another way"):
+            build_spec(adaptable_linears(model), config, {"all"}, torch.bfloat16, 0, 1)
+        del model.model.layers[0].self_attn.o_proj
+        with pytest.raises(ValueError, match=r"not both self_attn\.qkv_proj and self_attn\.o_proj"):
+            adaptable_linears(model)
 
 
 @pytest.mark.parametrize("hook", adapted.HOOKS, ids=lambda hook: hook.target)

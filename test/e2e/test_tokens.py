@@ -8,12 +8,15 @@ import pytest
 from blocklora_testing.case import NEW_TOKENS
 from blocklora_testing.server import running
 
-# (family, KV heads, TP size); 2 KV heads on 4 and 8 ranks make SGLang's CPU engine pad heads. ``make test`` runs the
-# unmarked ones.
-REPRESENTATIVE = [("qwen2", 2, 4), ("qwen3", 6, 3)]  # Llama at TP 2: test_serving.py; at TP 1: test_data_parallel.py
+# (family, KV heads, TP size); 2 KV heads on 4 and 8 ranks make SGLang's CPU engine pad heads (Olmo2 and Mixtral then
+# take another head dimension than the checkpoint's). ``make test`` runs the unmarked ones: Llama at TP 2 is in
+# test_serving.py, at TP 1 in test_data_parallel.py.
+REPRESENTATIVE = [("qwen2", 2, 4), ("qwen3", 6, 3), ("qwen3_moe", 2, 2)]
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3")
+OTHERS = ("gemma", "granite", "olmo2", "qwen3_moe", "mixtral")
 REST = [
     *((family, 6 if tp == 3 else 2, tp) for family in FAMILIES for tp in (1, 2, 3, 4)),
+    *((family, 4 if tp == 4 else 2, tp) for family in OTHERS for tp in (1, 2, 4)),
     ("llama", 2, 8),
 ]
 MATRIX = REPRESENTATIVE + [

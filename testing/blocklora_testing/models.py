@@ -105,9 +105,19 @@ def family_config(
 
 
 def build_model(folder: Path, family: str, *, seed: int = 0, **sizes: int) -> Path:
-    """Save a random float32 model with a byte-level tokenizer; ``sizes`` as for ``family_config``."""
+    """Save a random float32 model with a byte-level tokenizer.
+
+    family  of ``CONFIGS``, with ``sizes`` as for ``family_config``; or any of transformers' model types, with KV heads
+    """
+    from blocklora_testing.architectures.tiny import config_of  # which needs this module
+
+    config = family_config(family, **sizes) if family in CONFIGS else config_of(family, **sizes)
+    return build(folder, config, family, seed)
+
+
+def build(folder: Path, config: PreTrainedConfig, family: str, seed: int = 0) -> Path:
+    """Save a random float32 model of ``config`` with a byte-level tokenizer."""
     torch.manual_seed(seed)
-    config = family_config(family, **sizes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.utils import get_layer_id
-from sglang_blocklora.sharding.architectures import ARCHITECTURES, LINEARS, Axes, model_spec
+from sglang_blocklora.sharding.architectures import (
+    ARCHITECTURES,
+    DOWN,
+    GATE_UP,
+    LINEARS,
+    QKV,
+    Axes,
+    Axis,
+    O,
+    model_spec,
+)
 from sglang_blocklora.sharding.linears import Interval, ModelSpec
 
 from blocklora_patches.releases.current import release
@@ -26,12 +36,21 @@ def adaptable_linears(model: torch.nn.Module) -> Linears:
             f"sglang-blocklora does not serve {architecture}; it serves {', '.join(ARCHITECTURES)}. "
             "Start this model with stock SGLang (python -m sglang.launch_server)."
         )
-    layers: dict[int, list[tuple[str, torch.nn.Module]]] = {}
+    layers: dict[int, dict[str, torch.nn.Module]] = {}
     for path, module in model.named_modules():
         layer = get_layer_id(path)
         if layer is not None and isinstance(module, QKVParallelLinear | MergedColumnParallelLinear | RowParallelLinear):
-            layers.setdefault(layer, []).append((path, module))
-    return [layers[index] for index in sorted(layers)]
+            layers.setdefault(layer, {})[path] = module
+    return [_known(layers[index]) for index in sorted(layers)]
+
+
+def _known(linears: dict[str, torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
+    """Those of a decoder layer that the table has, in its order. Others, as experts' own, are not adapted."""
+    layer = next((path.removesuffix(f".{QKV.path}") for path in linears if path.endswith(f".{QKV.path}")), None)
+    known = [(path, linears[path]) for one in LINEARS if (path := f"{layer}.{one.path}") in linears]
+    if f"{layer}.{O.path}" not in linears:
+        raise ValueError(f"SGLang's layer with {', '.join(linears)} has not both {QKV.path} and {O.path}")
+    return known
 
 
 def build_spec(
@@ -62,25 +81,26 @@ def _layer(linears: list[tuple[str, torch.nn.Module]], config: Any) -> tuple[str
     Their widths may be padded: SGLang's CPU engine makes them divide by the TP size, and keeps what the checkpoint has
     as ``original_...`` in the config.
     """
-    layer = linears[0][0].removesuffix(f".{LINEARS[0].path}")
-    if [path for path, _ in linears] != [f"{layer}.{linear.path}" for linear in LINEARS]:
-        raise ValueError(f"SGLang's layer {layer} has other linears than {', '.join(one.path for one in LINEARS)}")
-    qkv, o, gate_up, down = (module for _, module in linears)
+    layer, modules = linears[0][0].removesuffix(f".{QKV.path}"), dict(linears)
+    qkv = modules[f"{layer}.{QKV.path}"]
     rank = release.tp_rank_of(qkv)
     heads = getattr(config, "original_num_attention_heads", config.num_attention_heads)
     kv_heads = getattr(config, "original_total_num_kv_heads", config.num_key_value_heads)
-    intermediate = getattr(config, "original_intermediate_size", config.intermediate_size)
-    axes: Axes = {
+    axes: dict[Axis, Interval] = {
         "hidden": Interval(0, qkv.input_size, qkv.input_size),
         "query": _share(qkv.q_proj_shard_size, rank, heads * qkv.head_size),
         # KV heads are dealt out, or replicated where there are more TP ranks than heads
         "key_value": _share(qkv.kv_proj_shard_size, rank // qkv.num_kv_head_replicas, kv_heads * qkv.head_size),
-        "intermediate": _share(gate_up.output_partition_sizes[0], release.tp_rank_of(gate_up), intermediate),
     }
-    cut = (o.input_size_per_partition, down.input_size_per_partition, o.output_size, down.output_size)
-    expected = (axes["query"].length, axes["intermediate"].length, qkv.input_size, qkv.input_size)
-    if cut != expected:
-        raise ValueError(f"SGLang cuts {layer} in another way than it is known to: {cut}, not {expected}")
+    rows: dict[Axis, torch.nn.Module] = {"query": modules[f"{layer}.{O.path}"]}
+    if (gate_up := modules.get(f"{layer}.{GATE_UP.path}")) is not None:
+        width = getattr(config, "original_intermediate_size", config.intermediate_size)
+        axes["intermediate"] = _share(gate_up.output_partition_sizes[0], release.tp_rank_of(gate_up), width)
+        rows["intermediate"] = modules[f"{layer}.{DOWN.path}"]
+    for axis, row in rows.items():
+        cut, expected = (row.input_size_per_partition, row.output_size), (axes[axis].length, qkv.input_size)
+        if cut != expected:
+            raise ValueError(f"SGLang cuts {axis} of {layer} in another way than it is known to: {cut}, not {expected}")
     return layer, axes
 
 

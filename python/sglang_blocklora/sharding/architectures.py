@@ -22,10 +22,17 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "Gemma2ForCausalLM",
     "Phi3ForCausalLM",
+    "GemmaForCausalLM",
+    "GraniteForCausalLM",
+    "Olmo2ForCausalLM",
+    # with experts, which are not adapted themselves
+    "Qwen3MoeForCausalLM",
+    "MixtralForCausalLM",
 )
 
 Axis = Literal["hidden", "query", "key_value", "intermediate"]
-# What a TP rank holds of each axis; all of "hidden", which is not split.
+# What a TP rank holds of each axis; all of "hidden", which is not split. A layer of experts lacks "intermediate", and
+# with it the linears of an MLP: experts are not adapted.
 Axes = Mapping[Axis, Interval]
 
 
@@ -52,13 +59,14 @@ class Linear(NamedTuple):
         return self.path.rpartition(".")[2]
 
 
-# In the order in which a layer runs them.
-LINEARS = (
-    Linear("self_attn.qkv_proj", "column", "hidden", {"q_proj": "query", "k_proj": "key_value", "v_proj": "key_value"}),
-    Linear("self_attn.o_proj", "row", "query", {"o_proj": "hidden"}),
-    Linear("mlp.gate_up_proj", "column", "hidden", {"gate_proj": "intermediate", "up_proj": "intermediate"}),
-    Linear("mlp.down_proj", "row", "intermediate", {"down_proj": "hidden"}),
+QKV = Linear(
+    "self_attn.qkv_proj", "column", "hidden", {"q_proj": "query", "k_proj": "key_value", "v_proj": "key_value"}
 )
+O = Linear("self_attn.o_proj", "row", "query", {"o_proj": "hidden"})  # noqa: E741  as everybody calls it
+GATE_UP = Linear("mlp.gate_up_proj", "column", "hidden", {"gate_proj": "intermediate", "up_proj": "intermediate"})
+DOWN = Linear("mlp.down_proj", "row", "intermediate", {"down_proj": "hidden"})
+# In the order in which a layer runs them.
+LINEARS = (QKV, O, GATE_UP, DOWN)
 # Names of the modules that an adapter may have: as most checkpoints split them, and all.
 SPLIT_MODULES = tuple(part for linear in LINEARS for part in linear.parts)
 MODULES: Mapping[str, Linear] = {part: linear for linear in LINEARS for part in (*linear.parts, linear.name)}
@@ -76,13 +84,15 @@ def kind_of(module: str) -> Literal["column", "row"]:
 
 def names_of_kind(kind: Literal["column", "row"]) -> str:
     """The split modules of a kind, for messages."""
-    return ", ".join(part for linear in LINEARS if linear.kind == kind for part in linear.parts)
+    return ", ".join(part for part in SPLIT_MODULES if kind_of(part) == kind)
 
 
 def linears_of(layer: str, axes: Axes) -> tuple[LinearSpec, ...]:
-    """The linears of the decoder layer at path ``layer`` on the TP rank that holds ``axes``."""
+    """The linears of the decoder layer at path ``layer`` on the TP rank that holds ``axes``, which the layer has."""
     specs = []
     for linear in LINEARS:
+        if not {linear.inputs, *linear.parts.values()} <= axes.keys():
+            continue
         parent = f"{layer}.{linear.parent}"
         outputs = tuple(axes[axis] for axis in linear.parts.values())
         offsets = tuple(sum(one.size for one in outputs[:i]) for i in range(len(outputs)))

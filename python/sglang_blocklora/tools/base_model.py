@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -37,6 +37,8 @@ LAYER_NUMBER = re.compile(r".*\blayers\.(?P<number>\d+)\..+", re.DOTALL)
 # SGLang's CPU engine rounds the intermediate width of a TP rank up to a multiple of this.
 CPU_INTERMEDIATE = 32
 AXES: tuple[Axis, ...] = ("hidden", "query", "key_value", "intermediate")
+# By which of these a config says that layers have experts.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 Engine = Literal["gpu", "cpu"]
 Stored = Mapping[str, Mapping[Factor, tuple[int, int]]]
@@ -44,7 +46,10 @@ Stored = Mapping[str, Mapping[Factor, tuple[int, int]]]
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSizes:
-    """Sizes of a base model, as its Hugging Face ``config.json`` names them."""
+    """Sizes of a base model, as its Hugging Face ``config.json`` names them.
+
+    expert_layers  numbers of layers that have experts in the place of an MLP
+    """
 
     hidden: int
     intermediate: int
@@ -53,6 +58,7 @@ class BaseSizes:
     head_dim: int
     layers: int
     vocab: int
+    expert_layers: frozenset[int] = frozenset()
 
     @staticmethod
     def read(path: Path) -> BaseSizes:
@@ -63,25 +69,30 @@ class BaseSizes:
         file = path / "config.json" if path.is_dir() else path
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
-            heads = raw["num_attention_heads"]
-            sizes = BaseSizes(
-                hidden=raw["hidden_size"],
-                intermediate=raw["intermediate_size"],
-                heads=heads,
-                kv_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-                layers=raw["num_hidden_layers"],
-                vocab=raw["vocab_size"],
-            )
+            sizes = BaseSizes.of(raw)
             names = raw.get("architectures") or ARCHITECTURES
-            served = not set(ARCHITECTURES).isdisjoint(names)
         except OSError as error:
             raise ValueError(f"base model: cannot read {file} ({error.strerror}); give the model's folder") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"base model: {file} is not the config of a decoder ({error!r})") from error
-        if not served:
+        if set(ARCHITECTURES).isdisjoint(names):
             raise ValueError(f"base model: {', '.join(names)} is not served; {', '.join(ARCHITECTURES)} are")
         return sizes
+
+    @staticmethod
+    def of(raw: Mapping[str, Any]) -> BaseSizes:
+        """From what a ``config.json`` holds. ``KeyError`` or ``TypeError`` where it lacks a size."""
+        heads = raw["num_attention_heads"]
+        return BaseSizes(
+            hidden=raw["hidden_size"],
+            intermediate=raw.get("intermediate_size") or raw["moe_intermediate_size"],
+            heads=heads,
+            kv_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            layers=raw["num_hidden_layers"],
+            vocab=raw["vocab_size"],
+            expert_layers=_expert_layers(raw),
+        )
 
     @property
     def widths(self) -> dict[Axis, int]:
@@ -104,7 +115,7 @@ class BaseSizes:
         """What a TP rank holds of each axis; see ``engine_for``."""
         if engine == "gpu":
             heads, replicas = self.heads // tp_size, max(1, tp_size // self.kv_heads)
-            kv_heads, intermediate = max(1, self.kv_heads // tp_size), self.intermediate // tp_size
+            kv_heads, unit = max(1, self.kv_heads // tp_size), 1
         else:
             kv_heads, replicas = self.kv_heads // tp_size, 1
             heads = self.heads // tp_size
@@ -112,13 +123,12 @@ class BaseSizes:
                 kv_heads = -(-self.kv_heads // tp_size)
                 heads = kv_heads * (self.heads // self.kv_heads)
             unit = CPU_INTERMEDIATE
-            intermediate = -(-self.intermediate // (unit * tp_size)) * unit
         widths = self.widths
         return {
             "hidden": Interval(0, self.hidden, self.hidden),
             "query": _part(heads * self.head_dim, tp_rank, widths["query"]),
             "key_value": _part(kv_heads * self.head_dim, tp_rank // replicas, widths["key_value"]),
-            "intermediate": _part(intermediate, tp_rank, self.intermediate),
+            "intermediate": _part(-(-self.intermediate // (unit * tp_size)) * unit, tp_rank, self.intermediate),
         }
 
     def engine_for(self, tp_size: int) -> Engine:
@@ -129,7 +139,10 @@ class BaseSizes:
     def spec(self, dtype: torch.dtype, tp_rank: int, tp_size: int) -> ModelSpec:
         """All linears of the base model as one TP rank holds them."""
         axes = self.axes(tp_rank, tp_size, self.engine_for(tp_size))
-        layers = {f"model.layers.{layer}": axes for layer in range(self.layers)}
+        of_experts: Axes = {axis: part for axis, part in axes.items() if axis != "intermediate"}
+        layers = {
+            f"model.layers.{layer}": of_experts if layer in self.expert_layers else axes for layer in range(self.layers)
+        }
         return model_spec(layers, dtype=dtype, vocab_size=self.vocab, tp_rank=tp_rank, tp_size=tp_size)
 
 
@@ -183,6 +196,15 @@ class KnownSizes:
         layers = {f"model.layers.{number}": axes for number in self.layers}
         spec = model_spec(layers, dtype=dtype, vocab_size=sys.maxsize, tp_rank=tp_rank, tp_size=tp_size)
         return dataclasses.replace(spec, row_width=ANY_ROW_WIDTH)
+
+
+def _expert_layers(raw: Mapping[str, Any]) -> frozenset[int]:
+    """Which layers have experts: all, or what a config leaves out by one of these keys."""
+    if all(not raw.get(key) for key in EXPERTS):
+        return frozenset()
+    dense, step = set(raw.get("mlp_only_layers") or ()), raw.get("decoder_sparse_step") or 1
+    first = raw.get("first_k_dense_replace") or 0
+    return frozenset(i for i in range(first, raw["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0)
 
 
 def _measure(name: str, module: str, widths: dict[Axis, int], axis: Axis, width: int) -> None:
