@@ -21,10 +21,11 @@ import time
 from pathlib import Path
 
 import torch
-from blocklora_testing.models import VOCAB, AdapterChoice, build_adapters, build_model
+from blocklora_testing.models import VOCAB, AdapterChoice
 from blocklora_testing.server import Server, running
 
 from benchmark.record import Recorder
+from benchmark.serving import tiny
 
 ASKED = 5
 INVOCATION = (17, 42, 99, 7)
@@ -37,7 +38,7 @@ VARIANTS: dict[str, list[str | None]] = {
     "base model": [None] * ASKED,
 }
 LONGEST = 16384
-LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 2, 1024, 8192, 4, 2, 64
+SIZES = {"layers": 2, "hidden_size": 1024, "intermediate_size": 8192, "heads": 4, "kv_heads": 2, "head_dim": 64}
 
 
 def ask(server: Server, prompt: list[int], adapter: str | None) -> tuple[float, int]:
@@ -71,17 +72,7 @@ def measure(recorder: Recorder, server: Server, tokens: int, round_: int) -> Non
 
 def build(folder: Path) -> tuple[Path, tuple[str, ...]]:
     """The model, with room for long prompts, and the flag that loads its adapters."""
-    model = build_model(
-        folder / "model",
-        "llama",
-        layers=LAYERS,
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        heads=HEADS,
-        kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-    )
-    adapters = build_adapters(model, folder / "adapters", CHOICES)
+    model, adapters = tiny.build(folder, CHOICES, SIZES)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": LONGEST}))
     return model, ("--lora-paths", *(f"{name}={path}" for name, path in adapters.items()))
@@ -93,7 +84,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096])
     options = parser.parse_args()
     settings = {
-        "model": f"Llama of {LAYERS} layers, hidden {HIDDEN}, FFN {FFN}, {HEADS} + {KV_HEADS} heads, float32",
+        "model": "Llama of 2 layers, hidden 1024, FFN 8192, 4 + 2 heads, float32",
         "TP size": 1,
         "adapters": f"{ASKED} activated and {ASKED} plain, rank 16, all resident",
         "workload": f"one context, {ASKED} requests one after another, each with the same question of "

@@ -17,8 +17,6 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from blocklora_testing.models import build_adapters, build_model
-
 from benchmark.record import Recorder, newest
 from benchmark.serving import tiny
 from benchmark.serving.fleet import Launch, check_tokens, fleet
@@ -27,7 +25,7 @@ from benchmark.serving.tiny import AdapterChoice
 from benchmark.serving.workload import Workload
 
 PART = "added_time"
-LAYERS, HIDDEN, FFN, HEADS, HEAD_DIM = 8, 512, 1024, 8, 64
+SIZES = {"layers": 8, "hidden_size": 512, "intermediate_size": 1024, "heads": 8, "kv_heads": 8, "head_dim": 64}
 PROMPT_TOKENS, CHECKED_TOKENS = 16, 8
 STEP = "itl_ms_p50"
 LOOP = ("-m", "benchmark.decode.loop_launcher")
@@ -50,17 +48,7 @@ VARIANTS = {name: Variant(server, names * (ADAPTERS // len(names))) for name, (s
 
 def measure(recorder: Recorder, options: argparse.Namespace, folder: Path) -> None:
     """All variants, in an empty folder."""
-    model = build_model(
-        folder / "model",
-        "llama",
-        layers=LAYERS,
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        heads=HEADS,
-        kv_heads=HEADS,
-        head_dim=HEAD_DIM,
-    )
-    adapters = build_adapters(model, folder / "adapters", PLAIN | BLOCKS)
+    model, adapters = tiny.build(folder, PLAIN | BLOCKS, SIZES)
     prompts, expected = tiny.prompts_and_answers(model, adapters, (PROMPT_TOKENS,), CHECKED_TOKENS)
     # No radix cache: the same prompts come again and again.
     flags = ("--tp", str(options.tp), "--disable-radix-cache", "--adapter-memory", "static")
@@ -108,7 +96,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of a request")
     options = parser.parse_args()
     settings = {
-        "model": f"Llama, {LAYERS} layers, hidden {HIDDEN}, FFN {FFN}, {HEADS} + {HEADS} heads, bfloat16",
+        "model": "Llama, 8 layers, hidden 512, FFN 1024, 8 + 8 heads, bfloat16",
         "TP size": options.tp,
         "LoRA ranks": "plain 16, block-diagonal 22 (n = 2)",
         "workload": f"all requests at once, prompts of {PROMPT_TOKENS} random tokens, {options.tokens} new tokens",

@@ -35,19 +35,22 @@ def kv_bytes(tp: int) -> int:
     return LAYERS * 2 * (KV_HEADS // tp) * HEAD_DIM * BYTES
 
 
-def build(folder: Path, choices: Mapping[str, AdapterChoice]) -> tuple[Path, dict[str, Path]]:
+SIZES = {
+    "layers": LAYERS,
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "heads": HEADS,
+    "kv_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+}
+
+
+def build(
+    folder: Path, choices: Mapping[str, AdapterChoice], sizes: Mapping[str, int] = SIZES
+) -> tuple[Path, dict[str, Path]]:
     """The model's folder, and name -> folder of the adapters."""
     print(f"making the model and {len(choices)} adapters", flush=True)
-    model = build_model(
-        folder / "model",
-        "llama",
-        layers=LAYERS,
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        heads=HEADS,
-        kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-    )
+    model = build_model(folder / "model", "llama", **sizes)
     return model, build_adapters(model, folder / "adapters", choices)
 
 
