@@ -38,7 +38,11 @@ def manager() -> Any:
 
 def batch(mode: ForwardMode, ids: list[str | None], counts: list[int] | None = None) -> Any:
     return SimpleNamespace(
-        forward_mode=mode, lora_ids=ids, extend_seq_lens_cpu=counts, extend_num_tokens=counts and sum(counts)
+        forward_mode=mode,
+        lora_ids=ids,
+        extend_prefix_lens_cpu=counts and [0] * len(counts),
+        extend_seq_lens_cpu=counts,
+        extend_num_tokens=counts and sum(counts),
     )
 
 
