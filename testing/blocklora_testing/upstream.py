@@ -21,6 +21,8 @@ with warnings.catch_warnings():
 
 _RELEASE = version("sglang")
 _FIRST = _RELEASE == "0.5.21"
+# Whether pages of several slots can be had on a CPU: 0.5.21's allocator has a Triton kernel only.
+HAS_PAGES_ON_A_CPU = not _FIRST
 HAS_MEGAKERNELS = _RELEASE not in ("0.5.21", "0.5.22")
 # Tokens whose KV the overlap schedule computes beyond an answer; since 0.5.22 it knows a step ahead where that ends.
 KV_BEYOND_ANSWER = 1 if _FIRST else 0
