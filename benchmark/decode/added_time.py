@@ -12,7 +12,6 @@ tokens.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import tempfile
 from pathlib import Path
@@ -22,7 +21,6 @@ from benchmark.serving import tiny
 from benchmark.serving.fleet import Launch, check_tokens, fleet
 from benchmark.serving.runner import Variant, interleave
 from benchmark.serving.tiny import AdapterChoice
-from benchmark.serving.workload import Workload
 
 PART = "added_time"
 SIZES = {"layers": 8, "hidden_size": 512, "intermediate_size": 1024, "heads": 8, "kv_heads": 8, "head_dim": 64}
@@ -58,18 +56,7 @@ def measure(recorder: Recorder, options: argparse.Namespace, folder: Path) -> No
         "ours": Launch(False, (*flags, "--dtype", "bfloat16")),
         "loop": Launch(False, (*flags, "--dtype", "bfloat16"), LOOP),
     }
-    scenarios = {
-        f"Batch {batch}": Workload(
-            batch,
-            math.inf,
-            ADAPTERS,
-            "zipf:0",
-            user_tokens=(PROMPT_TOKENS, PROMPT_TOKENS + 1),
-            new_tokens=(options.tokens, options.tokens + 1),
-            vocab=tiny.VOCAB,
-        )
-        for batch in options.batch
-    }
+    scenarios = tiny.all_at_once(options.batch, PROMPT_TOKENS, options.tokens, ADAPTERS)
     with fleet(model, launches, folder) as members:
         check_tokens(members, {"checked": [None, *adapters]}, prompts, expected)
         interleave(recorder, members, VARIANTS, scenarios, rounds=options.rounds, slo_ttft_s=1.0)

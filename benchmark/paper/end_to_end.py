@@ -13,7 +13,6 @@ the order of the variants says something about GPUs, the size of the gaps does n
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import tempfile
 from pathlib import Path
@@ -24,7 +23,6 @@ from benchmark.serving import tiny
 from benchmark.serving.fleet import Launch, check_tokens, fleet
 from benchmark.serving.runner import Variant, interleave
 from benchmark.serving.tiny import AdapterChoice
-from benchmark.serving.workload import Workload
 
 RANK = 16
 CHECKED_TOKENS = 8
@@ -71,18 +69,7 @@ def measure(recorder: Recorder, options: argparse.Namespace, folder: Path) -> No
         "stock": Launch(True, (*common, "--lora-backend", "torch_native", *plain)),
         "ours": Launch(False, (*common, *OURS, *tiny.lora_paths(adapters)), S_LORA),
     }
-    scenarios = {
-        f"Batch {batch}": Workload(
-            batch,
-            math.inf,
-            1,
-            "zipf:0",
-            user_tokens=(PROMPT_TOKENS, PROMPT_TOKENS + 1),
-            new_tokens=(options.tokens, options.tokens + 1),
-            vocab=tiny.VOCAB,
-        )
-        for batch in options.batch
-    }
+    scenarios = tiny.all_at_once(options.batch, PROMPT_TOKENS, options.tokens)
     with fleet(model, launches, folder) as members:
         check_tokens(members, {"base": [None], "stock": ["plain"], "ours": [None, *adapters]}, prompts, expected)
         interleave(recorder, members, VARIANTS, scenarios, rounds=options.rounds, slo_ttft_s=1.0)

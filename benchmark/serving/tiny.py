@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from blocklora_testing.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens
 from sglang_blocklora.tools.match_rank import match_rank, plain_parameters
+
+from benchmark.serving.workload import Workload
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 4, 256, 768, 8, 4, 32
 Q, KV = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
@@ -52,6 +55,22 @@ def build(
     print(f"making the model and {len(choices)} adapters", flush=True)
     model = build_model(folder / "model", "llama", **sizes)
     return model, build_adapters(model, folder / "adapters", choices)
+
+
+def all_at_once(batches: Sequence[int], prompt_tokens: int, new_tokens: int, adapters: int = 1) -> dict[str, Workload]:
+    """A scenario for each batch size: so many requests at the same time, each for one of ``adapters``, drawn evenly."""
+    return {
+        f"Batch {batch}": Workload(
+            batch,
+            math.inf,
+            adapters,
+            "zipf:0",
+            user_tokens=(prompt_tokens, prompt_tokens + 1),
+            new_tokens=(new_tokens, new_tokens + 1),
+            vocab=VOCAB,
+        )
+        for batch in batches
+    }
 
 
 def lora_paths(adapters: Mapping[str, Path]) -> tuple[str, ...]:

@@ -63,6 +63,13 @@ def stack(factors: Sequence[LinearFactors | None]) -> StackedFactors | None:
     return StackedFactors(torch.cat(rows), tuple(slices), torch.tensor(scalings), torch.tensor(owners))
 
 
+def stacked_bytes(factors: LinearFactors) -> int:
+    """Bytes of one adapter's copy in ``stack``: with blocks written out, more than its rows of the arena have."""
+    size = factors.h_width * factors.a.shape[1]
+    size += sum(s.block_rank * s.blocks.count * s.weight.shape[0] for s in factors.slices)
+    return size * factors.a.itemsize
+
+
 def foreign(adapters: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
     """Bool [T, R]: which columns of h are not of a token's own adapter; ``adapters`` int64 [T], negative for none."""
     return adapters[:, None] != owners

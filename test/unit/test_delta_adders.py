@@ -11,6 +11,7 @@ import pytest
 import torch
 from blocklora_testing.toy import ToyModel, host_only_images, write_adapter
 from sglang_blocklora.adapters.shard import load_shard
+from sglang_blocklora.batch import torch_adder
 from sglang_blocklora.batch.delta_adder import DeltaAdder
 from sglang_blocklora.batch.torch_adder import TorchAdder
 from sglang_blocklora.memory.decisions import DecisionLog
@@ -127,6 +128,29 @@ def test_small_batches_of_the_same_adapters_are_added_at_once(tmp_path: Path) ->
     for at_once in (False, True):
         check(spec, step, deltas, ["n3", "n2"], None)
         assert (step._stacked is not None) == at_once
+
+
+def test_copies_of_small_batches_are_bounded_by_what_they_take(tmp_path: Path, monkeypatch) -> None:
+    """Blocks are written out in them, which takes more than the arena's rows."""
+    _, pool, step, _ = make(tmp_path, 0, 1, TorchAdder, slots=400)
+    assert pool.bring_in(CHOICES)
+    pool.begin_step(CHOICES)
+    for _ in range(2):
+        step.prepare(["n2", "n3"], None)
+    taken = sum(
+        tensor.nbytes
+        for layer in step._stack.layers
+        for known in layer
+        if known is not None
+        for tensor in (known[0].a, *(one.b for one in known[0].slices))
+    )
+    rows = pool.loaded["n2"].slots + pool.loaded["n3"].slots
+    assert taken > rows * sum(plane.shape[1] * plane.itemsize for layer in pool.arena.planes for plane in layer)
+    for bound, stacked in ((taken, True), (taken - 1, False)):
+        monkeypatch.setattr(torch_adder, "MOST_STACKED_BYTES", bound)
+        step._stack = None
+        step.prepare(["n2", "n3"], None)
+        assert (step._stacked is not None) == stacked
 
 
 def test_an_adapter_that_overflows_changes_nothing_of_others(tmp_path: Path) -> None:

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 
 import torch
 from blocklora_kernels.reference import LinearFactors
-from blocklora_kernels.stacked import StackedFactors, add_deltas_, foreign, stack
+from blocklora_kernels.stacked import StackedFactors, add_deltas_, foreign, stack, stacked_bytes
 
 from sglang_blocklora.memory.loaded import Resident
 
 # [layer][linear], None where the adapter leaves the linear alone.
 AdapterFactors = tuple[tuple[LinearFactors | None, ...], ...]
+
+
+def stack_bytes(factors: AdapterFactors) -> int:
+    """Bytes that one adapter takes in a ``Stack``."""
+    return sum(stacked_bytes(linear) for layer in factors for linear in layer if linear is not None)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from blocklora_kernels import reference
 
 from sglang_blocklora.batch.delta_adder import BatchKind, DeltaAdder
 from sglang_blocklora.batch.grouping import group_by_adapter
-from sglang_blocklora.batch.stack import AdapterFactors, Stack, StackedBatch
+from sglang_blocklora.batch.stack import AdapterFactors, Stack, StackedBatch, stack_bytes
 from sglang_blocklora.memory.loaded import Resident
 from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.sharding.linears import ModelSpec
@@ -33,7 +33,6 @@ class TorchAdder(DeltaAdder):
         self._pool = pool
         self._factors: dict[str, tuple[Resident, AdapterFactors]] = {}
         self._segments: list[tuple[slice | torch.Tensor, AdapterFactors]] = []
-        self._slot_bytes = len(spec.layers) * 2 * spec.row_width * spec.dtype.itemsize
         self._last: dict[str, Resident] = {}
         self._stack: Stack | None = None
         self._stacked: StackedBatch | None = None
@@ -79,9 +78,9 @@ class TorchAdder(DeltaAdder):
         if self._stack is not None and self._stack.serves(adapters):
             return self._stack
         self._stack = None
-        size = sum(resident.adapter.shard.slots for resident in adapters.values()) * self._slot_bytes
-        if again and size <= MOST_STACKED_BYTES:
-            self._stack = Stack.of(adapters, [self._factors[key][1] for key in adapters])
+        factors = [self._factors[key][1] for key in adapters]
+        if again and sum(map(stack_bytes, factors)) <= MOST_STACKED_BYTES:
+            self._stack = Stack.of(adapters, factors)
         return self._stack
 
     def _resolve(self, key: str) -> AdapterFactors:
