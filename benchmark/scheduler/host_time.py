@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from blocklora_testing import warm_imports  # noqa: F401  makes SGLang importable on a CPU, so it comes first
-from blocklora_testing.real_cache import digest, new_cache, request_of
+from blocklora_testing.real_cache import digest, new_cache, request_of, scheduler_over
 from blocklora_testing.toy import host_only_images
 from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.unified_pool import KVArena, UnifiedPool
@@ -55,15 +55,10 @@ class Step:
             pool.loaded[key] = SimpleNamespace(name=key, slots=SLOTS, pinned=False, content_hash=digest(key))
             self.cache.know(key, digest(key), SLOTS)
             self.cache.publish(key, self.cache.reserve(key))
-        manager = SimpleNamespace(pool=pool, decisions=DecisionLog(None, 0), validate_lora_batch=pool.bring_in)
-        self.scheduler = SimpleNamespace(
-            tree_cache=self.cache,
-            enable_hierarchical_cache=False,
-            enable_priority_scheduling=False,
-            schedule_low_priority_values_first=False,
+        self.scheduler = scheduler_over(
+            self.cache,
+            pool,
             chunked_prefill_size=8192,
-            tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager)),
-            lora_drainer=None,
             enable_lora_overlap_loading=False,
             chunked_req=None,
             page_size=1,

@@ -6,12 +6,12 @@ import os
 import random
 import warnings
 from array import array
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.settings import Settings
 
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
@@ -23,7 +23,7 @@ with warnings.catch_warnings():
         _deferred,
         adapter_fits,
     )
-    from blocklora_testing.real_cache import digest, new_cache
+    from blocklora_testing.real_cache import digest, new_cache, scheduler_over
     from sglang.srt.managers.schedule_policy import CacheAwarePolicy
     from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
     from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams
@@ -49,6 +49,9 @@ class Pool:
     def is_resident(self, key: str) -> bool:
         return key == "here"
 
+    def bring_in(self, keys: Iterable[str]) -> bool:
+        raise AssertionError("what fits is the test's word")
+
     def reason_not_to_add(self, slots: int, pinned: bool) -> str | None:
         return None
 
@@ -65,16 +68,7 @@ def scheduler() -> SimpleNamespace:
         page_size=1,
         tree_components=(ComponentType.FULL,),
     )
-    manager = SimpleNamespace(pool=Pool(), decisions=DecisionLog(None, 0))
-    made = SimpleNamespace(
-        tree_cache=UnifiedRadixCache(params),
-        enable_hierarchical_cache=False,
-        enable_priority_scheduling=False,
-        schedule_low_priority_values_first=False,
-        chunked_prefill_size=100_000,
-        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager)),
-        lora_drainer=None,
-    )
+    made = scheduler_over(UnifiedRadixCache(params), Pool())
     made.policy = AdapterAffinityPolicy(made, Settings(adapter_max_wait_steps=2))
     return made
 
@@ -260,16 +254,7 @@ def test_a_queue_that_is_looked_up_where_something_changed_knows_all_that_is_cac
     """After random inserts, evictions, loads and flushes every lookup that was left out would have found the same."""
     draw, left_out = random.Random(0), 0
     tree = new_cache(1, 600)
-    manager = SimpleNamespace(pool=Pool(), decisions=DecisionLog(None, 0))
-    scheduler = SimpleNamespace(
-        tree_cache=tree,
-        enable_hierarchical_cache=False,
-        enable_priority_scheduling=False,
-        schedule_low_priority_values_first=False,
-        chunked_prefill_size=100_000,
-        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager)),
-        lora_drainer=None,
-    )
+    scheduler = scheduler_over(tree, Pool())
     policy = AdapterAffinityPolicy(scheduler, Settings())
     names = ("here", "there", "far")
     for name in names:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from blocklora_testing.adapter_world import World, until
+from blocklora_testing.adapter_world import World, answer_until_done, until
 from sglang_blocklora.settings import Settings
 
 CONFIG = {"peft_type": "LORA", "r": 2}
@@ -163,15 +163,7 @@ def test_updates_unloads_and_loads_of_a_name_come_one_after_another(world: World
         calls.append(asyncio.ensure_future(world.unload("a")))
         await asyncio.sleep(0.02)
         calls.append(asyncio.ensure_future(put(world, "a", weights(3.0))))
-        answered: list[Any] = []
-
-        def step() -> bool:
-            for ask in world.scheduler.asked[len(answered) :]:
-                answered.append(ask)
-                world.scheduler.answer(ask)
-            return all(call.done() for call in calls)
-
-        await until(step)
+        await answer_until_done(world, calls)
         assert [call.result()[0] for call in calls] == [200, 200, 200, 200]
         world.scheduler.slow = set()
         await until(lambda: len(spooled(world)) == 1)

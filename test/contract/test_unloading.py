@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blocklora_testing.adapter_world import World, until
+from blocklora_testing.adapter_world import World, answer_until_done, until
 
 # An unload waits for its own requests, and nobody else for it.
 
@@ -213,15 +213,7 @@ def test_operations_of_one_name_have_the_order_in_which_they_were_asked_for(worl
         for call in (world.load, world.unload, world.load, world.load):
             calls.append(asyncio.ensure_future(call("a")))
             await asyncio.sleep(0.01)
-        answered: list[Any] = []
-
-        def step() -> bool:
-            for ask in world.scheduler.asked[len(answered) :]:
-                answered.append(ask)
-                world.scheduler.answer(ask)
-            return all(call.done() for call in calls)
-
-        await until(step)
+        await answer_until_done(world, calls)
         assert [call.result()[0] for call in calls] == [200, 200, 200, 400]
         assert "already loaded" in calls[3].result()[1]["error_message"]
         assert list(world.scheduler.adapters.values()) == ["a"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +149,17 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
     await asyncio.wait_for(wait(), LIMIT_S)
+
+
+async def answer_until_done(world: World, calls: Sequence[asyncio.Future[Any]]) -> None:
+    """Have the scheduler answer what it is asked, in order, until all ``calls`` are done."""
+    answered = 0
+
+    def step() -> bool:
+        nonlocal answered
+        for ask in world.scheduler.asked[answered:]:
+            answered += 1
+            world.scheduler.answer(ask)
+        return all(call.done() for call in calls)
+
+    await until(step)

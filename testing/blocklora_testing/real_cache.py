@@ -7,8 +7,11 @@ import os
 import warnings
 from array import array
 from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.prefix import request_key
 
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
@@ -96,3 +99,18 @@ def key_of(
 def digest(text: str) -> str:
     """A content hash for ``text``."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def scheduler_over(cache: Any, pool: Any, **more: Any) -> SimpleNamespace:
+    """What our order of the queue and its admission ask of a scheduler, which has ``cache``, ``pool`` and ``more``."""
+    manager = SimpleNamespace(pool=pool, decisions=DecisionLog(None, 0), validate_lora_batch=pool.bring_in)
+    asked = {
+        "tree_cache": cache,
+        "enable_hierarchical_cache": False,
+        "enable_priority_scheduling": False,
+        "schedule_low_priority_values_first": False,
+        "chunked_prefill_size": 100_000,
+        "tp_worker": SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager)),
+        "lora_drainer": None,
+    }
+    return SimpleNamespace(**asked | more)
