@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +14,8 @@ from sglang_blocklora.adapters.spooled import spooled_hash
 from sglang_blocklora.flags import Flag, check, folder, share
 from sglang_blocklora.memory.eviction import DEFAULT_STRATEGY, STRATEGIES
 from sglang_blocklora.naming.folders import AdapterFolders
+from sglang_blocklora.sources.cache import is_cached
+from sglang_blocklora.sources.urls import is_below, is_url, place
 
 # Set by our launcher only: its absence is what keeps an installed but unused extension out of stock SGLang.
 SETTINGS_VARIABLE = "SGLANG_BLOCKLORA_SETTINGS"
@@ -67,15 +69,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             above=0,
         ),
     ] = 120.0
-    adapter_root: Annotated[
-        str | None,
+    adapter_roots: Annotated[
+        tuple[str, ...],
         Flag(
-            help="load adapters only from below this folder, symbolic links followed",
+            help="load adapters only from below this folder, symbolic links followed, or this URL (docs/sources.md)",
+            name="--adapter-root",
             metavar="DIR",
-            parse=folder,
-            told="anywhere",
+            parse=place,
+            told="any folder, URLs of --adapter-dir",
         ),
-    ] = None
+    ] = ()
     adapter_loading_without_key: Annotated[
         bool,
         Flag(
@@ -86,10 +89,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     adapter_dirs: Annotated[
         tuple[str, ...],
         Flag(
-            help="an adapter that is not loaded is loaded from the folder of its name in here when a request names it",
+            help="an adapter that is not loaded is loaded from the folder of its name in here when a request names it; "
+            "s3://, gs://, hf://, https:// and others too (docs/sources.md)",
             name="--adapter-dir",
             metavar="DIR",
-            parse=folder,
+            parse=place,
             told="none",
         ),
     ] = ()
@@ -104,6 +108,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = None
     adapter_spool_gb: Annotated[float, Flag(help="GiB that they may take together", above=0)] = 8.0
+    adapter_cache_dir: Annotated[
+        str | None,
+        Flag(
+            help="where adapters that were fetched from URLs are kept; with several nodes all of them must reach it",
+            metavar="DIR",
+            parse=folder,
+            told="sglang-blocklora in $XDG_CACHE_HOME or ~/.cache",
+        ),
+    ] = None
+    adapter_cache_gb: Annotated[float, Flag(help="GiB that they may take together", above=0)] = 32.0
     adapter_trust_pickle: Annotated[
         bool,
         Flag(
@@ -170,11 +184,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def __post_init__(self) -> None:
         check(self)
-        root = self.adapter_root
         for directory in self.adapter_dirs:
-            if root is not None and not Path(directory).is_relative_to(root):
+            if self.adapter_roots and not _lies_below(directory, self.adapter_roots):
                 raise ValueError(
-                    f"--adapter-dir {directory} is not below --adapter-root {root}: nothing in it could be loaded"
+                    f"--adapter-dir {directory} is not below --adapter-root {' or '.join(self.adapter_roots)}: "
+                    "nothing in it could be loaded"
                 )
 
     @property
@@ -243,16 +257,44 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def adapter_folders(self) -> AdapterFolders:
         """Where adapters are that no request has named yet."""
-        return AdapterFolders(tuple(map(Path, self.adapter_dirs)))
+        return _folders(self.adapter_dirs)
+
+    @property
+    def adapter_urls(self) -> tuple[str, ...]:
+        """The same of those that have to be fetched."""
+        return tuple(filter(is_url, self.adapter_dirs))
+
+    @property
+    def adapter_cache(self) -> Path:
+        """Where fetched adapters are kept, whether or not there is such a folder yet."""
+        if self.adapter_cache_dir is not None:
+            return Path(self.adapter_cache_dir)
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-blocklora"
+
+    def may_fetch(self, url: str) -> bool:
+        """Whether a client may have the adapter at ``url`` fetched."""
+        return is_below(url, self.adapter_roots or self.adapter_dirs)
 
     def root_of(self, path: str) -> str | None:
         """The folder that the adapter at ``path`` must not lead out of, links followed; None: it may lie anywhere."""
         if spooled_hash(Path(path)) is not None:
             return str(Path(path).parent)
-        if self.adapter_root is not None:
-            return self.adapter_root
-        root = self.adapter_folders.root_of(path)
+        if is_cached(Path(path), self.adapter_cache):
+            return str(self.adapter_cache.resolve())
+        root = _folders(self.adapter_roots or self.adapter_dirs).root_of(path)
+        if root is None and self.adapter_roots:
+            return self.adapter_roots[0]
         return None if root is None else str(root)
+
+
+def _folders(places: Sequence[str]) -> AdapterFolders:
+    return AdapterFolders(tuple(Path(one) for one in places if not is_url(one)))
+
+
+def _lies_below(directory: str, roots: Sequence[str]) -> bool:
+    if is_url(directory):
+        return is_below(directory, roots)
+    return any(Path(directory).is_relative_to(root) for root in roots)
 
 
 class SettingsNotUnderstood(ValueError):

@@ -135,7 +135,7 @@ def test_settings_that_are_not_understood_end_the_process(ended: dict[str, Ended
         assert part in case.text
 
 
-EVERYTHING = Settings(adapter_memory="static", adapter_weights={"a": 2.0}, adapter_dirs=("/x",), adapter_root="/")
+EVERYTHING = Settings(adapter_memory="static", adapter_weights={"a": 2.0}, adapter_dirs=("/x",), adapter_roots=("/",))
 
 
 def test_settings_with_every_kind_of_field_are_understood(ended: dict[str, Ended]) -> None:

@@ -105,7 +105,7 @@ def test_beyond_this_machine_and_without_a_key_nobody_loads(world: World, host: 
             assert (await world.manager.load_lora_adapter(inside)).success, "an Engine's own process may"
             with Settings(adapter_loading_without_key=True).exported():
                 assert (await world.load("new"))[0] == 200
-            with Settings(adapter_root="/somewhere").exported():
+            with Settings(adapter_roots=("/somewhere",)).exported():
                 assert (await world.load("below"))[0] == 200, "the schedulers keep to the root"
         for key in ("api_key", "admin_api_key"):
             with get_serving().override(host=host, **{key: "secret"}):

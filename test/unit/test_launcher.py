@@ -115,7 +115,7 @@ def test_settings_reach_other_processes_and_the_switch_turns_them_off(monkeypatc
     with pytest.raises(RuntimeError, match=SETTINGS_VARIABLE):
         Settings.required()
     settings = Settings(
-        adapter_memory_mb=3, adapter_root="/root", adapter_weights={"a": 2.0}, adapter_dirs=("/root/a",)
+        adapter_memory_mb=3, adapter_roots=("/root",), adapter_weights={"a": 2.0}, adapter_dirs=("/root/a",)
     )
     with settings.exported():
         assert Settings.active() == Settings.required() == settings
@@ -134,11 +134,13 @@ GIVEN = {
     "--adapter-eviction": (["lru"], "lru"),
     "--adapter-host-memory-gb": (["0.5"], 0.5),
     "--adapter-read-timeout": (["7"], 7.0),
-    "--adapter-root": (["/"], "/"),
+    "--adapter-root": (["/", "S3://bucket/"], ("/", "s3://bucket")),
     "--adapter-loading-without-key": ([], True),
     "--adapter-dir": (["/usr/", "/tmp/../usr"], ("/usr", "/usr")),
     "--adapter-spool-dir": (["/usr"], "/usr"),
     "--adapter-spool-gb": (["2"], 2.0),
+    "--adapter-cache-dir": (["/usr"], "/usr"),
+    "--adapter-cache-gb": (["3"], 3.0),
     "--adapter-trust-pickle": ([], True),
     "--load-balance-method": (["total_tokens"], "total_tokens"),
     "--adapter-kernels": (["torch"], "torch"),

@@ -122,7 +122,7 @@ def test_nothing_below_a_root_leads_out_of_it(tmp_path: Path) -> None:
         weights.unlink()
     assert error(one / "inner", dirs) is None
     assert error(outside, dirs) is None, "without --adapter-root an admin loads from anywhere"
-    assert "a folder below --adapter-root" in str(error(outside, Settings(adapter_root=str(one))))
+    assert "a folder below --adapter-root" in str(error(outside, Settings(adapter_roots=(str(one),))))
 
 
 class Load:

@@ -93,8 +93,8 @@ def test_only_folders_that_this_user_alone_may_write_are_trusted_for_their_names
     link.symlink_to(spool)
     assert spooled_hash(link / name) is None
     assert spooled_hash(tmp_path / "gone" / name) is None
-    assert Settings(adapter_root="/elsewhere").root_of(str(spool / name)) == str(spool)
-    assert Settings(adapter_root="/elsewhere").root_of(str(link / name)) == "/elsewhere"
+    assert Settings(adapter_roots=("/elsewhere",)).root_of(str(spool / name)) == str(spool)
+    assert Settings(adapter_roots=("/elsewhere",)).root_of(str(link / name)) == "/elsewhere"
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])

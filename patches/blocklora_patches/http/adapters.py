@@ -30,12 +30,16 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.runtime_context import get_lora
 from sglang_blocklora.adapters.content_hash import version
+from sglang_blocklora.adapters.errors import AdapterError
 from sglang_blocklora.adapters.spool import Incoming, Spool
 from sglang_blocklora.naming.folders import is_unicode
 from sglang_blocklora.naming.model_names import reason_not_to_name
 from sglang_blocklora.naming.single_flight import SingleFlight
 from sglang_blocklora.naming.turns import Tasks, Turns
 from sglang_blocklora.settings import DEFAULTS, Settings
+from sglang_blocklora.sources.cache import FolderCache
+from sglang_blocklora.sources.downloads import Downloads
+from sglang_blocklora.sources.urls import BadURL, located
 
 from blocklora_patches.http.facts import facts_of
 from blocklora_patches.http.registry import POLL_SECONDS, RequestsInFlight
@@ -62,6 +66,7 @@ class Adapters:
     on_use    the loads that requests wait for, one for all that name the same adapter
     draining  lora_id -> adapter whose name is gone, or another's, and that requests may still have
     spool     folders of those that came as tensors
+    downloads folders of those that came from a URL
     """
 
     def __init__(self, tokenizer_manager: Any) -> None:
@@ -80,6 +85,7 @@ class Adapters:
         settings = Settings.active() or DEFAULTS
         where = settings.adapter_spool_dir
         self.spool = Spool(Path(where) if where else None, int(settings.adapter_spool_gb * 2**30))
+        self.downloads = Downloads(FolderCache(settings.adapter_cache, int(settings.adapter_cache_gb * 2**30)))
 
     @property
     def loaded(self) -> Mapping[str, LoRARef]:
@@ -191,6 +197,10 @@ class Adapters:
             return problem
         if not path or "\0" in path or not is_unicode(path):
             return f"adapter {name!r}: {path!a} is no path. Give the adapter's folder."
+        try:
+            located(path)
+        except BadURL as error:
+            return f"adapter {name!r}: {error}. Give the URL of the adapter's folder."
         loaded = self.loaded
         if old is not None:
             return None
@@ -207,36 +217,44 @@ class Adapters:
     async def _load_on_replicas(self, ref: LoRARef) -> str | None:
         """None, or why it is loaded nowhere."""
         logger.info("adapter %r: loading it from %s", ref.lora_name, ref.lora_path)
-        update = self._manager.blocklora_updates
+        try:
+            folder = await self.downloads.folder(ref.lora_name, ref.lora_id, ref.lora_path)
+        except AdapterError as error:
+            return str(error)
         asked = LoadLoRAAdapterReqInput(
-            lora_name=ref.lora_name, lora_path=ref.lora_path, pinned=ref.pinned, lora_id=ref.lora_id
+            lora_name=ref.lora_name, lora_path=folder, pinned=ref.pinned, lora_id=ref.lora_id
         )
-        answers = await update(asked)
+        answers = await self._manager.blocklora_updates(asked)
         refusals = [answer.error_message for answer in answers if not answer.success]
         if 0 < len(refusals) < len(answers):
             await self._unload_on_replicas(ref)
-        if not refusals:
-            self._hashes.update(answers[0].loaded_adapters or {})
-        return refusals[0] if refusals else None
+        if refusals:
+            self.downloads.release(ref.lora_id)
+            return refusals[0]
+        self._hashes.update(answers[0].loaded_adapters or {})
+        return None
 
     async def _unload_on_replicas(self, ref: LoRARef) -> str | None:
         """None, or what the schedulers say against it."""
         asked = UnloadLoRAAdapterReqInput(lora_name=ref.lora_name, lora_id=ref.lora_id)
         answers = await self._manager.blocklora_updates(asked)
         self._hashes.pop(ref.lora_id, None)
+        self.downloads.release(ref.lora_id)
         return next((answer.error_message for answer in answers if not answer.success), None)
 
     async def unload(self, name: str) -> LoRAUpdateOutput:
         """Take an adapter's name away at once; SGLang's answer when its last request has ended and it is dropped.
 
-        Under ``/pause_generation`` requests do not end: if it has any, the answer comes at once. Raises ``NotLoaded``.
+        A download of it is stopped. Under ``/pause_generation`` requests do not end: if it has any, the answer comes at
+        once. Raises ``NotLoaded``.
         """
-        unloading = await asyncio.shield(self._tasks.start(self._forget(name)))
+        stopped = self.downloads.cancel(name)
+        unloading = await asyncio.shield(self._tasks.start(self._forget(name, stopped)))
         refusal = None if unloading is None else await self._dropped(*unloading)
         return LoRAUpdateOutput(success=refusal is None, error_message=refusal, loaded_adapters=self._paths())
 
-    async def _forget(self, name: str) -> tuple[LoRARef, asyncio.Task[str | None]] | None:
-        """Take the name away; None where ``--max-loaded-loras`` has put the adapter out already."""
+    async def _forget(self, name: str, stopped: bool) -> tuple[LoRARef, asyncio.Task[str | None]] | None:
+        """Take the name away; None where it had none yet, or ``--max-loaded-loras`` put the adapter out."""
         async with self._turns.of(name):
             remembered = self._manager.lora_ref_cache.pop(name, None)
             self.errors.pop(name, None)
@@ -244,7 +262,7 @@ class Adapters:
             self._sweep()
             if ref is not None:
                 return ref, self._take_name(ref)
-            if remembered is None:
+            if remembered is None and not stopped:
                 raise NotLoaded(name)
             return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import ChainMap
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from sglang_blocklora.naming.folders import NO_FOLDERS, AdapterFolders, NotReada
 from sglang_blocklora.naming.lookups import NoAnswer, look_up
 from sglang_blocklora.naming.model_names import UnknownModel, known_adapters, reason_not_to_name
 from sglang_blocklora.settings import Settings
+from sglang_blocklora.sources.stores import Stores
+from sglang_blocklora.sources.urls import is_url
 
 from blocklora_patches.http.adapters import adapters_of
 
@@ -32,37 +35,52 @@ def loaded_adapters(tokenizer_manager: Any) -> Mapping[str, LoRARef]:
     return ChainMap(tokenizer_manager.lora_registry._registry, tokenizer_manager.lora_ref_cache)
 
 
-async def adapters_in_folders(tokenizer_manager: Any) -> dict[str, Path]:
-    """Name -> folder of adapters that a request loads by naming them; none while the file system does not answer."""
-    folders = adapter_folders()
-    if not folders.roots:
-        return {}
-    try:
-        found = await look_up(folders.all)
-    except NoAnswer as error:
-        logger.warning("%s Adapters in them are not listed.", error)
-        return {}
+@lru_cache
+def _stores(urls: tuple[str, ...]) -> Stores:
+    return Stores(urls)
+
+
+def adapter_stores() -> Stores:
+    """Those of them that have to be fetched."""
+    settings = Settings.active()
+    return _stores(settings.adapter_urls if settings else ())
+
+
+def adapter_places() -> tuple[Path | str, ...]:
+    """Folders and URLs below which adapters are loaded from when they are named."""
+    return (*adapter_folders().roots, *adapter_stores().roots)
+
+
+async def adapters_in_folders(tokenizer_manager: Any) -> dict[str, Path | str]:
+    """Name -> folder or URL of adapters that a request loads by naming them; none of those that do not answer."""
+    found: dict[str, Path | str] = {}
+    for places in (adapter_stores(), adapter_folders()):
+        try:
+            found |= await look_up(places.all) if places.roots else {}
+        except NoAnswer as error:
+            logger.warning("%s Adapters in them are not listed.", error)
     base = tokenizer_manager.served_model_name
     return {name: path for name, path in found.items() if reason_not_to_name(name, base, DEFAULT_MODEL_NAME) is None}
 
 
-async def find_folder(tokenizer_manager: Any, name: str) -> Path | None:
-    """The folder to load ``name`` from, which is not loaded; None where there is none.
+async def find_folder(tokenizer_manager: Any, name: str) -> Path | str | None:
+    """The folder or URL to load ``name`` from, which is not loaded; None where there is none.
 
     Raises ``UnknownModel`` where this process may not look into it, and ``NoAnswer``.
     """
-    folders = adapter_folders()
     ref = tokenizer_manager.lora_ref_cache.get(name)
-    if ref is None and not folders.roots:
+    if ref is None and not adapter_places():
         return None
     try:
-        return await look_up(_find, ref and ref.lora_path, folders, name)
+        return await look_up(_find, ref and ref.lora_path, name)
     except NotReadable as error:
         raise UnknownModel(f"The adapter '{name}' cannot be loaded: {error}") from error
 
 
-def _find(remembered: str | None, folders: AdapterFolders, name: str) -> Path | None:
-    return Path(remembered) if remembered and Path(remembered).is_dir() else folders.find(name)
+def _find(remembered: str | None, name: str) -> Path | str | None:
+    if remembered and (is_url(remembered) or Path(remembered).is_dir()):
+        return remembered
+    return adapter_folders().find(name) or adapter_stores().find(name)
 
 
 def names_of(obj: Any) -> set[str]:
@@ -94,7 +112,7 @@ async def _load(manager: Any, name: str) -> None:
         except UnknownModel as error:
             return str(error)
         if folder is None:
-            known = known_adapters(loaded_adapters(manager), adapter_folders().roots)
+            known = known_adapters(loaded_adapters(manager), adapter_places())
             return f"The adapter '{name}' does not exist. {known}"
         ref = manager.lora_ref_cache.get(name)
         result = await adapters.load(name, str(folder), bool(ref and ref.pinned), found_by_name=ref is None)

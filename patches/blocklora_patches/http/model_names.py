@@ -20,7 +20,7 @@ from sglang_blocklora.naming.model_names import UnknownModel, adapter_name, reso
 from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.http.door import detokenize
 from blocklora_patches.http.endpoints import replace
-from blocklora_patches.http.load_on_use import adapter_folders, find_folder, loaded_adapters
+from blocklora_patches.http.load_on_use import adapter_places, find_folder, loaded_adapters
 
 # An API's form of a refusal, from its message and HTTP status.
 Refusal = Callable[[str, int], JSONResponse]
@@ -35,7 +35,7 @@ async def adapter_of_model(tokenizer_manager: Any, model: str | None) -> str | N
     name, known = adapter_name(model, base, DEFAULT_MODEL_NAME), loaded_adapters(tokenizer_manager)
     if name is not None and name not in known and await find_folder(tokenizer_manager, name) is not None:
         return name
-    return resolve_model(model, base, DEFAULT_MODEL_NAME, known, adapter_folders().roots)
+    return resolve_model(model, base, DEFAULT_MODEL_NAME, known, adapter_places())
 
 
 def _openai(message: str, status: int) -> JSONResponse:

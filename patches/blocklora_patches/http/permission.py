@@ -7,6 +7,7 @@ a key, or the loads must be confined to folders that the operator gave; else all
 from __future__ import annotations
 
 import ipaddress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ from sglang.srt.runtime_context import get_serving
 from sglang_blocklora.naming.folders import AdapterFolders
 from sglang_blocklora.naming.lookups import look_up
 from sglang_blocklora.settings import Settings
+from sglang_blocklora.sources.urls import BadURL, is_url, located
+
+_NOT_BELOW = (
+    "{url!r} is not below a URL that this server may fetch adapters from. Start it with --adapter-root or "
+    "--adapter-dir and such a URL (with --adapter-root, folders need one of their own)."
+)
 
 
 class NotAllowed(HTTPException):
@@ -39,7 +46,7 @@ def reason_not_to_manage() -> str | None:
     settings, serving = Settings.active(), get_serving()
     if settings is None or _is_protected(settings, serving):
         return None
-    if settings.adapter_root or settings.adapter_dirs:
+    if settings.adapter_roots or settings.adapter_dirs:
         return None
     return (
         f"Loading, unloading and pinning adapters over HTTP is closed: the server listens on {serving.host}, where "
@@ -67,13 +74,21 @@ def check_bringing(request: Any) -> None:
 
 
 async def allowed_path(request: Any, path: str) -> str:
-    """Where to load ``path`` from. Raises ``NotAllowed`` where the client may not load it.
+    """Where to load ``path`` from, a folder or a URL. Raises ``NotAllowed`` where the client may not load it.
 
     A path that has to lie below ``--adapter-dir`` is told with its links followed: what was checked is what is loaded.
     """
     check(request)
     settings = Settings.active()
-    if request is None or settings is None or settings.adapter_root or _is_protected(settings, get_serving()):
+    with suppress(BadURL):  # a load refuses it
+        path = located(path)
+    if request is None or settings is None:
+        return path
+    if is_url(path):
+        if not settings.may_fetch(path):
+            raise NotAllowed(_NOT_BELOW.format(url=path))
+        return path
+    if settings.adapter_roots or _is_protected(settings, get_serving()):
         return path  # the schedulers keep to --adapter-root
     real = await look_up(_inside, settings.adapter_folders, path)
     if real is None:

@@ -115,6 +115,13 @@ def _digest(image: torch.Tensor) -> str:
 
 
 def _checked_folder(name: str, path: str, root: str | None) -> Path:
+    if "://" in path:
+        raise AdapterError(
+            name,
+            f"the URL {path}",
+            "a folder: --lora-paths takes nothing else",
+            "Load it by a request, or name it below an --adapter-dir (docs/sources.md).",
+        )
     folder = _real(name, Path(path))
     if root is not None and not folder.is_relative_to(root):
         raise AdapterError(

@@ -67,12 +67,12 @@ def _problem(name: str, base: str, default: str) -> str | None:
 
 
 def resolve_model(
-    model: str, base: str, default: str, known: Collection[str], roots: Collection[Path] = ()
+    model: str, base: str, default: str, known: Collection[str], roots: Collection[Path | str] = ()
 ) -> str | None:
     """The adapter that ``model`` names, or None for the base model. ``UnknownModel`` where it names nobody.
 
     known  names of the adapters there are
-    roots  for the error: folders below which there are others
+    roots  for the error: folders and URLs below which there are others
     """
     name = adapter_name(model, base, default)
     if name is None or name in known:
@@ -80,10 +80,10 @@ def resolve_model(
     raise UnknownModel(f"The model '{model}' does not exist. Base model: {base}. {known_adapters(known, roots)}")
 
 
-def known_adapters(loaded: Collection[str], roots: Collection[Path]) -> str:
+def known_adapters(loaded: Collection[str], roots: Collection[Path | str]) -> str:
     """What a message says about the names there are.
 
-    roots  folders below which other adapters are loaded from when they are named
+    roots  folders and URLs below which other adapters are loaded from when they are named
     """
     told = ", ".join(heapq.nsmallest(TOLD_NAMES, loaded)) or "none"
     more = f" and {len(loaded) - TOLD_NAMES} more (GET /adapters)" if len(loaded) > TOLD_NAMES else ""

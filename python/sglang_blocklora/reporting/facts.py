@@ -207,7 +207,8 @@ def merge_facts(
         there = loaded.get(lora_id) if lora_id else None
         one = there or AdapterFacts(name=name, path=path, lora_id=lora_id, pinned=pinned, tier="disk")
         last_error = one.last_error or errors.get(name)
-        found.append(msgspec.structs.replace(one, last_error=last_error, draining=earlier.get(name, [])))
+        shown = msgspec.structs.replace(one, path=path or one.path, last_error=last_error)  # a URL, not its copy here
+        found.append(msgspec.structs.replace(shown, draining=earlier.get(name, [])))
     return found
 
 
