@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import pkgutil
-import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from blocklora_testing.architectures.ranks import build, tp_rank
 from blocklora_testing.architectures.tiny import config_of
 from blocklora_testing.models import CONFIGS, family_config
 from sglang_blocklora.sharding.architectures import ARCHITECTURES, MODULES
@@ -35,7 +33,6 @@ with warnings.catch_warnings():
         qwen3,
         qwen3_moe,
     )
-    from sglang.srt.runtime_context import get_context, get_parallel
 
 FAMILIES = {
     "llama": llama.LlamaForCausalLM,
@@ -61,49 +58,9 @@ ODD = {"heads": 9, "kv_heads": 3, "head_dim": 64, "hidden_size": 576, "intermedi
 VOCAB = 2880  # divides by every TP size of these tests
 
 
-@contextmanager
-def tp_rank(rank: int, size: int) -> Iterator[None]:
-    """SGLang as it believes to be TP rank ``rank`` of ``size``; no process group is made."""
-    alone = SimpleNamespace(world_size=1, rank_in_group=0, is_first_rank=True, is_last_rank=True)
-    group = SimpleNamespace(world_size=size, rank_in_group=rank, cpu_group=None, device_group=None)
-    with (
-        get_context().override_server_args(device="cpu", tp_size=size),
-        get_parallel().override(
-            tp_size=size,
-            tp_rank=rank,
-            tp_group=group,
-            attn_tp_size=size,
-            attn_tp_rank=rank,
-            attn_tp_group=group,
-            moe_tp_size=size,
-            moe_tp_group=group,
-            moe_ep_size=1,
-            moe_ep_rank=0,
-            moe_tp_rank=rank,
-            moe_dp_size=1,
-            pp_size=1,
-            pp_rank=0,
-            pp_group=alone,
-        ),
-    ):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def no_rotary_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its class wants kernels that this machine may not have; no linear depends on it."""
-    rope = torch.nn.Identity()
-    rope.rotary_dim = 24
-    for module in {sys.modules[one.__module__] for one in (*FAMILIES.values(), *OTHERS.values())}:
-        if hasattr(module, "get_rope"):
-            monkeypatch.setattr(module, "get_rope", lambda *args, **kwargs: rope)
-
-
 def sglang_model(family: str, config: Any) -> torch.nn.Module:
     config.vocab_size = VOCAB
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # upstream's, about quantisation methods that this machine cannot use
-        return (FAMILIES | OTHERS)[family](config)
+    return build((FAMILIES | OTHERS)[family], config, "meta")
 
 
 def as_read(family: str, config: Any, rank: int, size: int, targets: set[str]) -> Any:

@@ -71,7 +71,16 @@ def test_a_tp_size_that_divides_nothing_is_a_fault_on_a_gpu(folder: Path) -> Non
 def test_models_that_are_not_served(folder: Path) -> None:
     assert told(model.check(Asked()))["base model"].result == "skipped"
     assert told(model.check(Asked(model=str(folder / "none"))))["base model"].result == "fault"
-    (folder / "config.json").write_text(json.dumps(MODEL | {"architectures": ["DeepseekV3ForCausalLM"]}))
+    (folder / "config.json").write_text(json.dumps(MODEL | {"kv_lora_rank": 512}))
     found = told(model.check(Asked(model=str(folder))))["base model"]
     assert found.result == "fault"
-    assert "DeepseekV3ForCausalLM is not served" in found.found
+    assert "multi-head latent attention has no k_proj and v_proj" in found.found
+
+
+def test_an_architecture_that_was_not_compared_is_told(folder: Path) -> None:
+    compared = told(model.check(Asked(model=str(folder))))["adapted linears"]
+    (folder / "config.json").write_text(json.dumps(MODEL | {"architectures": ["OlmoForCausalLM"]}))
+    other = told(model.check(Asked(model=str(folder))))["adapted linears"]
+    assert other.result == compared.result == "ok"
+    assert "not compared with PEFT" in other.found
+    assert "not compared" not in compared.found

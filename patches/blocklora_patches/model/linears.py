@@ -28,29 +28,34 @@ Linears = list[list[tuple[str, torch.nn.Module]]]
 def adaptable_linears(model: torch.nn.Module) -> Linears:
     """Per decoder layer, its adaptable linears (path, module) in execution order.
 
-    ``ValueError`` for an architecture that is not served.
+    ``ValueError`` for a model whose decoder layers are not made of what the table has.
     """
-    architecture = type(model).__name__
-    if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"sglang-blocklora does not serve {architecture}; it serves {', '.join(ARCHITECTURES)}. "
-            "Start this model with stock SGLang (python -m sglang.launch_server)."
-        )
     layers: dict[int, dict[str, torch.nn.Module]] = {}
     for path, module in model.named_modules():
         layer = get_layer_id(path)
         if layer is not None and isinstance(module, QKVParallelLinear | MergedColumnParallelLinear | RowParallelLinear):
             layers.setdefault(layer, {})[path] = module
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no decoder layers with linears that adapters can be on")
     return [_known(layers[index]) for index in sorted(layers)]
 
 
+def is_compared(model: torch.nn.Module) -> bool:
+    """Whether its architecture was compared with PEFT token by token."""
+    return type(model).__name__ in ARCHITECTURES
+
+
 def _known(linears: dict[str, torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
-    """Those of a decoder layer that the table has, in its order. Others, as experts' own, are not adapted."""
+    """Those of a decoder layer that the table has, in its order. Others, as experts' own, are not adapted.
+
+    An MLP without a gate has ``down_proj`` alone of the table's two: it is not adapted either.
+    """
     layer = next((path.removesuffix(f".{QKV.path}") for path in linears if path.endswith(f".{QKV.path}")), None)
-    known = [(path, linears[path]) for one in LINEARS if (path := f"{layer}.{one.path}") in linears]
     if f"{layer}.{O.path}" not in linears:
         raise ValueError(f"SGLang's layer with {', '.join(linears)} has not both {QKV.path} and {O.path}")
-    return known
+    mlp = {f"{layer}.{GATE_UP.path}", f"{layer}.{DOWN.path}"} <= linears.keys()
+    served = LINEARS if mlp else (QKV, O)
+    return [(path := f"{layer}.{one.path}", linears[path]) for one in served]
 
 
 def build_spec(
@@ -84,8 +89,8 @@ def _layer(linears: list[tuple[str, torch.nn.Module]], config: Any) -> tuple[str
     layer, modules = linears[0][0].removesuffix(f".{QKV.path}"), dict(linears)
     qkv = modules[f"{layer}.{QKV.path}"]
     rank = release.tp_rank_of(qkv)
-    heads = getattr(config, "original_num_attention_heads", config.num_attention_heads)
-    kv_heads = getattr(config, "original_total_num_kv_heads", config.num_key_value_heads)
+    heads = getattr(config, "original_num_attention_heads", qkv.total_num_heads)
+    kv_heads = getattr(config, "original_total_num_kv_heads", qkv.total_num_kv_heads)
     axes: dict[Axis, Interval] = {
         "hidden": Interval(0, qkv.input_size, qkv.input_size),
         "query": _share(qkv.q_proj_shard_size, rank, heads * qkv.head_size),
@@ -94,7 +99,7 @@ def _layer(linears: list[tuple[str, torch.nn.Module]], config: Any) -> tuple[str
     }
     rows: dict[Axis, torch.nn.Module] = {"query": modules[f"{layer}.{O.path}"]}
     if (gate_up := modules.get(f"{layer}.{GATE_UP.path}")) is not None:
-        width = getattr(config, "original_intermediate_size", config.intermediate_size)
+        width = getattr(config, "original_intermediate_size", gate_up.output_sizes[0])
         axes["intermediate"] = _share(gate_up.output_partition_sizes[0], release.tp_rank_of(gate_up), width)
         rows["intermediate"] = modules[f"{layer}.{DOWN.path}"]
     for axis, row in rows.items():

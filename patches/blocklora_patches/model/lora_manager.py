@@ -34,7 +34,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.model.linear import AdaptedLinearMethod
-from blocklora_patches.model.linears import adaptable_linears, build_spec
+from blocklora_patches.model.linears import adaptable_linears, build_spec, is_compared
+from blocklora_patches.model.self_check import FirstPass, check_linears
 from blocklora_patches.releases.current import release
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,11 @@ class BlockLoRAManager(release.ManagerBase):
         self._linears = linears = adaptable_linears(base_model)
         targets = set(target_modules or {"all"})
         self._spec = build_spec(linears, base_hf_config, targets, dtype, tp_rank, tp_size)
+        self._first_pass: FirstPass | None = None
+        self._unknown = None if is_compared(base_model) else base_model
+        if self._unknown is not None:
+            self._spec = check_linears(base_model, linears, self._spec)
+            logger.info("%s was not compared with PEFT; its linears were checked", type(base_model).__name__)
         self.unified = settings.adapter_memory == "unified"
         self.decisions = DecisionLog(settings.decision_log, tp_rank)
         self._loading: dict[int, tuple[LoRARef, Any]] = {}  # number of a read -> whom it is for, and who asked
@@ -133,6 +139,8 @@ class BlockLoRAManager(release.ManagerBase):
         else:
             step = TorchAdder(self._spec, self.pool)
         self._step = step
+        if self._unknown is not None:
+            step = self._first_pass = FirstPass(step, self._unknown, self._linears)
         for layer, modules in enumerate(self._linears):
             for index, (_, module) in enumerate(modules):
                 module.quant_method = AdaptedLinearMethod(module.quant_method, step, layer, index)
@@ -234,6 +242,8 @@ class BlockLoRAManager(release.ManagerBase):
 
     def prepare_lora_batch(self, forward_batch: ForwardBatch) -> None:
         """Group the batch's tokens by adapter. Requests without one take no part."""
+        if self._first_pass is not None:
+            self._first_pass.begin()
         decode = forward_batch.forward_mode.is_decode()
         if decode and get_is_capture_mode():
             if get_capture_lora_variant() == "nolora":

@@ -19,7 +19,6 @@ from sglang.srt.runtime_context import (
     get_serving,
     get_spec,
 )
-from sglang_blocklora.sharding.architectures import ARCHITECTURES
 from sglang_blocklora.sharding.layout import ALIGNMENT_ELEMENTS
 
 from blocklora_patches.releases.current import release
@@ -50,10 +49,10 @@ def refuse_unsupported(model_config: Any, unified: bool) -> None:
 
 def _everywhere(model_config: Any) -> Table:
     parallel, execution = get_parallel(), get_exec()
-    names = model_config.hf_config.architectures
     part_of_batch = "a forward would see only some of the tokens that were grouped by adapter"
     return (
-        ("/".join(names), not set(names) & set(ARCHITECTURES), f"it serves {', '.join(ARCHITECTURES)}"),
+        ("multi-head latent attention (MLA)", model_config.attention_arch == AttentionArch.MLA, "it has no K and V"),
+        ("a multimodal model", model_config.is_multimodal, "its towers have linears of the same names"),
         ("--pp-size", parallel.pp_size > 1, "a TP rank would hold only some layers of an adapter"),
         ("--enable-dp-attention", release.uses_dp_attention(parallel), "tokens of one batch differ between ranks"),
         ("--attn-cp-size", parallel.attn_cp_size > 1, part_of_batch),
@@ -84,7 +83,6 @@ def _unified(model_config: Any) -> Table:
     other_cache, elsewhere = "adapters live in a radix cache of their own", "KV would be moved without its adapter"
     split = "its KV pool is split"
     return (
-        ("multi-head latent attention (MLA)", model_config.attention_arch == AttentionArch.MLA, "it has no K and V"),
         ("sliding-window layers with a KV pool of their own", model_config.is_hybrid_swa, split),
         ("state-space (Mamba) or linear-attention layers", uses_ssm_state(model_config), split),
         (

@@ -33,7 +33,8 @@ def check(asked: Asked) -> Iterator[Finding]:
             "Serve it with stock SGLang, or another model with us (README.md).",
         )
         return
-    yield ok("adapted linears", f"{', '.join(one.name for one in LINEARS)} of {base.layers} layers")
+    unsure = "" if base.compared else "; not compared with PEFT, so a server checks them when it loads the model"
+    yield ok("adapted linears", f"{', '.join(one.name for one in LINEARS)} of {base.layers} layers{unsure}")
     yield from cost(base, asked, on_gpu=not cpu_only.is_cpu_only())
 
 

@@ -49,6 +49,7 @@ class BaseSizes:
     """Sizes of a base model, as its Hugging Face ``config.json`` names them.
 
     expert_layers  numbers of layers that have experts in the place of an MLP
+    compared       whether its architecture was compared with PEFT; a server checks the linears of others at load
     """
 
     hidden: int
@@ -59,29 +60,31 @@ class BaseSizes:
     layers: int
     vocab: int
     expert_layers: frozenset[int] = frozenset()
+    compared: bool = True
 
     @staticmethod
     def read(path: Path) -> BaseSizes:
         """From a model folder or its ``config.json``.
 
-        ``ValueError`` if it is not there, lacks a size, or is of an architecture that is not served.
+        ``ValueError`` if it is not there, lacks a size, or cannot be served.
         """
         file = path / "config.json" if path.is_dir() else path
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
-            sizes = BaseSizes.of(raw)
-            names = raw.get("architectures") or ARCHITECTURES
+            return BaseSizes.of(raw)
         except OSError as error:
             raise ValueError(f"base model: cannot read {file} ({error.strerror}); give the model's folder") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"base model: {file} is not the config of a decoder ({error!r})") from error
-        if set(ARCHITECTURES).isdisjoint(names):
-            raise ValueError(f"base model: {', '.join(names)} is not served; {', '.join(ARCHITECTURES)} are")
-        return sizes
 
     @staticmethod
     def of(raw: Mapping[str, Any]) -> BaseSizes:
-        """From what a ``config.json`` holds. ``KeyError`` or ``TypeError`` where it lacks a size."""
+        """From what a ``config.json`` holds. ``KeyError`` or ``TypeError`` where it lacks a size.
+
+        ``ValueError`` where its attention has no K and V.
+        """
+        if raw.get("kv_lora_rank"):
+            raise ValueError("multi-head latent attention has no k_proj and v_proj, and is not served")
         heads = raw["num_attention_heads"]
         return BaseSizes(
             hidden=raw["hidden_size"],
@@ -92,6 +95,7 @@ class BaseSizes:
             layers=raw["num_hidden_layers"],
             vocab=raw["vocab_size"],
             expert_layers=_expert_layers(raw),
+            compared=not set(raw.get("architectures") or ARCHITECTURES).isdisjoint(ARCHITECTURES),
         )
 
     @property

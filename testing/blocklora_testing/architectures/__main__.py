@@ -1,8 +1,8 @@
 """Tries architectures one by one, and says of each whether tokens equal PEFT's, or why it does not serve.
 
-A tiny random model is built by transformers, a plain and a block-diagonal adapter on it by PEFT, and our server, which
-takes the architecture for known, answers for base and adapters in one batch. "its base model differs" is said where
-already SGLang's own tokens differ from transformers': adapters cannot be judged there.
+A tiny random model is built by transformers, a plain and a block-diagonal adapter on it by PEFT, and our server answers
+for base and adapters in one batch, or says at load why it does not. "its base model differs" is said where already
+SGLang's own tokens differ from transformers': adapters cannot be judged there.
 
     python -m blocklora_testing.architectures [--tp 2] [MODEL_TYPE ...]
 """
@@ -31,7 +31,6 @@ from blocklora_testing.models import (
 from blocklora_testing.server import ServerFailed, running
 
 NEW_TOKENS = 12
-LAUNCHER = ("-m", "blocklora_testing.architectures.launcher")
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,8 @@ def try_one(model_type: str, architecture: str, tp: int, folder: Path) -> Outcom
         return Outcome(architecture, model_type, modules, f"transformers: {_short(error)}")
     flags = ("--tp", str(tp), "--adapter-memory", "static", "--adapter-memory-mb", "64")
     paths = [f"{name}={path}" for name, path in adapters.items()]
-    environment = {"TRIED_ARCHITECTURE": architecture}
     try:
-        with running(
-            model, *flags, "--lora-paths", *paths, log=folder / "log", module=LAUNCHER, environment=environment
-        ) as server:
+        with running(model, *flags, "--lora-paths", *paths, log=folder / "log") as server:
             requests = [(prompt, name) for name in expected for prompt in prompts]
             found = server.many(requests, NEW_TOKENS)
     except ServerFailed:
