@@ -18,6 +18,7 @@ from sglang_blocklora.tools.base_model import BaseSizes
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
     from blocklora_patches.model import linear as adapted
+    from blocklora_patches.model.experts import adaptable_experts
     from blocklora_patches.model.linears import adaptable_linears, build_spec
     from sglang.srt.configs.update_config import adjust_config_with_unaligned_cpu_tp
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
@@ -65,8 +66,10 @@ def sglang_model(family: str, config: Any) -> torch.nn.Module:
 
 def as_read(family: str, config: Any, rank: int, size: int, targets: set[str]) -> Any:
     with tp_rank(rank, size):
-        linears = adaptable_linears(sglang_model(family, config))
-        return build_spec(linears, config, targets, torch.bfloat16, rank, size)
+        model = sglang_model(family, config)
+        linears = adaptable_linears(model)
+        experts, _ = adaptable_experts(model, linears, uses_triton=False)
+        return build_spec(linears, experts, config, targets, torch.bfloat16, rank, size)
 
 
 def base_sizes(config: Any) -> BaseSizes:
@@ -90,7 +93,7 @@ def test_the_tools_know_which_layers_have_experts(family: str, size: int) -> Non
             "gemma": [4, 4],
             "granite": [4, 4],
             "olmo2": [4, 4],
-        }.get(family, [2, 2])
+        }.get(family, [2 + 2 * 8] * 2)  # attention, and two linears of each expert
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -151,7 +154,7 @@ def test_a_layer_that_is_cut_in_another_way_stops_the_server() -> None:
         model = sglang_model("llama", config)
         model.model.layers[0].mlp.down_proj.input_size_per_partition //= 2
         with pytest.raises(ValueError, match=r"cuts intermediate of model\.layers\.0 in another way"):
-            build_spec(adaptable_linears(model), config, {"all"}, torch.bfloat16, 0, 1)
+            build_spec(adaptable_linears(model), {}, config, {"all"}, torch.bfloat16, 0, 1)
         del model.model.layers[0].self_attn.o_proj
         with pytest.raises(ValueError, match=r"not both self_attn\.qkv_proj and self_attn\.o_proj"):
             adaptable_linears(model)

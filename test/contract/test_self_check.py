@@ -38,7 +38,7 @@ def checked(model: torch.nn.Module, config: Any, rank: int = 0, size: int = 1) -
     before = {name: value.clone() for name, value in model.state_dict().items()}
     linears = adaptable_linears(model)
     try:
-        spec = check_linears(model, linears, build_spec(linears, config, {"all"}, torch.bfloat16, rank, size))
+        spec = check_linears(model, linears, build_spec(linears, {}, config, {"all"}, torch.bfloat16, rank, size))
     finally:
         after = model.state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before)
@@ -140,7 +140,7 @@ def test_a_loader_that_touches_other_weights_is_refused() -> None:
     with tp_rank(0, 1):
         model = build(Spreads, config, "cpu")
         linears = adaptable_linears(model)
-        spec = build_spec(linears, config, {"all"}, torch.bfloat16, 0, 1)
+        spec = build_spec(linears, {}, config, {"all"}, torch.bfloat16, 0, 1)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_()

@@ -127,9 +127,10 @@ def test_any_header(tmp_path_factory: pytest.TempPathFactory, header: dict, data
     text = json.dumps(header).encode()
     path = folder / "adapter_model.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    config = read_config("a", folder)
 
     def check() -> None:
-        with Checkpoint("a", folder):
+        with Checkpoint("a", folder, config):
             pass
 
     if accepts(check):
@@ -171,12 +172,13 @@ def test_a_huge_claim_takes_no_memory(tmp_path: Path, claim: int) -> None:
         file.write(claim.to_bytes(8, "little"))
         file.truncate(2**40)
     (tmp_path / "tokenizer.json").touch()
+    config = read_config("a", tmp_path)
     with (tmp_path / "adapter_config.json").open("r+b") as file:
         file.truncate(2**40)
     tracemalloc.start()
     try:
         assert not accepts(lambda: read_config("a", tmp_path))
-        assert not accepts(lambda: Checkpoint("a", tmp_path))
+        assert not accepts(lambda: Checkpoint("a", tmp_path, config))
         assert tracemalloc.get_traced_memory()[1] < 2**21
     finally:
         tracemalloc.stop()

@@ -136,7 +136,7 @@ CASES = {
         weights(
             lambda t: t.update({f"{PREFIX}.mlp.experts.3.up_proj.lora_{f}.weight": torch.zeros(2, 2) for f in "AB"})
         ),
-        "MoE experts",
+        "It has no such expert",
     ),
     "layer beyond the last": (
         weights(

@@ -11,6 +11,7 @@ import torch
 from blocklora_testing.models import VOCAB, build_model, save_tokenizer
 from peft import LoraConfig, get_peft_model
 from sglang_blocklora.adapters.checkpoint import Checkpoint
+from sglang_blocklora.adapters.config import read_config
 from sglang_blocklora.adapters.errors import AdapterError
 from sglang_blocklora.adapters.tokenizer_files import chat_template, check_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -50,7 +51,7 @@ def test_resized_embeddings_are_named_as_such(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")  # PEFT warns that it does
         model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"lm_head.weight'; expected only .*vocabulary was resized"):
-        Checkpoint("a", tmp_path / "adapter")
+        Checkpoint("a", tmp_path / "adapter", read_config("a", tmp_path / "adapter"))
 
 
 # What transformers 4 and tokenizers write, each alone in the folder; the token <new> has the id 300.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.utils import get_layer_id
 from sglang_blocklora.sharding.architectures import (
     ARCHITECTURES,
@@ -13,7 +15,6 @@ from sglang_blocklora.sharding.architectures import (
     GATE_UP,
     LINEARS,
     QKV,
-    Axes,
     Axis,
     O,
     model_spec,
@@ -60,6 +61,7 @@ def _known(linears: dict[str, torch.nn.Module]) -> list[tuple[str, torch.nn.Modu
 
 def build_spec(
     linears: Linears,
+    experts: Mapping[int, FusedMoE],
     config: Any,
     targets: set[str],
     dtype: torch.dtype,
@@ -68,10 +70,15 @@ def build_spec(
 ) -> ModelSpec:
     """The spec of ``linears`` on TP rank ``rank`` of ``size``; the other arguments are ``model_spec``'s.
 
-    config  the base model's Hugging Face config
+    config   the base model's Hugging Face config
+    experts  those that adapters can be on (``experts.adaptable_experts``)
     """
+    layers = [_layer(layer, config) for layer in linears]
+    for i, module in experts.items():
+        layers[i][1]["expert"] = _experts(module, config)
     return model_spec(
-        dict(_layer(layer, config) for layer in linears),
+        dict(layers),
+        experts={layers[i][0]: module.num_experts for i, module in experts.items()},
         dtype=dtype,
         vocab_size=config.vocab_size,
         tp_rank=rank,
@@ -80,7 +87,14 @@ def build_spec(
     )
 
 
-def _layer(linears: list[tuple[str, torch.nn.Module]], config: Any) -> tuple[str, Axes]:
+def _experts(module: FusedMoE, config: Any) -> Interval:
+    """The TP rank's part of the intermediate width of one expert."""
+    name = "moe_intermediate_size" if getattr(config, "moe_intermediate_size", None) else "intermediate_size"
+    width = getattr(config, f"original_{name}", getattr(config, name))
+    return _share(module.intermediate_size_per_partition, module.moe_tp_rank, width)
+
+
+def _layer(linears: list[tuple[str, torch.nn.Module]], config: Any) -> tuple[str, dict[Axis, Interval]]:
     """Path of a decoder layer, and what this TP rank holds of its axes: SGLang's modules know how they are cut.
 
     Their widths may be padded: SGLang's CPU engine makes them divide by the TP size, and keeps what the checkpoint has

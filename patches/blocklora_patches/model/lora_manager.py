@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable
 from functools import partial
@@ -33,6 +34,7 @@ from sglang_blocklora.settings import Settings
 from torch.distributed.distributed_c10d import _get_default_store
 
 from blocklora_patches.hooks.hook import Hook, Process
+from blocklora_patches.model.experts import AdaptedExpertsMethod, adaptable_experts
 from blocklora_patches.model.linear import AdaptedLinearMethod
 from blocklora_patches.model.linears import adaptable_linears, build_spec, is_compared
 from blocklora_patches.model.self_check import FirstPass, check_linears
@@ -74,9 +76,12 @@ class BlockLoRAManager(release.ManagerBase):
         self.lora_refs: dict[str, LoRARef] = {}
         self._linears = linears = adaptable_linears(base_model)
         targets = set(target_modules or {"all"})
-        self._spec = build_spec(linears, base_hf_config, targets, dtype, tp_rank, tp_size)
         self._first_pass: FirstPass | None = None
         self._unknown = None if is_compared(base_model) else base_model
+        uses_triton = settings.uses_triton(self.device.type == "cuda")
+        self._experts, no_experts = adaptable_experts(base_model, linears, uses_triton)
+        spec = build_spec(linears, self._experts, base_hf_config, targets, dtype, tp_rank, tp_size)
+        self._spec = dataclasses.replace(spec, no_experts=no_experts)
         if self._unknown is not None:
             self._spec = check_linears(base_model, linears, self._spec)
             logger.info("%s was not compared with PEFT; its linears were checked", type(base_model).__name__)
@@ -144,6 +149,8 @@ class BlockLoRAManager(release.ManagerBase):
         for layer, modules in enumerate(self._linears):
             for index, (_, module) in enumerate(modules):
                 module.quant_method = AdaptedLinearMethod(module.quant_method, step, layer, index)
+        for layer, experts in self._experts.items():
+            experts.quant_method = AdaptedExpertsMethod(experts, self._step, layer)
 
     def bind_kv_pool(self, k_buffers: list[torch.Tensor], v_buffers: list[torch.Tensor], total_slots: int) -> None:
         """Unified memory: adapters live in these buffers, each [slots, KV heads, head dimension], one per layer."""

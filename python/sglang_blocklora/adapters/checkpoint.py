@@ -11,7 +11,9 @@ from types import TracebackType
 
 import torch
 
+from sglang_blocklora.adapters.config import AdapterConfig
 from sglang_blocklora.adapters.errors import AdapterError, brief, listed
+from sglang_blocklora.adapters.experts import OfExpert, experts_of, is_wrapper
 from sglang_blocklora.adapters.files import unreadable
 from sglang_blocklora.adapters.tensor_names import FactorName, parse_name, why_not
 from sglang_blocklora.adapters.weights_file import DTYPES, StoredTensor, WeightsFile
@@ -25,10 +27,11 @@ PART_NAME = re.compile(r"adapter_model-\d+-of-\d+\.(safetensors|bin)")
 class Checkpoint:
     """The weights file of one adapter, open for reading parts. A context manager.
 
-    shapes  module path in the model that was trained -> {"A": (rows, columns), "B": ...}; both factors are present
+    shapes  module path in the model that was trained -> {"A": (rows, columns), "B": ...}; both factors are present.
+            A wrapper of all experts of a layer is one module for each (``experts.py``)
     """
 
-    def __init__(self, adapter: str, folder: Path) -> None:
+    def __init__(self, adapter: str, folder: Path, config: AdapterConfig) -> None:
         self.adapter = adapter
         self.path = folder / WEIGHTS_NAME
         try:
@@ -42,8 +45,10 @@ class Checkpoint:
                 adapter, f"{self.path} that cannot be read ({error})", "a whole safetensors file", "Copy it again."
             ) from error
         self._names: dict[tuple[str, Factor], str] = {}
+        self._experts: dict[str, OfExpert] = {}
+        self._whole: tuple[tuple[str, slice | None] | None, torch.Tensor] = (None, torch.empty(0))
         try:
-            self.shapes = self._index()
+            self.shapes = self._split_experts(config, self._index())
         except AdapterError:
             self._file.close()
             raise
@@ -77,6 +82,15 @@ class Checkpoint:
                 raise AdapterError(self.adapter, f"no lora_{missing}", "both factors", "Save it again.", module)
         return shapes
 
+    def _split_experts(
+        self, config: AdapterConfig, shapes: Mapping[str, Mapping[Factor, tuple[int, int]]]
+    ) -> Mapping[str, Mapping[Factor, tuple[int, int]]]:
+        split = {name: factors for name, factors in shapes.items() if not is_wrapper(name)}
+        for module, part, own in experts_of(self.adapter, config, shapes):
+            self._experts[module] = part
+            split[module] = own
+        return split
+
     def _checked_shape(self, name: FactorName, stored: StoredTensor) -> tuple[int, int]:
         if stored.dtype not in DTYPES:
             raise AdapterError(
@@ -98,7 +112,18 @@ class Checkpoint:
         return rows, columns
 
     def read(self, module: str, factor: Factor, rows: slice | None, columns: slice | None) -> torch.Tensor:
-        """Part of a stored factor; only its bytes are touched. Raises ``AdapterError`` on NaN or Inf."""
+        """Part of a factor; only its bytes are touched. Raises ``AdapterError`` on NaN or Inf."""
+        part = self._experts.get(module)
+        if part is None:
+            return self._read(module, factor, rows, columns)
+        if factor == "A":
+            return self._read(part.wrapper, "A", part.rows_of_a(rows), columns)
+        # Experts take turns in the columns, so rows are read once for all of them.
+        if self._whole[0] != (part.wrapper, rows):
+            self._whole = ((part.wrapper, rows), self._read(part.wrapper, "B", rows, None))
+        return self._whole[1][:, part.columns_of_b(columns)]
+
+    def _read(self, module: str, factor: Factor, rows: slice | None, columns: slice | None) -> torch.Tensor:
         try:
             tensor = self._file.read(self._names[module, factor], rows, columns)
         except OSError as error:

@@ -47,17 +47,17 @@ class AdapterConfig:
 
     def rank_of(self, module: str) -> int:
         """Full LoRA rank of ``module`` (a module path): ``rank_pattern``, else ``r``."""
-        return _match_pattern(self.rank_pattern, module, self.rank)
+        return _match_pattern(self.rank_pattern, module.partition("[")[0], self.rank)
 
     def scaling_of(self, module: str) -> float:
         """alpha / r, or alpha / sqrt(r) with rslora; r is the module's full rank, never a block's."""
         rank = self.rank_of(module)
-        alpha = _match_pattern(self.alpha_pattern, module, self.alpha)
+        alpha = _match_pattern(self.alpha_pattern, module.partition("[")[0], self.alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def structure_of(self, adapter: str, module: str) -> Structure:
         """Which factor of ``module`` is packed block-diagonal. PEFT tests patterns as substrings of the full name."""
-        if not self.block_diagonal:
+        if not self.block_diagonal or module.endswith("]"):
             return "plain"
         in_a = any(pattern in module for pattern in self.block_a_patterns)
         in_b = any(pattern in module for pattern in self.block_b_patterns)

@@ -34,6 +34,7 @@ KEYS: Mapping[str, str | Unused | Refused] = {
     "use_rslora": APPLIED,
     "use_bdlora": APPLIED,
     "target_modules": APPLIED,
+    "target_parameters": APPLIED,
     "exclude_modules": APPLIED,
     "layers_to_transform": APPLIED,
     "layers_pattern": APPLIED,
@@ -64,9 +65,6 @@ KEYS: Mapping[str, str | Unused | Refused] = {
     "modules_to_save": Refused("fully trained modules are not served", "Train without modules_to_save, or merge."),
     "trainable_token_indices": Refused(
         "trained token embeddings are not served", "Train without trainable_token_indices."
-    ),
-    "target_parameters": Refused(
-        "adapters on bare parameters (MoE experts) are not served", "Target linear modules only."
     ),
     "layer_replication": Refused("replicated layers are not served", "Train without layer_replication."),
     "megatron_config": Refused("Megatron layers are not served", "Convert the adapter to plain PEFT linears."),

@@ -66,7 +66,7 @@ def load_shard(
     nothing is kept then.
     """
     config = read_config(name, folder)
-    with Checkpoint(name, folder) as checkpoint:
+    with Checkpoint(name, folder, config) as checkpoint:
         modules = check_modules(name, config, checkpoint.shapes, spec, max_rank)
         if not known:
             check_tokens(name, folder, spec.vocab_size)

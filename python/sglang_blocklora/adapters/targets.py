@@ -20,11 +20,13 @@ class Targets:
     """PEFT's choice of modules; ``names`` None for any (what the weights hold is what was adapted).
 
     names, excluded  names that end a module's path, or an expression for all of it
+    parameters       names that end the path of a parameter of experts (``target_parameters``)
     layers           indices of the only layers, empty for all
     layers_patterns  what stands before the index; empty for anything
     """
 
     names: frozenset[str] | Pattern | None
+    parameters: frozenset[str]
     excluded: frozenset[str] | Pattern
     layers: tuple[int, ...]
     layers_patterns: tuple[str, ...]
@@ -35,6 +37,11 @@ class Targets:
         names = _names(adapter, raw, "target_modules")
         if isinstance(raw.get("target_modules"), str) and raw["target_modules"].lower() == "all-linear":
             names = None
+        parameters = _names(adapter, raw, "target_parameters") or frozenset()
+        if isinstance(parameters, Pattern):
+            raise _wrong(adapter, "target_parameters", raw["target_parameters"], "a list of names")
+        if parameters and not raw.get("target_modules"):
+            names = frozenset()
         layers = _list(raw.get("layers_to_transform"))
         patterns = _list(raw.get("layers_pattern"))
         if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
@@ -45,18 +52,25 @@ class Targets:
             raise _wrong(adapter, "layers_to_transform", layers, "none beside an expression in target_modules")
         return Targets(
             names=names,
+            parameters=parameters,
             excluded=_names(adapter, raw, "exclude_modules") or frozenset(),
             layers=tuple(layers),
             layers_patterns=tuple(patterns),
         )
 
     def selects(self, module: str) -> bool:
-        """Whether PEFT adapts ``module``, a path in the model that was trained."""
+        """Whether PEFT adapts ``module``, a path in the model that was trained, or one expert of a parameter there."""
+        if module.endswith("]"):
+            return self.selects_parameter(module.partition("[")[0])
         if _is_among(module, self.excluded):
             return False
         if self.names is None or (isinstance(self.names, frozenset) and module in self.names):
             return True
         return _is_among(module, self.names) and (not self.layers or self._in_layers(module))
+
+    def selects_parameter(self, parameter: str) -> bool:
+        """Whether PEFT adapts a parameter of experts; neither exclusions nor the choice of layers concern it."""
+        return _is_among(parameter, self.parameters)
 
     def _in_layers(self, module: str) -> bool:
         found = FIRST_NUMBER.match(module) if not self.layers_patterns else None

@@ -28,7 +28,7 @@ class FactorName(NamedTuple):
 def parse_name(tensor: str) -> FactorName | None:
     """The factor that ``tensor`` is, or None where it is no factor of a linear layer."""
     match = FACTOR_NAME.fullmatch(tensor)
-    if match is None:
+    if match is None or "[" in match["module"]:  # which names one expert of a parameter
         return None
     path = ".".join(part for part in match["module"].split(".") if part not in WRAPPERS)
     return FactorName(path.removeprefix(PEFT_PREFIX), "A" if match["factor"] == "A" else "B")

@@ -134,7 +134,11 @@ def _unknown_module(adapter: str, module: str, spec: ModelSpec, places: Collecti
     if "embed" in module or module.endswith("lm_head"):
         why = "Embeddings and lm_head are not served: train without them in target_modules"
     elif "experts" in module:
-        why = "MoE experts are not served: train without them in target_modules"
+        why = (
+            f"Experts of this base model cannot have adapters ({spec.no_experts}): train without them"
+            if (spec.no_experts)
+            else "It has no such expert, or other names for it: check target_modules and target_parameters"
+        )
     elif any(part in module for part in ("vision", "visual", "audio")):
         why = "Only the language model's decoder layers are served: train without the other towers in target_modules"
     else:

@@ -30,6 +30,7 @@ class TorchAdder(DeltaAdder):
 
     def __init__(self, spec: ModelSpec, pool: AdapterPool) -> None:
         self._spec = spec
+        self._first_expert = [sum(not linear.expert for linear in layer) for layer in spec.layers]
         self._pool = pool
         self._factors: dict[str, tuple[Resident, AdapterFactors]] = {}
         self._segments: list[tuple[slice | torch.Tensor, AdapterFactors]] = []
@@ -71,6 +72,12 @@ class TorchAdder(DeltaAdder):
             if own is not None:
                 reference.add_delta_(out, x, rows, own)
 
+    def experts(self, layer: int) -> list[tuple[slice | torch.Tensor, tuple[reference.LinearFactors | None, ...]]]:
+        """The batch's adapters on experts of ``layer``: each one's tokens, and factors of the experts' linears."""
+        first = self._first_expert[layer]
+        own = [(rows, factors[layer][first:]) for rows, factors in self._segments]
+        return [(rows, factors) for rows, factors in own if any(one is not None for one in factors)]
+
     def _stack_of(self, adapters: dict[str, Resident]) -> Stack | None:
         """The stack with these adapters, made where the last batch had the same; None where there is none."""
         again = adapters.keys() == self._last.keys() and all(self._last[key] is own for key, own in adapters.items())
@@ -78,10 +85,13 @@ class TorchAdder(DeltaAdder):
         if self._stack is not None and self._stack.serves(adapters):
             return self._stack
         self._stack = None
-        factors = [self._factors[key][1] for key in adapters]
+        factors = [self._without_experts(self._factors[key][1]) for key in adapters]
         if again and sum(map(stack_bytes, factors)) <= MOST_STACKED_BYTES:
             self._stack = Stack.of(adapters, factors)
         return self._stack
+
+    def _without_experts(self, factors: AdapterFactors) -> AdapterFactors:
+        return tuple(layer[:first] for layer, first in zip(factors, self._first_expert, strict=True))
 
     def _resolve(self, key: str) -> AdapterFactors:
         resident = self._pool.resident[key]

@@ -81,9 +81,9 @@ def undivided(base: BaseSizes, rank: int, nblocks: int) -> str | None:
 
 
 def shapes(base: BaseSizes, rank: int, nblocks: int) -> dict[str, ModuleShape]:
-    """Module path -> shape, of an adapter on all linears whose blocks are those that sharding can use."""
+    """Module path -> shape, of an adapter on all linears but experts', with blocks that sharding can use."""
     spec = base.spec(torch.float32, 0, 1)
-    paths = [path for path in spec.find() if suffix_of(path) in SPLIT_MODULES]
+    paths = [path for path in spec.find() if suffix_of(path) in SPLIT_MODULES and ".experts." not in path]
     return {
         path: ModuleShape(
             rank, nblocks, "plain" if nblocks == 1 else "block_a" if kind_of(path) == "row" else "block_b"

@@ -5,6 +5,7 @@ Server, tools and messages read it. TP ranks differ in what they hold of four ax
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Literal, NamedTuple
 
@@ -25,14 +26,14 @@ ARCHITECTURES = (
     "GemmaForCausalLM",
     "GraniteForCausalLM",
     "Olmo2ForCausalLM",
-    # with experts, which are not adapted themselves
+    # with experts
     "Qwen3MoeForCausalLM",
     "MixtralForCausalLM",
 )
 
-Axis = Literal["hidden", "query", "key_value", "intermediate"]
-# What a TP rank holds of each axis; all of "hidden", which is not split. A layer of experts lacks "intermediate", and
-# with it the linears of an MLP: experts are not adapted.
+Axis = Literal["hidden", "query", "key_value", "intermediate", "expert"]
+# What a TP rank holds of each axis; all of "hidden", which is not split. A layer of experts has "expert", the
+# intermediate width of one, in the place of "intermediate".
 Axes = Mapping[Axis, Interval]
 
 
@@ -59,6 +60,17 @@ class Linear(NamedTuple):
         return self.path.rpartition(".")[2]
 
 
+class Experts(NamedTuple):
+    """How a decoder layer's experts are called.
+
+    path   below the layer, of SGLang's module for all of them
+    parts  what checkpoints call an expert's linears: gate, up, down
+    """
+
+    path: str
+    parts: tuple[str, str, str]
+
+
 QKV = Linear(
     "self_attn.qkv_proj", "column", "hidden", {"q_proj": "query", "k_proj": "key_value", "v_proj": "key_value"}
 )
@@ -67,14 +79,25 @@ GATE_UP = Linear("mlp.gate_up_proj", "column", "hidden", {"gate_proj": "intermed
 DOWN = Linear("mlp.down_proj", "row", "intermediate", {"down_proj": "hidden"})
 # In the order in which a layer runs them.
 LINEARS = (QKV, O, GATE_UP, DOWN)
+EXPERTS = (
+    Experts("mlp.experts", ("gate_proj", "up_proj", "down_proj")),
+    Experts("block_sparse_moe.experts", ("w1", "w3", "w2")),  # Mixtral's, before transformers 5
+)
+# Where transformers 5 has the weights of all experts of a layer, and what it calls them, in the order of the module.
+# PEFT adapts them as parameters; what it has for expert 3 is called ``mlp.experts.gate_up_proj[3]`` here.
+FUSED_EXPERTS = "mlp.experts"
+FUSED_PARTS = ("gate_up_proj", "down_proj")
 # Names of the modules that an adapter may have: as most checkpoints split them, and all.
 SPLIT_MODULES = tuple(part for linear in LINEARS for part in linear.parts)
-MODULES: Mapping[str, Linear] = {part: linear for linear in LINEARS for part in (*linear.parts, linear.name)}
+MODULES: Mapping[str, Linear] = {
+    **{part: linear for linear in LINEARS for part in (*linear.parts, linear.name)},
+    **{part: linear for _, parts in EXPERTS for part, linear in zip(parts, (GATE_UP, GATE_UP, DOWN), strict=True)},
+}
 
 
 def suffix_of(module: str) -> str:
-    """The last part of a module path: ``q_proj`` of ``model.layers.0.self_attn.q_proj``."""
-    return module.rpartition(".")[2]
+    """The last part of a module path, without the number of an expert: ``q_proj`` of ``model.layers.0.attn.q_proj``."""
+    return module.rpartition(".")[2].partition("[")[0]
 
 
 def kind_of(module: str) -> Literal["column", "row"]:
@@ -87,8 +110,11 @@ def names_of_kind(kind: Literal["column", "row"]) -> str:
     return ", ".join(part for part in SPLIT_MODULES if kind_of(part) == kind)
 
 
-def linears_of(layer: str, axes: Axes) -> tuple[LinearSpec, ...]:
-    """The linears of the decoder layer at path ``layer`` on the TP rank that holds ``axes``, which the layer has."""
+def linears_of(layer: str, axes: Axes, experts: int = 0) -> tuple[LinearSpec, ...]:
+    """The linears of the decoder layer at path ``layer`` on the TP rank that holds ``axes``, which the layer has.
+
+    experts  how many it has; each is two linears, behind the others
+    """
     specs = []
     for linear in LINEARS:
         if not {linear.inputs, *linear.parts.values()} <= axes.keys():
@@ -112,12 +138,45 @@ def linears_of(layer: str, axes: Axes) -> tuple[LinearSpec, ...]:
                 sources=sources,
             )
         )
+    for expert in range(experts):
+        specs += _expert(layer, expert, axes["hidden"], axes["expert"])
     return tuple(specs)
+
+
+def _expert(layer: str, expert: int, hidden: Interval, width: Interval) -> tuple[LinearSpec, LinearSpec]:
+    """Gate and up in one, and down, of one expert."""
+    fused = f"{layer}.{FUSED_EXPERTS}"
+    first = {f"{fused}.{FUSED_PARTS[0]}[{expert}]": Source((0, 1), (0, width.size), 2 * width.size)}
+    second = {f"{fused}.{FUSED_PARTS[1]}[{expert}]": Source((0,), (0,), hidden.size)}
+    for path, (gate_name, up_name, down_name) in EXPERTS:
+        own = f"{layer}.{path}.{expert}"
+        first[f"{own}.{gate_name}"] = Source((0,), (0,), width.size)
+        first[f"{own}.{up_name}"] = Source((1,), (0,), width.size)
+        second[f"{own}.{down_name}"] = Source((0,), (0,), hidden.size)
+    return (
+        LinearSpec(
+            name=f"{fused}.{expert}.{FUSED_PARTS[0]}",
+            kind="column",
+            inputs=hidden,
+            outputs=(width, width),
+            sources=first,
+            expert=True,
+        ),
+        LinearSpec(
+            name=f"{fused}.{expert}.{FUSED_PARTS[1]}",
+            kind="row",
+            inputs=width,
+            outputs=(hidden,),
+            sources=second,
+            expert=True,
+        ),
+    )
 
 
 def model_spec(
     layers: Mapping[str, Axes],
     *,
+    experts: Mapping[str, int] | None = None,
     dtype: torch.dtype,
     vocab_size: int,
     tp_rank: int,
@@ -127,10 +186,11 @@ def model_spec(
     """The spec of a model on one TP rank.
 
     layers   path of each decoder layer -> what the TP rank holds of its axes
+    experts  path of each layer that has experts to adapt -> how many
     targets  names of the modules that adapters may have; "all" for every one
     The row width is that of the model's KV cache, as a server rounds it.
     """
-    whole = [linears_of(path, axes) for path, axes in layers.items()]
+    whole = [linears_of(path, axes, (experts or {}).get(path, 0)) for path, axes in layers.items()]
     modules = {module for layer in whole for linear in layer for module in linear.sources}
     kept = {module for module in modules if "all" in targets or suffix_of(module) in targets}
     kv_width = max((axes["key_value"].length for axes in layers.values()), default=0)
@@ -148,4 +208,4 @@ def model_spec(
 def _only(linear: LinearSpec, kept: Collection[str]) -> LinearSpec:
     """``linear`` with the sources that are in ``kept``."""
     sources = {module: source for module, source in linear.sources.items() if module in kept}
-    return LinearSpec(name=linear.name, kind=linear.kind, inputs=linear.inputs, outputs=linear.outputs, sources=sources)
+    return dataclasses.replace(linear, sources=sources)

@@ -59,6 +59,7 @@ class LinearSpec:
     inputs    the rank's interval of the input axis (all of it for "column")
     outputs   per slice, the rank's interval of that slice's output axis (all of it for "row")
     sources   checkpoint module path -> what it feeds
+    expert    whether it is one expert's, of a layer that has many
     """
 
     name: str
@@ -66,6 +67,7 @@ class LinearSpec:
     inputs: Interval
     outputs: tuple[Interval, ...]
     sources: Mapping[str, Source]
+    expert: bool = False
 
     @property
     def out_offsets(self) -> tuple[int, ...]:
@@ -80,10 +82,11 @@ class LinearSpec:
 class ModelSpec:
     """Linears of every layer on one TP rank, and the arena's geometry.
 
-    layers      per decoder layer, its linears in order
+    layers      per decoder layer, its linears in order; those of experts behind the others
     row_width   W, elements of an arena row (KV heads of the rank times head dimension)
     dtype       of the weights in the arena
     left_out    checkpoint modules that the base model has, and that the server was told not to adapt
+    no_experts  why no adapter can be on the base model's experts; None where it has none, or adapters can
     """
 
     layers: tuple[tuple[LinearSpec, ...], ...]
@@ -93,6 +96,7 @@ class ModelSpec:
     tp_rank: int
     tp_size: int
     left_out: frozenset[str] = frozenset()
+    no_experts: str | None = None
 
     def find(self) -> dict[str, tuple[int, int]]:
         """Checkpoint module path -> (layer, index of the linear in its layer)."""

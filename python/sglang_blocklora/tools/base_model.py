@@ -37,7 +37,7 @@ LAYER_NUMBER = re.compile(r".*\blayers\.(?P<number>\d+)\..+", re.DOTALL)
 # SGLang's CPU engine rounds the intermediate width of a TP rank up to a multiple of this.
 CPU_INTERMEDIATE = 32
 AXES: tuple[Axis, ...] = ("hidden", "query", "key_value", "intermediate")
-# By which of these a config says that layers have experts.
+# By which of these a config says how many experts its layers have.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 Engine = Literal["gpu", "cpu"]
@@ -49,6 +49,7 @@ class BaseSizes:
     """Sizes of a base model, as its Hugging Face ``config.json`` names them.
 
     expert_layers  numbers of layers that have experts in the place of an MLP
+    experts        how many each of them has, and expert_width: the intermediate width of one
     compared       whether its architecture was compared with PEFT; a server checks the linears of others at load
     """
 
@@ -60,6 +61,8 @@ class BaseSizes:
     layers: int
     vocab: int
     expert_layers: frozenset[int] = frozenset()
+    experts: int = 0
+    expert_width: int = 0
     compared: bool = True
 
     @staticmethod
@@ -95,6 +98,8 @@ class BaseSizes:
             layers=raw["num_hidden_layers"],
             vocab=raw["vocab_size"],
             expert_layers=_expert_layers(raw),
+            experts=next((raw[key] for key in EXPERTS if raw.get(key)), 0),
+            expert_width=raw.get("moe_intermediate_size") or raw["intermediate_size"],
             compared=not set(raw.get("architectures") or ARCHITECTURES).isdisjoint(ARCHITECTURES),
         )
 
@@ -133,6 +138,7 @@ class BaseSizes:
             "query": _part(heads * self.head_dim, tp_rank, widths["query"]),
             "key_value": _part(kv_heads * self.head_dim, tp_rank // replicas, widths["key_value"]),
             "intermediate": _part(-(-self.intermediate // (unit * tp_size)) * unit, tp_rank, self.intermediate),
+            "expert": _part(-(-self.expert_width // (unit * tp_size)) * unit, tp_rank, self.expert_width),
         }
 
     def engine_for(self, tp_size: int) -> Engine:
@@ -143,11 +149,17 @@ class BaseSizes:
     def spec(self, dtype: torch.dtype, tp_rank: int, tp_size: int) -> ModelSpec:
         """All linears of the base model as one TP rank holds them."""
         axes = self.axes(tp_rank, tp_size, self.engine_for(tp_size))
-        of_experts: Axes = {axis: part for axis, part in axes.items() if axis != "intermediate"}
-        layers = {
-            f"model.layers.{layer}": of_experts if layer in self.expert_layers else axes for layer in range(self.layers)
-        }
-        return model_spec(layers, dtype=dtype, vocab_size=self.vocab, tp_rank=tp_rank, tp_size=tp_size)
+        dense: Axes = {axis: part for axis, part in axes.items() if axis != "expert"}
+        sparse: Axes = {axis: part for axis, part in axes.items() if axis != "intermediate"}
+        paths = [f"model.layers.{layer}" for layer in range(self.layers)]
+        return model_spec(
+            {path: sparse if layer in self.expert_layers else dense for layer, path in enumerate(paths)},
+            experts={paths[layer]: self.experts for layer in self.expert_layers},
+            dtype=dtype,
+            vocab_size=self.vocab,
+            tp_rank=tp_rank,
+            tp_size=tp_size,
+        )
 
 
 @dataclass(frozen=True)
@@ -159,11 +171,16 @@ class KnownSizes:
 
     @staticmethod
     def of(name: str, config: AdapterConfig, stored: Stored) -> KnownSizes:
-        """From the stored shapes. ``AdapterError`` where they contradict each other or leave a fused module open."""
+        """From the stored shapes. ``AdapterError`` where they contradict each other or leave the model open."""
         widths: dict[Axis, int] = {}
         fused = []
         layers = set()
         for module, factors in stored.items():
+            if ".experts." in module:
+                advice = "Give --base-model."
+                raise AdapterError(
+                    name, "weights on experts", "the base model's number and width of them", advice, module
+                )
             match, linear = LAYER_NUMBER.fullmatch(module), MODULES.get(suffix_of(module))
             if match is None or linear is None:
                 continue  # refused when it finds no place

@@ -66,7 +66,7 @@ def open_adapter(folder: Path, base: BaseSizes | None = None) -> Iterator[Opened
     """Open and check the adapter in ``folder``. Raises ``AdapterError`` for what a server would refuse too."""
     name = folder.resolve().name
     config = read_config(name, folder)
-    with Checkpoint(name, folder) as checkpoint:
+    with Checkpoint(name, folder, config) as checkpoint:
         sizes = base or KnownSizes.of(name, config, checkpoint.shapes)
         spec = sizes.spec(torch.bfloat16, 0, 1)
         modules = check_modules(name, config, checkpoint.shapes, spec, NO_RANK_LIMIT)
