@@ -46,7 +46,7 @@ class Checkpoint:
             ) from error
         self._names: dict[tuple[str, Factor], str] = {}
         self._experts: dict[str, OfExpert] = {}
-        self._whole: tuple[tuple[str, slice | None] | None, torch.Tensor] = (None, torch.empty(0))
+        self._turns: dict[tuple[str, str], torch.Tensor] = {}
         try:
             self.shapes = self._split_experts(config, self._index())
         except AdapterError:
@@ -118,10 +118,12 @@ class Checkpoint:
             return self._read(module, factor, rows, columns)
         if factor == "A":
             return self._read(part.wrapper, "A", part.rows_of_a(rows), columns)
-        # Experts take turns in the columns, so rows are read once for all of them.
-        if self._whole[0] != (part.wrapper, rows):
-            self._whole = ((part.wrapper, rows), self._read(part.wrapper, "B", rows, None))
-        return self._whole[1][:, part.columns_of_b(columns)]
+        # Experts take turns in the columns, so rows are read once for all of them: at most gate's and up's.
+        key = (part.wrapper, str(rows))
+        if key not in self._turns:
+            others = {known: turns for known, turns in self._turns.items() if known[0] == part.wrapper}
+            self._turns = {**others, key: self._read(part.wrapper, "B", rows, None)}
+        return self._turns[key][:, part.columns_of_b(columns)]
 
     def _read(self, module: str, factor: Factor, rows: slice | None, columns: slice | None) -> torch.Tensor:
         try:

@@ -70,7 +70,7 @@ class Targets:
 
     def selects_parameter(self, parameter: str) -> bool:
         """Whether PEFT adapts a parameter of experts; neither exclusions nor the choice of layers concern it."""
-        return _is_among(parameter, self.parameters)
+        return any(parameter == one or parameter.endswith(f".{one}") for one in self.parameters)
 
     def _in_layers(self, module: str) -> bool:
         found = FIRST_NUMBER.match(module) if not self.layers_patterns else None
