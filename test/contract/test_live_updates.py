@@ -46,6 +46,13 @@ def current(world: World, name: str) -> Any:
     return world.manager.lora_registry.get_all_adapters()[name]
 
 
+def pins(world: World) -> list[tuple[str, int]]:
+    """``lora_id`` and value of every pin that the schedulers were asked for, in order."""
+    from blocklora_patches.scheduler.control import PIN
+
+    return [(key.removeprefix(PIN), value) for key, value in world.scheduler.states]
+
+
 # An update of a name.
 
 
@@ -149,8 +156,46 @@ def test_the_same_bytes_change_nothing(world: World) -> None:
 def test_a_pin_stays_with_the_name(world: World) -> None:
     async def scenario() -> None:
         await put(world, "a", weights(1.0), params={"pinned": True})
-        await put(world, "a", weights(2.0))
-        assert current(world, "a").pinned
+        for value in (2.0, 2.0):  # other bytes, and the same
+            await put(world, "a", weights(value))
+            assert current(world, "a").pinned
+
+    world.run(scenario)
+
+
+@pytest.mark.parametrize("value", [1.0, 2.0], ids=["the same bytes", "other bytes"])
+def test_an_update_pins_where_it_is_asked_to(world: World, value: float) -> None:
+    async def scenario() -> None:
+        await put(world, "a", weights(1.0))
+        await put(world, "b", weights(1.0))
+        assert (await put(world, "a", weights(value), params={"pinned": True}))[0] == 200
+        assert (current(world, "a").pinned, current(world, "b").pinned) == (True, False)
+        assert pins(world) == [(current(world, "a").lora_id, 1)]
+
+    world.run(scenario)
+
+
+def test_the_same_folder_pins_where_it_is_asked_to(world: World) -> None:
+    async def scenario() -> None:
+        await world.load("f")
+        body = {"lora_name": "f", "lora_path": str(world.disk / "f"), "load_inplace": True, "pinned": True}
+        before = current(world, "f")
+        assert (await world.post("/v1/load_lora_adapter", body))[0] == 200
+        assert (current(world, "f").lora_id, current(world, "f").pinned) == (before.lora_id, True)
+        assert pins(world) == [(before.lora_id, 1)]
+
+    world.run(scenario)
+
+
+def test_a_pin_of_the_same_bytes_that_is_refused_leaves_the_adapter_as_it_was(world: World) -> None:
+    async def scenario() -> None:
+        await put(world, "a", weights(1.0))
+        before, version = current(world, "a"), await served_by(world, "a")
+        world.scheduler.pins = False
+        status, answer = await put(world, "a", weights(1.0), params={"pinned": True})
+        assert (status, "than may be pinned" in answer["error"]["message"]) == (400, True), answer
+        assert (current(world, "a"), await served_by(world, "a")) == (before, version)
+        assert pins(world) == [(before.lora_id, 1), (before.lora_id, 0)], "no replica keeps it pinned"
 
     world.run(scenario)
 

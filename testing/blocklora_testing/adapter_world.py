@@ -22,6 +22,8 @@ class Schedulers(Scheduler):
     slow     names whose updates are answered by ``answer`` only
     refused  names whose loads are refused
     bytes    path -> what stands for the adapter's bytes there, where it is not the path itself
+    pins     whether they pin what they are asked to
+    states   settings that they were given, pins among them, in order
     wrong    what a scheduler must never see
     """
 
@@ -33,6 +35,8 @@ class Schedulers(Scheduler):
         self.slow: set[str] = set()
         self.refused: set[str] = set()
         self.bytes: dict[str, str] = {}
+        self.pins = True
+        self.states: list[tuple[str, Any]] = []
         self.wrong: list[str] = []
 
     def dispatch(self, message: Any) -> None:
@@ -45,7 +49,9 @@ class Schedulers(Scheduler):
         if kind == "SetInternalStateReq":
             from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 
-            self._later(self._manager._result_dispatcher, SetInternalStateReqOutput(updated=True))
+            self.states += message.server_args.items()
+            done = SetInternalStateReqOutput(updated=self.pins or 1 not in message.server_args.values())
+            self._later(self._manager._result_dispatcher, done)
             return
         if kind == "AbortReq":
             gone = [rid for rid in self.running if message.abort_all or rid == message.rid]

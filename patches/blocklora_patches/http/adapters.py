@@ -120,7 +120,8 @@ class Adapters:
 
         found_by_name  a request that names it after ``--max-loaded-loras`` put it out finds its path anew; one that is
                        not found so is remembered
-        update         take the place of the adapter that has the name, if one has; a pin stays
+        update         take the place of the adapter that has the name, if one has
+        pinned         pin it too, also where it is the one that has the name already; a pin that is there stays
         """
         return await asyncio.shield(self._tasks.start(self._load(name, path, pinned, found_by_name, update)))
 
@@ -143,14 +144,15 @@ class Adapters:
 
     async def _load_in_turn(self, name: str, path: str, pinned: bool, found_by_name: bool, update: bool) -> Any:
         old = self.loaded.get(name) if update else None
-        if old is not None and old.lora_path == path and path in self.spool:  # the very same bytes
-            return LoRAUpdateOutput(success=True, loaded_adapters=self._paths())
         refusal = self._reason_not_to_load(name, path, old)
         if refusal is None:
             ref = LoRARef(lora_name=name, lora_path=path, pinned=pinned and old is None)
-            refusal = await self._load_on_replicas(ref)
-        if refusal is None and old is not None:
-            ref, refusal = await self._prepare_switch(old, ref, pinned)
+            if old is not None and old.lora_path == path and path in self.spool:  # the very same bytes
+                ref, refusal = old, await self._keep(old, pinned)
+            else:
+                refusal = await self._load_on_replicas(ref)
+                if refusal is None and old is not None:
+                    ref, refusal = await self._prepare_switch(old, ref, pinned)
         if refusal is not None:
             logger.info("%s", refusal)
             if found_by_name or name in self._manager.lora_ref_cache:
@@ -175,17 +177,26 @@ class Adapters:
             await self.hashes_of([old.lora_id])
         if self.hash_of(old.lora_id) == self.hash_of(new.lora_id) is not None:
             await self._unload_on_replicas(new)
-            return old, None
+            return old, await self._keep(old, pinned)
         if pinned or old.pinned:
             if old.pinned:  # both together may be more than may be pinned
                 await self._set_pinned(old, False)
             if await self._set_pinned(new, True):
                 return msgspec.structs.replace(new, pinned=True), None
-            refusal = f"adapter {old.lora_name!r}: its new weights need more slots than may be pinned. Unpin it first."
+            refusal = _too_many_pinned(old.lora_name)
             await self._unload_on_replicas(new)
             if old.pinned:
                 await self._set_pinned(old, True)
         return new, refusal
+
+    async def _keep(self, ref: LoRARef, pinned: bool) -> str | None:
+        """The same bytes came again: pin the adapter where that is asked for; None, or why it is not pinned."""
+        if pinned and not ref.pinned:
+            try:
+                await self._pin_ref(ref, True)
+            except PinRefused:
+                return _too_many_pinned(ref.lora_name)
+        return None
 
     def reason_not_to_name(self, name: str) -> str | None:
         """Why no adapter can be called ``name``, or None."""
@@ -328,16 +339,20 @@ class Adapters:
             ref = self.loaded.get(name)
             if ref is None:
                 raise NotLoaded(name)
-            if not await self._set_pinned(ref, pinned):
-                await self._set_pinned(ref, False)
-                raise PinRefused(name)
-            if self.loaded.get(name) is not ref:  # put out meanwhile
-                raise NotLoaded(name)
-            new = msgspec.structs.replace(ref, pinned=pinned)
-            self._manager.lora_registry._registry[name] = new
-            if name in self._manager.lora_ref_cache:
-                self._manager.lora_ref_cache[name] = new
-            self._make_room_beside()  # an unpinned one may have to go
+            await self._pin_ref(ref, pinned)
+
+    async def _pin_ref(self, ref: LoRARef, pinned: bool) -> None:
+        name = ref.lora_name
+        if not await self._set_pinned(ref, pinned):
+            await self._set_pinned(ref, False)
+            raise PinRefused(name)
+        if self.loaded.get(name) is not ref:  # put out meanwhile
+            raise NotLoaded(name)
+        new = msgspec.structs.replace(ref, pinned=pinned)
+        self._manager.lora_registry._registry[name] = new
+        if name in self._manager.lora_ref_cache:
+            self._manager.lora_ref_cache[name] = new
+        self._make_room_beside()  # an unpinned one may have to go
 
     async def _set_pinned(self, ref: LoRARef, pinned: bool) -> bool:
         """Whether every replica did."""
@@ -352,6 +367,10 @@ class Adapters:
         self.errors[name] = message
         if len(self.errors) > KEPT_ERRORS:
             del self.errors[next(iter(self.errors))]
+
+
+def _too_many_pinned(name: str) -> str:
+    return f"adapter {name!r}: it needs more slots than may be pinned. Unpin it or others first."
 
 
 def adapters_of(tokenizer_manager: Any) -> Adapters:
