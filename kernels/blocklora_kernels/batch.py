@@ -48,18 +48,27 @@ class BatchMetadata:
     """
 
     def __init__(
-        self, max_tokens: int, max_segments: int, h_width: int, device: torch.device, processors: int | None = None
+        self,
+        max_tokens: int,
+        max_segments: int,
+        h_width: int,
+        device: torch.device,
+        processors: int | None = None,
+        invariant_rank: int | None = None,
     ) -> None:
         """
-        max_tokens    most tokens of a batch, base-model tokens included
-        max_segments  most distinct adapters of a batch
-        h_width       most columns of h of any linear of any adapter: stacked slices' rows of A, times blocks
-        processors    multiprocessors that a launch fills; None: those of the device
+        max_tokens      most tokens of a batch, base-model tokens included
+        max_segments    most distinct adapters of a batch
+        h_width         most columns of h of any linear of any adapter: stacked slices' rows of A, times blocks
+        processors      multiprocessors that a launch fills; None: those of the device
+        invariant_rank  every batch has the tiles of one token and this rank, and no sum is cut: what is computed for a
+                        token is the same, bit for bit, whatever is in its batch; None: tiles by what is fastest
         """
         for name, value in (("max_tokens", max_tokens), ("max_segments", max_segments), ("h_width", h_width)):
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
         self.arch = tiles.architecture(device)
+        self._invariant_rank = invariant_rank
         self.processors = processors or tiles.processors(device)
         self.h_width = h_width
         self.h_stride = -(-h_width // H_ALIGNMENT) * H_ALIGNMENT
@@ -83,7 +92,7 @@ class BatchMetadata:
         self._turn = 0
         self.adapters = np.empty(0, np.int32)
         self.batch_tokens = 0
-        self.tiling = tiles.tiling(self.arch, 1)
+        self.tiling = self._tiling(1)
         self.rank = 1
         self.grid_tiles = 0
 
@@ -126,7 +135,7 @@ class BatchMetadata:
 
     def most_tiles(self, batch_tokens: int) -> int:
         """Most tiles that ``batch_tokens`` tokens of at most ``max_segments`` adapters can form."""
-        block = tiles.tiling(self.arch, batch_tokens).block_tokens
+        block = self._tiling(batch_tokens).block_tokens
         return (batch_tokens + min(batch_tokens, self.max_segments) * (block - 1)) // block
 
     @property
@@ -135,8 +144,13 @@ class BatchMetadata:
         return tiles.rank_class(self.arch, self.rank)
 
     def _choose(self, graph: Captured) -> None:
-        self.tiling = tiles.tiling(self.arch, graph.tokens)
-        self.rank = graph.rank
+        self.tiling = self._tiling(graph.tokens)
+        self.rank = self._invariant_rank or graph.rank
+
+    def _tiling(self, tokens: int) -> tiles.Tiling:
+        if self._invariant_rank is None:
+            return tiles.tiling(self.arch, tokens)
+        return tiles.tiling(self.arch, 1)._replace(most_splits=1)
 
     def _next_host(self) -> torch.Tensor:
         self._turn = (self._turn + 1) % len(self._hosts)

@@ -1,5 +1,7 @@
 """The kernels, in Triton's interpreter, against the float64 answer of ``cases``."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from blocklora_testing.kernels.cases import DOWN, GATE_UP, MIXED, QKV, Part, Shape, build, zipf
@@ -79,6 +81,27 @@ def test_replay_with_other_segments(interpreter, rank):
 def test_repeats_bit_for_bit(interpreter):
     case = build(QKV, MIXED[QKV], zipf(20, 3))
     np.testing.assert_array_equal(interpreter.run(case), interpreter.run(case, other_batches=(zipf(20, 3, 1),)))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(Shape(160, (48, 48), ((0, 48), (16, 32))), id="column"),
+        pytest.param(Shape(56, (320,), ((0, 160),), row_parallel=True), id="row"),
+    ],
+)
+def test_a_token_gets_the_same_bits_in_every_batch(interpreter, shape):
+    """With tiles that do not follow from the batch; with those that do it gets others, so this can fail."""
+    tokens = zipf(40, 3)
+    case = build(shape, [[Part(rank)] * len(shape.local) for rank in (5, 8, 3)], tokens)
+    parts = {}
+    for rows in (range(1), range(7, 0, -1), range(3, 40, 5), range(2, 30)):
+        parts[rows] = dataclasses.replace(case, adapters=tokens[rows], x=case.x[rows], out=case.out[rows])
+    for invariant in (True, False):
+        whole = interpreter.run(case, invariant=invariant)
+        case.check(whole)
+        same = [np.array_equal(interpreter.run(p, invariant=invariant), whole[rows]) for rows, p in parts.items()]
+        assert all(same) == invariant
 
 
 @st.composite

@@ -36,12 +36,14 @@ class TritonAdder(DeltaAdder):
         device: torch.device,
         overlap: Overlap = "off",
         max_tokens: int = 4096,
+        invariant: bool = False,
     ) -> None:
         """
         max_rank    largest full LoRA rank that is accepted: it bounds the columns of h
         overlap     "stream": shrink runs on a second stream beside the linear's own GEMM; "launch": expand is launched
                     while shrink ends, for which a GPU must be of compute capability 9.0 or later
         max_tokens  most tokens of a batch; more are served, but take new memory while serving
+        invariant   a token gets the same bits whatever is in its batch
         """
         if overlap == "launch" and torch.cuda.get_device_capability(device) < (9, 0):
             raise ValueError(f"--adapter-overlap launch needs a GPU of compute capability 9.0, found {device}'s")
@@ -49,6 +51,7 @@ class TritonAdder(DeltaAdder):
         self._pool = pool
         self._device = device
         self._max_rank = max_rank
+        self._invariant = invariant
         self._h_width = max_rank * max(len(linear.outputs) for layer in spec.layers for linear in layer)
         planes = pool.arena.planes
         self._entries = TableEntries(spec, pool.max_adapters_per_batch, max_rank, device)
@@ -141,4 +144,6 @@ class TritonAdder(DeltaAdder):
         self._linears[layer][linear].expand_(out, self._batch)
 
     def _new_metadata(self, max_tokens: int) -> BatchMetadata:
-        return BatchMetadata(max_tokens, self._pool.max_adapters_per_batch, self._h_width, self._device)
+        rank = self._max_rank if self._invariant else None
+        adapters = self._pool.max_adapters_per_batch
+        return BatchMetadata(max_tokens, adapters, self._h_width, self._device, invariant_rank=rank)

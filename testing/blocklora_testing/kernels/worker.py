@@ -69,7 +69,9 @@ def use_tiles(small: bool) -> None:
             function.cache_clear()
 
 
-def set_up(request: dict[str, Any], device: str = "cpu", dtype: Any = None) -> tuple[Any, Any, Any, Any]:
+def set_up(
+    request: dict[str, Any], device: str = "cpu", dtype: Any = None, invariant: bool = False
+) -> tuple[Any, Any, Any, Any]:
     """``LoraLinear``, ``BatchMetadata``, x and out of a case on ``device``, cast to ``dtype`` where given."""
     import torch
     from blocklora_kernels.batch import BatchMetadata
@@ -99,7 +101,8 @@ def set_up(request: dict[str, Any], device: str = "cpu", dtype: Any = None) -> t
         debug=True,
     )
     x, out = (torch.from_numpy(request[name].copy()).to(place, dtype) for name in ("x", "out"))
-    batch = BatchMetadata(max(len(x), 1), max(len(slots), 1), max(1, int(descriptors[:, 0].max())), place)
+    h_width, rank = max(1, int(descriptors[:, 0].max())), 64 if invariant else None
+    batch = BatchMetadata(max(len(x), 1), max(len(slots), 1), h_width, place, invariant_rank=rank)
     return linear, batch, x, out
 
 
@@ -109,6 +112,7 @@ def run_case(
     other_batches: tuple[np.ndarray, ...] = (),
     captured_rank: int | None = None,
     x_padding: int = 0,
+    invariant: bool = False,
 ) -> np.ndarray:
     """Run shrink and expand on the case.
 
@@ -116,13 +120,14 @@ def run_case(
     other_batches  adapters per token of batches that are run before, through the same metadata object
     captured_rank  launch as a graph does that was captured for batches of this rank
     x_padding      elements between the rows of x
+    invariant      tiles that do not follow from the batch
     """
     import torch
     from blocklora_kernels.batch import Captured
     from blocklora_kernels.segments import Segments
 
     use_tiles(small)
-    linear, batch, x, out = set_up(request)
+    linear, batch, x, out = set_up(request, invariant=invariant)
     if x_padding:
         padded = torch.full((x.shape[0], x.shape[1] + x_padding), torch.nan, dtype=x.dtype)
         padded[:, : x.shape[1]] = x
@@ -157,6 +162,17 @@ def refuse_stray_reads() -> None:
     InterpreterBuilder.create_masked_load = create_masked_load
 
 
+def multiply_row_by_row() -> None:
+    """Make a row of a product the same whichever other rows there are, as tensor cores do and numpy does not."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self: Any, a: Any, b: Any, acc: Any, *options: Any) -> Any:
+        product = np.einsum("mk,kn->mn", a.data, b.data, dtype=acc.data.dtype)
+        return TensorHandle(product + acc.data, acc.dtype.scalar)
+
+    InterpreterBuilder.create_dot = create_dot
+
+
 def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints goes to stderr
@@ -178,4 +194,5 @@ if __name__ == "__main__":
 
     ORIGINAL_TILES = {name: getattr(tile_table, name) for name in SMALL_TILES}
     refuse_stray_reads()
+    multiply_row_by_row()
     serve()
