@@ -62,7 +62,7 @@ def rehearse(argv: Sequence[str]) -> None:
     arguments.resolve_once()
     arguments.check_server_args()
     publish(arguments, role="scheduler")
-    refuse_unsupported(ModelConfig.from_server_args(arguments), Settings.required().adapter_memory == "unified")
+    refuse_unsupported(ModelConfig.from_server_args(arguments), Settings.required())
 
 
 def put_hooks_in_place() -> None:

@@ -68,7 +68,7 @@ def parse(argv: Sequence[str]) -> tuple[Settings, list[str]]:
     if not chosen.route_by_adapter:
         rest += ["--load-balance-method", chosen.load_balance_method]
     defaults = ADAPTER_DEFAULTS | {"--max-loras-per-batch": [str(adapters_per_batch(rest))]}
-    if chosen.adapter_memory == "unified":
+    if chosen.adapter_memory != "static":
         defaults |= {"--radix-cache-backend": ["blocklora"]}
     return chosen, with_defaults(rest, defaults)
 

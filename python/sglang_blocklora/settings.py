@@ -32,12 +32,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """
 
     adapter_memory: Annotated[
-        Literal["unified", "static"],
+        Literal["auto", "unified", "static"],
         Flag(
-            help="where adapters live: in the KV cache's slots, each a prefix of its KV, or in an arena of their own, "
-            "for what unified memory does not support (named at start-up)"
+            help="where adapters live. unified: in the KV cache's slots, each a prefix of its KV; static: in an arena "
+            "of their own; auto: unified, or static where the model or a flag rules that out (a warning says why)"
         ),
-    ] = "unified"
+    ] = "auto"
     adapter_memory_mb: Annotated[
         int,
         Flag(

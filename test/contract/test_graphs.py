@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang_blocklora.requests.activation import ActivatedId
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
@@ -17,6 +18,8 @@ with warnings.catch_warnings():
     from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
     from sglang.srt.model_executor.runner_utils import capture_mode
     from sglang.srt.runtime_context import get_flags
+    from sglang.srt.speculative.eagle_info import EagleVerifyInput
+    from sglang.srt.speculative.ngram_info import NgramVerifyInput
 
 
 class Step:
@@ -36,8 +39,9 @@ def manager() -> Any:
     return own
 
 
-def batch(mode: ForwardMode, ids: list[str | None], counts: list[int] | None = None) -> Any:
+def batch(mode: ForwardMode, ids: list[str | None], counts: list[int] | None = None, drafts: Any = None) -> Any:
     return SimpleNamespace(
+        spec_info=drafts,
         forward_mode=mode,
         lora_ids=ids,
         extend_prefix_lens_cpu=counts and [0] * len(counts),
@@ -63,6 +67,22 @@ def test_capture_of_a_decode_graph(manager: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(capture_mode, "_capture_lora_variant", variant)
     manager.prepare_lora_batch(batch(ForwardMode.DECODE, [None] * 8))
     assert manager._step.calls == [("reset",) if variant == "nolora" else ("prepare_capture", "decode", 8)]
+
+
+@pytest.mark.parametrize("kind", [NgramVerifyInput, EagleVerifyInput])
+def test_each_draft_of_a_request_is_a_token_of_its_adapter(
+    manager: Any, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    drafts = object.__new__(kind)
+    drafts.draft_token_num = 3
+    verified = batch(ForwardMode.TARGET_VERIFY, ["a", None, ActivatedId("b", 7)], drafts=drafts)
+    manager.prepare_lora_batch(verified)
+    monkeypatch.setattr(capture_mode, "is_capture_mode", True)
+    manager.prepare_lora_batch(verified)
+    assert manager._step.calls == [
+        ("prepare", ["a", "a", "a", None, None, None, "b", "b", "b"], None),
+        ("prepare_capture", "decode", 9),
+    ]
 
 
 def test_capture_of_a_prefill_graph(manager: Any, monkeypatch: pytest.MonkeyPatch):

@@ -144,21 +144,28 @@ def test_off_means_that_nothing_is_patched_or_imported(settings: dict[str, str],
 
 
 REFUSALS = """
-import contextlib, json, os
+import contextlib, json, logging, os
 from types import SimpleNamespace
 import torch
+import blocklora_patches.model.runner as runner
 import blocklora_patches.model.unsupported as u
-from sglang.srt.arg_groups.fields import disagg, exec_, lora, memory, model, parallel, schedule, serving, spec
+from sglang_blocklora.settings import Settings
+from sglang.srt.arg_groups.fields import (
+    device, disagg, exec_, lora, memory, model, parallel, schedule, serving, spec
+)
 from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig
+
+warned = []
+runner.logger.addFilter(lambda record: warned.append(record))
 
 real = {
     "get_disagg": disagg.Disagg, "get_lora": lora.Lora, "get_spec": spec.Spec, "get_parallel": parallel.Parallel,
     "get_memory": memory.Memory, "get_model": model.Model, "get_schedule": schedule.Schedule,
-    "get_serving": serving.Serving,
+    "get_serving": serving.Serving, "get_device": device.Device,
 }
 
-def refusal(unified, **changed):
+def refusal(memory, **changed):
     bags = {n: SimpleNamespace(**{f: getattr(bag, f, None) for f in bag.__struct_fields__}) for n, bag in real.items()}
     for name, bag in real.items():  # defaults of the fields that have one
         vars(bags[name]).update(zip(bag.__struct_fields__[-len(bag.__struct_defaults__):], bag.__struct_defaults__))
@@ -169,7 +176,7 @@ def refusal(unified, **changed):
     os.environ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"] = str(int(changed.get("late_sizing", False)))
     bags["get_exec"] = SimpleNamespace(**groups)
     vars(bags["get_parallel"]).update(attn_dcp_size=1, attn_dp_enabled=False)
-    bags["get_memory"].radix_cache_backend = "blocklora" if unified else None
+    bags["get_memory"].radix_cache_backend = None if memory == "static" else "blocklora"
     config = SimpleNamespace(
         attention_arch=AttentionArch.MHA, is_multimodal=False,
         is_hybrid_swa=False, dtype=torch.bfloat16, head_dim=64, v_head_dim=64, get_num_kv_heads=lambda tp: 8 // tp,
@@ -181,44 +188,53 @@ def refusal(unified, **changed):
                 setattr(target, name, value)
     for name, bag in bags.items():
         setattr(u, name, lambda bag=bag: bag)
+    vars(bags["get_parallel"]).update(tp_rank=0)
+    runner.get_parallel = u.get_parallel
+    warned.clear()
     try:
-        u.refuse_unsupported(config, unified)
+        settings = runner.settled(Settings(adapter_memory=memory), config)
     except ValueError as error:
-        return str(error)
+        return {"refused": str(error)}
+    return {"memory": settings.adapter_memory, "warned": [record.getMessage() for record in warned]}
 
 cases = json.loads(os.environ["CASES"])
-for changed in [c for _, c, _ in cases]:
+for _, changed in cases:
     if "attention_arch" in changed:
         changed["attention_arch"] = AttentionArch[changed["attention_arch"]]
-print("FOUND" + json.dumps([refusal(unified, **changed) for unified, changed, _ in cases]))
+print("FOUND" + json.dumps([refusal(memory, **changed) for memory, changed in cases]))
 """
 # The field that tells of it in 0.5.21, and the one in later releases.
 DP_ATTENTION = {"enable_dp_attention": True, "attn_dp_enabled": True}
 STATIC, STOCK = "Use --adapter-memory static", "start stock SGLang"
-# unified?, what is on, what one message must name
+# --adapter-memory, what is on, what one message must name
 REFUSED = [
-    (True, {}, []),
-    (False, {"enable_hierarchical_cache": True, "disable_radix_cache": True, "kv_cache_dtype": "fp8_e4m3"}, []),
-    (True, {"kv_cache_dtype": "bf16", "kv_events_config": "{}"}, []),
-    (True, {"head_dim": 12, "v_head_dim": 12, "tp_size": 8}, ["a K row of 12 elements", STATIC]),
-    (False, {"pp_size": 2, "enable_torch_compile": True}, ["--pp-size", "--enable-torch-compile", STOCK]),
-    (False, DP_ATTENTION, ["--enable-dp-attention", STOCK]),
-    (False, {"enable_deterministic_inference": True}, ["--enable-deterministic-inference", STOCK]),
+    ("unified", {}, []),
+    ("static", {"enable_hierarchical_cache": True, "disable_radix_cache": True, "kv_cache_dtype": "fp8_e4m3"}, []),
+    ("unified", {"kv_cache_dtype": "bf16", "kv_events_config": "{}"}, []),
+    ("unified", {"head_dim": 12, "v_head_dim": 12, "tp_size": 8}, ["a K row of 12 elements", STATIC]),
+    ("static", {"pp_size": 2, "enable_torch_compile": True}, ["--pp-size", "--enable-torch-compile", STOCK]),
+    ("static", DP_ATTENTION, ["--enable-dp-attention", STOCK]),
+    ("static", {"enable_deterministic_inference": True, "device": "cpu"}, ["--enable-deterministic-inference", STOCK]),
+    ("unified", {"enable_deterministic_inference": True, "device": "cuda"}, []),
+    ("unified", {"speculative_algorithm": "NGRAM"}, []),
+    ("static", {"speculative_algorithm": "EAGLE"}, []),
+    ("unified", {"speculative_algorithm": "EAGLE3"}, ["--speculative-algorithm EAGLE3", STATIC]),
+    ("static", {"speculative_algorithm": "DFLASH"}, ["--speculative-algorithm DFLASH", STOCK]),
     (
-        False,
+        "static",
         {"decode_graphs": "tc_piecewise", "late_sizing": True},
         ["--cuda-graph-backend-decode tc_piecewise", STOCK] if version("sglang") == "0.5.21" else [],
     ),
-    (True, {"late_sizing": True}, ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", STATIC]),
+    ("unified", {"late_sizing": True}, ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", STATIC]),
     (
-        False,
+        "static",
         {"enable_nvidia_megakernel": True, "enable_amd_monokernel": True},
         ["--enable-nvidia-megakernel", "--enable-amd-monokernel", STOCK] if HAS_MEGAKERNELS else [],
     ),
-    (False, {"radix_cache_backend": "blocklora"}, ["--radix-cache-backend blocklora"]),
-    (True, {"radix_cache_backend": "theirs"}, ["--radix-cache-backend theirs", STATIC]),
+    ("static", {"radix_cache_backend": "blocklora"}, ["--radix-cache-backend blocklora"]),
+    ("unified", {"radix_cache_backend": "theirs"}, ["--radix-cache-backend theirs", STATIC]),
     (
-        True,
+        "unified",
         {
             "enable_hierarchical_cache": True,
             "disable_radix_cache": True,
@@ -251,7 +267,7 @@ REFUSED = [
         ],
     ),
     (
-        True,
+        "unified",
         {
             "is_multimodal": True,
             "attention_arch": "MLA",
@@ -264,18 +280,42 @@ REFUSED = [
 ]
 
 
+def settled(cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What becomes of each --adapter-memory with what is on: refused, or memory and warnings."""
+    result = run(REFUSALS, CASES=json.dumps(cases))
+    assert "FOUND" in result.stdout, result.stderr[-3000:]
+    return json.loads(result.stdout.split("FOUND")[1])
+
+
 def test_everything_unsupported_is_refused_in_one_message() -> None:
     """The real runtime context's fields at their defaults, but for what is on; nothing else may be named."""
-    result = run(REFUSALS, CASES=json.dumps(REFUSED))
-    assert "FOUND" in result.stdout, result.stderr[-3000:]
-    found = json.loads(result.stdout.split("FOUND")[1])
+    found = settled([(memory, on) for memory, on, _ in REFUSED])
     every_flag = {part for _, _, named in REFUSED for part in named}
-    for (_, on, named), message in zip(REFUSED, found, strict=True):
+    for (memory, on, named), one in zip(REFUSED, found, strict=True):
+        message = one.get("refused")
         assert (message is None) == (named == []), (on, message)
-        if message is not None:
+        if message is None:
+            assert one == {"memory": memory, "warned": []}
+        else:
             assert {part for part in every_flag if part in message} >= set(named), (on, message)
             unwanted = {p for p in every_flag - set(named) if p in message and not any(p in n for n in named)}
             assert not unwanted, (on, message)
+
+
+def test_static_memory_is_chosen_with_one_warning_where_unified_memory_would_be_refused() -> None:
+    """... and nothing was asked for; what neither memory supports is refused as before."""
+    cases = [(on, named) for memory, on, named in REFUSED if memory == "unified"]
+    for (on, named), found in zip(cases, settled([("auto", on) for on, _ in cases]), strict=True):
+        if STOCK in named:
+            assert STOCK in found["refused"], on
+            assert STATIC not in found["refused"], on
+        elif not named:
+            assert found == {"memory": "unified", "warned": []}, on
+        else:
+            assert found["memory"] == "static", on
+            (warning,) = found["warned"]
+            assert "an arena of their own, 1024 MiB on each TP rank" in warning
+            assert all(part in warning for part in named if part != STATIC), (on, warning)
 
 
 def test_a_model_without_decoder_layers_is_refused() -> None:

@@ -230,7 +230,8 @@ def test_a_subscriber_to_kv_events_sees_kv_only_and_whose_it_is(server: Server, 
 
 def test_everything_unsupported_is_refused_at_start_up_in_one_message(world: World, tmp_path: Path) -> None:
     flags = ["--enable-session-radix-cache", "--enable-lmcache", "--enable-torch-compile", "--kv-cache-dtype"]
-    with pytest.raises(RuntimeError) as error, running(world.model, *flags, "bf16", log=tmp_path / "log", warm=True):
+    given = ["--adapter-memory", "unified", *flags, "bf16"]
+    with pytest.raises(RuntimeError) as error, running(world.model, *given, log=tmp_path / "log", warm=True):
         pass
     (message,) = {line for line in str(error.value).splitlines() if line.startswith("ValueError: sglang-blocklora")}
     assert all(flag in message for flag in flags), message

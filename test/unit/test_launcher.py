@@ -41,9 +41,10 @@ def test_a_batch_has_no_more_adapters_than_may_be_loaded(given: list[str], expec
     assert argv[argv.index("--max-loras-per-batch") + 1] == expected
 
 
-def test_unified_memory_is_the_default_and_brings_its_cache() -> None:
-    settings, argv = launch_server.parse(["--model-path", "m"])
-    assert settings.adapter_memory == "unified"
+@pytest.mark.parametrize("given", [[], ["--adapter-memory", "unified"]])
+def test_unified_memory_and_what_may_become_it_bring_its_cache(given: list[str]) -> None:
+    settings, argv = launch_server.parse(["--model-path", "m", *given])
+    assert settings.adapter_memory == (given[1] if given else "auto")
     assert argv[argv.index("--radix-cache-backend") + 1] == "blocklora"
 
 

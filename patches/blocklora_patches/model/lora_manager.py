@@ -14,7 +14,7 @@ from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.runner import get_capture_lora_variant, get_is_capture_mode
 from sglang.srt.plugins.hook_registry import HookType
-from sglang.srt.runtime_context import get_flags, get_parallel, get_schedule
+from sglang.srt.runtime_context import get_exec, get_flags, get_parallel, get_schedule
 from sglang_blocklora.adapters.loading import Found, LocalShard, Report, merge, read_adapter
 from sglang_blocklora.batch.delta_adder import DeltaAdder
 from sglang_blocklora.batch.torch_adder import TorchAdder
@@ -136,7 +136,13 @@ class BlockLoRAManager(release.ManagerBase):
         """Put the batch's deltas behind every linear; the arena exists."""
         if settings.uses_triton(self.device.type == "cuda"):
             triton = TritonAdder(
-                self._spec, self.pool, self._max_rank, self.device, settings.adapter_overlap, most_prefill_tokens()
+                self._spec,
+                self.pool,
+                self._max_rank,
+                self.device,
+                settings.adapter_overlap,
+                most_prefill_tokens(),
+                invariant=get_exec().deterministic.enable_deterministic_inference,
             )
             if self.device.type == "cuda":
                 triton.compile()
@@ -251,19 +257,23 @@ class BlockLoRAManager(release.ManagerBase):
         """Group the batch's tokens by adapter. Requests without one take no part."""
         if self._first_pass is not None:
             self._first_pass.begin()
-        decode = forward_batch.forward_mode.is_decode()
+        mode, lora_ids = forward_batch.forward_mode, forward_batch.lora_ids
+        if mode.is_target_verify():  # each draft token of a request is one of a decode batch, with the same adapter
+            drafts = forward_batch.spec_info.draft_token_num
+            lora_ids = [lora_id for lora_id in lora_ids for _ in range(drafts)]
+        decode = mode.is_decode() or mode.is_target_verify()
         if decode and get_is_capture_mode():
             if get_capture_lora_variant() == "nolora":
                 self._step.reset()
             else:
-                self._step.prepare_capture("decode", len(forward_batch.lora_ids))
+                self._step.prepare_capture("decode", len(lora_ids))
         elif get_flags().dp.capturing_prefill_graph:
             self._step.prepare_capture("prefill", forward_batch.extend_num_tokens)
         elif decode:
-            self._step.prepare(forward_batch.lora_ids, None)
+            self._step.prepare(lora_ids, None)
         else:
             before, counts = forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu
-            self._step.prepare(*runs(forward_batch.lora_ids, before, counts))
+            self._step.prepare(*runs(lora_ids, before, counts))
 
     def reset_lora_batch(self) -> None:
         self._step.reset()

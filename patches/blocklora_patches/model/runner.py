@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,15 +14,36 @@ from sglang_blocklora.settings import Settings
 
 from blocklora_patches.hooks.apply import check
 from blocklora_patches.hooks.hook import Hook, Process
-from blocklora_patches.model.unsupported import refuse_unsupported
+from blocklora_patches.model.unsupported import against_unified, refuse_unsupported
+
+logger = logging.getLogger(__name__)
 
 
 def _load_model(self: Any) -> None:
     check()  # every plugin has run by now
-    if get_lora().enable_lora:
-        settings = Settings.required()
-        refuse_unsupported(self.model_config, settings.adapter_memory == "unified")
+    if get_lora().enable_lora and not self.is_draft_worker:  # adapters are the target model's
+        settings = settled(Settings.required(), self.model_config)
         refuse_other_settings(get_parallel().tp_group.all_gather_object(msgspec.to_builtins(settings)))
+        settings.keep()
+
+
+def settled(settings: Settings, model_config: Any) -> Settings:
+    """``settings`` with the memory that adapters get, where the choice was left to us; TP rank 0 warns of ``static``.
+
+    ``ValueError`` where something is on that is not supported.
+    """
+    refuse_unsupported(model_config, settings)
+    if settings.adapter_memory != "auto":
+        return settings
+    reasons = against_unified(model_config)
+    if reasons and get_parallel().tp_rank == 0:
+        logger.warning(
+            "adapters live in an arena of their own, %d MiB on each TP rank, because the KV cache's slots cannot hold "
+            "them with %s. For another size start with --adapter-memory static --adapter-memory-mb MIB.",
+            settings.adapter_memory_mb,
+            ", ".join(reasons),
+        )
+    return msgspec.structs.replace(settings, adapter_memory="static" if reasons else "unified")
 
 
 def refuse_other_settings(settings_of_ranks: Sequence[Mapping[str, Any]]) -> None:
