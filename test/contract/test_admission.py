@@ -34,6 +34,7 @@ with warnings.catch_warnings():
     from sglang.srt.mem_cache.base_prefix_cache import EvictParams
     from sglang.srt.runtime_context import get_context
     from sglang.srt.sampling.sampling_params import SamplingParams
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 BOUND = 2  # steps for which a request may be overtaken
 POOL_TOKENS = 240
@@ -81,6 +82,7 @@ class Admission:
             tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager)),
             max_total_num_tokens=POOL_TOKENS,
             page_size=PAGE,
+            spec_algorithm=SpeculativeAlgorithm.NONE,
             lora_drainer=None,
             enable_lora_overlap_loading=False,
         )
@@ -337,6 +339,16 @@ def test_without_room_for_a_single_new_token_a_request_is_refused(room: int) -> 
     if room:
         admission.waiting = [request]
         assert admission.one_pass() == [request]
+
+
+def test_room_is_left_for_the_drafts_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang aborts a request that is alone and has none."""
+    admission = Admission()
+    probe = admission.request("c", [1] * 8, 10)
+    room = scheduler._room(admission.scheduler, probe)
+    admission.scheduler.spec_algorithm = SpeculativeAlgorithm.NGRAM
+    monkeypatch.setattr(scheduler, "get_alloc_reserve_per_decode", lambda: 24)
+    assert scheduler._room(admission.scheduler, probe) == room - 24
 
 
 def test_pins_that_shut_a_request_out_let_others_overtake_it() -> None:

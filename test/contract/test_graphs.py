@@ -12,7 +12,7 @@ from sglang_blocklora.requests.activation import ActivatedId
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
-    from blocklora_patches.model import graphs
+    from blocklora_patches.model import graphs, runner
     from blocklora_patches.model.lora_manager import BlockLoRAManager
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
     from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
@@ -83,6 +83,14 @@ def test_each_draft_of_a_request_is_a_token_of_its_adapter(
         ("prepare", ["a", "a", "a", None, None, None, "b", "b", "b"], None),
         ("prepare_capture", "decode", 9),
     ]
+
+
+def test_a_draft_model_is_not_the_adapters_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "check", lambda: None)
+    monkeypatch.setattr(runner, "get_lora", lambda: SimpleNamespace(enable_lora=True))
+    runner._load_model(SimpleNamespace(is_draft_worker=True))
+    with pytest.raises(RuntimeError, match="without its settings"):
+        runner._load_model(SimpleNamespace(is_draft_worker=False))
 
 
 def test_capture_of_a_prefill_graph(manager: Any, monkeypatch: pytest.MonkeyPatch):

@@ -184,11 +184,27 @@ def test_triton_adder_in_the_interpreter(tmp_path: Path) -> None:
         "from sglang_blocklora.batch.triton_adder import TritonAdder\n"
         "unit_adders.check_batches(Path(sys.argv[1]), TritonAdder)\n"
         "unit_adders.check_graph_metadata(Path(sys.argv[1]) / 'graph', TritonAdder)\n"
+        "unit_adders.check_invariance(Path(sys.argv[1]) / 'invariance', TritonAdder)\n"
     )
     (tmp_path / "unit_adders.py").write_text(Path(__file__).read_text())
     paths = [str(tmp_path), str(Path(__file__).parents[1])]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path), *paths], env=environment, check=True)
+
+
+def check_invariance(folder: Path, step_class: type) -> None:
+    """Where a token's bits may not follow from its batch, nothing that sums are cut by does."""
+    spec, pool, _, _ = make(folder, 0, 2, step_class, slots=200)
+    assert pool.bring_in(CHOICES)
+    pool.begin_step(CHOICES)
+    for invariant in (False, True):
+        step = step_class(spec, pool, 16, torch.device("cpu"), max_tokens=300, invariant=invariant)
+        found = set()
+        for keys, counts in ((["plain"], [290]), (["n3", "n2"], None)):
+            step.prepare(keys, counts)
+            found.add((step._batch.tiling, step._batch.rank))
+        assert (len(found) == 1) == invariant
+    assert {(tiling.most_splits, rank) for tiling, rank in found} == {(1, 16)}
 
 
 def check_graph_metadata(folder: Path, step_class: type) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.plugins.hook_registry import HookType
 
 from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.scheduler.activation import activate
 from blocklora_patches.scheduler.control import note_arrival, pool_of
 from blocklora_patches.scheduler.queue_order import adapter_fits
+from blocklora_patches.scheduler.sessions import refuse_other_kv
 
 # Waiting requests whose adapters are read from disk ahead.
 HEAD_REQUESTS = 32
@@ -30,8 +32,9 @@ def _room(scheduler: Any, req: Any) -> int:
     """Tokens that ``req`` could generate if it ran alone; none where it cannot run at all."""
     page = scheduler.page_size
     prompt = -(-len(req.origin_input_ids) // page) * page
+    drafts = 0 if scheduler.spec_algorithm.is_none() else get_alloc_reserve_per_decode()
     # PrefillAdder adds a page for rounding, and wants more slots than it needs.
-    return int(scheduler.max_total_num_tokens - _taken_by_adapters(scheduler, req) - prompt - page - 1)
+    return int(scheduler.max_total_num_tokens - _taken_by_adapters(scheduler, req) - prompt - drafts - page - 1)
 
 
 def _init_req_max_new_tokens(self: Any, req: Any) -> None:
@@ -43,6 +46,8 @@ def _init_req_max_new_tokens(self: Any, req: Any) -> None:
 
 def _add_request_to_queue(self: Any, req: Any, is_retracted: bool = False) -> None:
     activate(self, req)
+    if not is_retracted:
+        refuse_other_kv(req)
     taken = _taken_by_adapters(self, req)
     if taken and not req.output_ids and _room(self, req) <= 0:
         message = (

@@ -103,6 +103,10 @@ class AdapterPool(ABC):
         """Why an adapter of ``slots`` slots cannot be served here, or None."""
 
     @abstractmethod
+    def kv_owner(self, key: str) -> str:
+        """Under what the KV of a loaded adapter's requests is cached, in the place of its key."""
+
+    @abstractmethod
     def is_resident(self, key: str) -> bool:
         """Whether the adapter is in the arena."""
 

@@ -68,6 +68,10 @@ class StaticPool(AdapterPool):
         if key in self.resident:
             self._put_out(key)
 
+    def kv_owner(self, key: str) -> str:
+        """The contents' hash: SGLang's tree, and what it stores behind it, may outlive the adapter, name and path."""
+        return self.loaded[key].content_hash
+
     def is_resident(self, key: str) -> bool:
         return key in self.resident
 

@@ -133,6 +133,10 @@ class UnifiedPool(AdapterPool):
         if len(self._lingering) > LINGER_ADAPTERS:
             self._forget(next(iter(self._lingering)))
 
+    def kv_owner(self, key: str) -> str:
+        """Itself: the cache knows its contents."""
+        return key
+
     def is_resident(self, key: str) -> bool:
         return self._cache is not None and self.cache.slots_of(key) is not None
 
