@@ -35,7 +35,8 @@ class Step:
 @pytest.fixture
 def manager() -> Any:
     own = object.__new__(BlockLoRAManager)
-    own._step, own._prefill_graph_tokens, own.device = Step(), 0, torch.device("cpu")
+    own._step, own._first_pass, own._prefill_graph_tokens = Step(), None, 0
+    own.device = torch.device("cpu")
     return own
 
 
