@@ -43,7 +43,14 @@ class AdaptedLinearMethod(LinearMethodBase):
         self.base.restore_weights_before_loading(layer)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """The local output [tokens, local outputs], deltas included."""
+        """The local output [tokens, local outputs], deltas included.
+
+        ``TypeError`` for an input that upstream has quantised already: it asks the quant method's class first.
+        """
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(
+                f"an adapted linear ({type(self.base).__name__}) needs tokens, but its input was quantised before it"
+            )
         self._step.start(self._layer, self._linear, x)
         out = self.base.apply(layer, x, bias)
         self._step.add_delta_(self._layer, self._linear, out, x)
