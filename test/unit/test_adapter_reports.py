@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from blocklora_testing.toy import ToyModel, write_adapter
 from safetensors.torch import load_file, save_file
 from sglang_blocklora.adapters.loading import Report, merge, read_adapter
 from sglang_blocklora.adapters.shard import load_shard
+from sglang_blocklora.adapters.spooled import PREFIX
 from sglang_blocklora.sharding.linears import ModelSpec
 
 MODEL = ToyModel()
@@ -84,6 +86,16 @@ def test_a_refusal_on_one_rank_is_a_refusal_on_all(tmp_path: Path) -> None:
     assert "NaN" in (merge("mine", "there", outcomes).error or "")
 
 
+def test_finite_weights_whose_sum_is_not_are_served(tmp_path: Path) -> None:
+    write_adapter(tmp_path, MODEL, dtype=torch.float16)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[Q_B].fill_(60_000)
+    assert tensors[Q_B].sum().isinf()
+    save_file(tensors, path)
+    assert read("mine", tmp_path, MODEL.spec(0, 1)).error is None
+
+
 def test_ranks_agree_on_the_largest_size(tmp_path: Path) -> None:
     """n = 3 over 2 ranks: each touches two blocks, but the row layouts need not be equal."""
     write_adapter(tmp_path, MODEL, nblocks=3)
@@ -95,6 +107,20 @@ def test_what_is_missing_is_named_by_a_load_too(tmp_path: Path) -> None:
     write_adapter(tmp_path, MODEL)
     (tmp_path / "adapter_model.safetensors").unlink()
     assert "no adapter_model.safetensors" in (read("mine", tmp_path, MODEL.spec(0, 2)).error or "")
+
+
+@pytest.mark.parametrize("rooted", [False, True])
+def test_a_rank_of_a_node_without_the_spool_says_which_folder_all_nodes_need(tmp_path: Path, rooted: bool) -> None:
+    spool = tmp_path / f"{PREFIX}x"
+    there, elsewhere = spool / ("a" * 64), spool / ("b" * 64)
+    write_adapter(there, MODEL)
+    root = str(tmp_path / "root") if rooted else None
+    reports = [read("mine", folder, MODEL.spec(i, 2), root) for i, folder in enumerate((there, elsewhere))]
+    assert (reports[0].error is None) is not rooted
+    error = merge("mine", "there", reports[::-1]).error
+    assert error is not None
+    assert "adapter 'mine': found no folder" in error
+    assert "--adapter-spool-dir" in error
 
 
 def test_files_that_change_between_two_ranks_reads_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from sglang_blocklora.adapters.content_hash import content_hash, file_versions
 from sglang_blocklora.adapters.errors import AdapterError, brief
 from sglang_blocklora.adapters.files import unreadable
 from sglang_blocklora.adapters.shard import AdapterShard, load_shard
-from sglang_blocklora.adapters.spooled import spooled_hash
+from sglang_blocklora.adapters.spooled import named_as_spooled, spooled_hash
 from sglang_blocklora.sharding.linears import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,13 @@ def _checked_folder(name: str, path: str, root: str | None) -> Path:
             "Load it by a request, or name it below an --adapter-dir (docs/sources.md).",
         )
     folder = _real(name, Path(path))
+    if named_as_spooled(folder) and not os.path.isdir(folder):
+        raise AdapterError(
+            name,
+            f"no folder {folder}",
+            "what came as tensors, on the node of every TP rank",
+            "With several nodes give --adapter-spool-dir a file system that all of them reach.",
+        )
     if root is not None and not folder.is_relative_to(root):
         raise AdapterError(
             name,
