@@ -24,6 +24,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from sglang_blocklora import cpu_only
 from sglang_blocklora.adapters.loading import read_adapter
@@ -87,11 +88,11 @@ def copy_in(data: bytes, file: Path) -> None:
     asyncio.run(run())
 
 
-def copy_out(file: Path, size_bytes: int) -> torch.Tensor:
+def copy_out(file: Path, size_bytes: int) -> np.ndarray:
     """As many bytes of a file as a rank's image has into memory that is new, and nothing else."""
-    image = torch.zeros(size_bytes, dtype=torch.uint8)
+    image = np.zeros(size_bytes, dtype=np.uint8)
     with file.open("rb") as source:
-        source.readinto(image.numpy())
+        source.readinto(image)
     return image
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -151,6 +152,10 @@ CASES = {
     "one factor missing": (drop(Q_B), "no lora_B"),
     "NaN": (set_value(Q_A, float("nan")), "NaN or Inf in lora_A"),
     "Inf": (set_value(Q_B, float("inf")), "NaN or Inf in lora_B"),
+    "Inf of both signs": (
+        weights(lambda t: t[Q_B].__setitem__((0, slice(2)), torch.tensor([math.inf, -math.inf]))),
+        "NaN or Inf in lora_B",
+    ),
     "integers": (put(Q_A, torch.zeros(6, 24, dtype=torch.int64)), "type I64"),
     "added tokens": (
         lambda f: (f / "added_tokens.json").write_text(json.dumps({"<new>": 1000})),

@@ -132,7 +132,7 @@ class Checkpoint:
             raise AdapterError(
                 self.adapter, f"lora_{factor} that cannot be read ({error})", "a whole file", "Copy it again.", module
             ) from error
-        if tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor))):  # NaN would be both of them
+        if not _is_finite(tensor):
             raise AdapterError(
                 self.adapter,
                 f"NaN or Inf in lora_{factor}",
@@ -149,6 +149,11 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are. A sum, the quicker look, is not where one of them is not, or where it is too large."""
+    return math.isfinite(tensor.sum()) or all(map(math.isfinite, torch.aminmax(tensor)))  # NaN would be both of them
 
 
 def _missing(adapter: str, folder: Path) -> AdapterError:

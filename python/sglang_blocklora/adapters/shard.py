@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -24,6 +25,9 @@ from sglang_blocklora.sharding.linears import ModelSpec
 from sglang_blocklora.sharding.plan import LinearPlan, plan_linear
 
 logger = logging.getLogger(__name__)
+
+# Of a factor that is transposed, at once: what is read and written stays in the processor's first cache.
+PIECE_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +78,12 @@ def load_shard(
         plans = [[plan_linear(linear, shapes, spec) for linear in layer] for layer in spec.layers]
         layouts = [place([size for plan in layer for size in plan.sizes()], spec.row_width) for layer in plans]
         slots = max(layout.rows for layout in layouts)
-        image = torch.zeros(len(plans), 2, slots, spec.row_width, dtype=spec.dtype, pin_memory=pin_memory)
+        image = _zeros((len(plans), 2, slots, spec.row_width), spec.dtype, pin_memory)
         descriptors = []
-        for layer, layout, planes in zip(plans, layouts, image, strict=True):
+        for layer, layout, planes in zip(plans, layouts, _bits(image), strict=True):
             addresses = _split(layout.addresses, layer)
             for plan, own in zip(layer, addresses, strict=True):
-                _copy_factors(plan, own, planes, modules, checkpoint)
+                _copy_factors(plan, own, planes, spec.dtype, modules, checkpoint)
             descriptors.append(tuple(plan.describe(own) for plan, own in zip(layer, addresses, strict=True)))
     if not known and spec.tp_rank == 0:
         for note in notes(name, folder, config, modules, spec):
@@ -107,11 +111,15 @@ def _split(addresses: tuple[Address, ...], layer: list[LinearPlan]) -> list[tupl
 def _copy_factors(
     plan: LinearPlan,
     addresses: tuple[Address, ...],
-    planes: torch.Tensor,
+    planes: np.ndarray,
+    dtype: torch.dtype,
     modules: Mapping[str, AdaptedModule],
     checkpoint: Checkpoint,
 ) -> None:
-    """Read the factors of one linear into ``planes`` [2, slots, W]; values are cast once, from the stored dtype."""
+    """Read the factors of one linear into ``planes`` [2, slots, W], bits of ``dtype`` that are 0 where padding stays.
+
+    Values are cast once, from the stored dtype.
+    """
     a = _matrix(planes, addresses[0], plan.a_rows, plan.linear.inputs.length)
     a_row = 0
     for part, address in zip(plan.parts, addresses[1:], strict=True):
@@ -119,22 +127,32 @@ def _copy_factors(
             continue
         cut, module = part.cut, modules[part.module]
         read = partial(checkpoint.read, module.name)
-        _put(a[a_row : a_row + cut.a_rows], read_a(plan.linear, cut, module.shape, read))
+        values = _bits(read_a(plan.linear, cut, module.shape, read).to(dtype))
+        a[a_row : a_row + len(values), : values.shape[1]] = values
         a_row += cut.a_rows
-        b = _matrix(planes, address, cut.block_rank, cut.b_rows).t()
-        _put(b, read_b(plan.linear, cut, module.shape, read))
+        b = _matrix(planes, address, cut.block_rank, cut.b_rows)
+        values = _bits(read_b(plan.linear, cut, module.shape, read).to(dtype))
+        for start in range(0, len(values), PIECE_ROWS):
+            piece = values[start : start + PIECE_ROWS]
+            b[:, start : start + len(piece)] = piece.T
 
 
-def _matrix(planes: torch.Tensor, address: Address, rows: int, columns: int) -> torch.Tensor:
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+    if pin_memory:
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+    # NumPy leaves it to the system, in huge pages; torch writes zeros over the system's, page by page.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
+def _bits(values: torch.Tensor) -> np.ndarray:
+    """The same memory as whole numbers: NumPy, which transposes faster than torch, has no bfloat16."""
+    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]).numpy()
+
+
+def _matrix(planes: np.ndarray, address: Address, rows: int, columns: int) -> np.ndarray:
     start = address.row * planes.shape[2] + address.column
-    return planes[address.plane].view(-1)[start : start + rows * columns].view(rows, columns)
-
-
-def _put(place: torch.Tensor, values: torch.Tensor) -> None:
-    """Copy ``values`` into ``place``, zeros where ``place`` is padded."""
-    if place.shape != values.shape:
-        place.zero_()
-    place[: values.shape[0], : values.shape[1]].copy_(values)
+    plane: np.ndarray = planes[address.plane].reshape(-1)
+    return plane[start : start + rows * columns].reshape(rows, columns)
 
 
 def _entry(
