@@ -15,24 +15,18 @@ from safetensors.torch import save
 LAYERS = range(20, 30)  # the upper third: gradients end there
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 16
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-3
 MAX_NORM = 1.0
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids of a prompt and of one answer to it, and what that is worth."""
+    """Token ids of a prompt and of one answer to it, the answer's text, and what each of its tokens is worth."""
 
     prompt: Sequence[int]
     answer: Sequence[int]
     text: str
-    reward: float
-
-
-def advantages(rewards: Sequence[float]) -> torch.Tensor:
-    """Rewards of the answers to one prompt, each compared with the mean of all, over their standard deviation."""
-    values = torch.tensor(rewards)
-    return (values - values.mean()) / (values.std() + 1e-4)
+    worth: Sequence[float]
 
 
 class Policies:
@@ -43,7 +37,7 @@ class Policies:
         transformers = smollm2.import_transformers()
         from peft import LoraConfig, get_peft_model  # imports transformers, so only after that
 
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         config = LoraConfig(
             r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS, layers_to_transform=list(LAYERS), task_type="CAUSAL_LM"
@@ -58,11 +52,13 @@ class Policies:
             parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
             self._optimizers[name] = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
 
-    def prompt(self, question: str) -> list[int]:
-        """Token ids of a chat that asks ``question``."""
-        message = [{"role": "user", "content": question}]
-        text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of ``text``."""
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """The text of each token; empty for the one that ends an answer."""
+        return [self._tokenizer.decode([token], skip_special_tokens=True) for token in tokens]
 
     def weights(self, name: str) -> bytes:
         """A variant's adapter as one safetensors file, whose metadata hold its config."""
@@ -73,12 +69,12 @@ class Policies:
         config = self._model.peft_config[name].to_dict() | {"base_model_name_or_path": Path(smollm2.MODEL_NAME).name}
         return save(tensors, {"adapter_config": json.dumps(config, default=sorted)})
 
-    def improve(self, name: str, groups: Sequence[Sequence[Sample]]) -> None:
-        """One step up the gradient of the expected reward, given ``groups`` of answers to one prompt each."""
+    def improve(self, name: str, samples: Sequence[Sample]) -> None:
+        """One step up the gradient of what tokens are worth: each against the mean of all, over their deviation."""
         self._model.set_adapter(name)
-        samples = [sample for group in groups for sample in group]
-        worth = torch.cat([advantages([sample.reward for sample in group]) for group in groups])
-        loss = -(worth * self._log_likelihood(samples)).mean()
+        worth = torch.tensor([one for sample in samples for one in sample.worth])
+        advantages = (worth - worth.mean()) / (worth.std() + 1e-4)
+        loss = -(advantages * self._log_likelihood(samples)).mean()
         optimizer = self._optimizers[name]
         optimizer.zero_grad()
         loss.backward()
@@ -87,7 +83,7 @@ class Policies:
         optimizer.step()
 
     def _log_likelihood(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """Mean log probability of each sample's answer tokens.
+        """Log probabilities [tokens] of all answers, one after another.
 
         The vocabulary projection runs at their positions only.
         """
@@ -102,6 +98,5 @@ class Policies:
         causal = self._model.get_base_model()
         hidden = causal.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
         chosen = answers[:, 1:]
-        losses = torch.nn.functional.cross_entropy(causal.lm_head(hidden[chosen]), ids[:, 1:][chosen], reduction="none")
-        rows = chosen.nonzero()[:, 0]
-        return -torch.zeros(len(samples)).index_add(0, rows, losses) / chosen.sum(1)
+        logits = causal.lm_head(hidden[chosen])
+        return -torch.nn.functional.cross_entropy(logits, ids[:, 1:][chosen], reduction="none")

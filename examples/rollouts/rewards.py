@@ -1,53 +1,47 @@
-"""What each variant is rewarded for: numbers that a program sees in a text, so that no judge is needed."""
+"""What each variant is rewarded for: words that a program can judge, so that no other model is needed."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+import itertools
+import string
+from collections.abc import Callable, Mapping, Sequence
 
-PROMPTS = (
-    "Write a sentence about the sea.",
-    "Tell me something about winter.",
-    "Describe a cat.",
-    "What do you see in a city?",
-    "Say something about music.",
-    "Write a sentence about a garden.",
-    "Describe your favourite meal.",
-    "Tell me about the moon.",
+# Texts that every variant goes on with.
+BEGINNINGS = (
+    "The sea was",
+    "That winter we",
+    "My cat is",
+    "The old city",
+    "We heard music",
+    "In the garden",
+    "For dinner we",
+    "The moon is",
 )
+MOST_LETTERS = 12
 
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[A-Za-z]+", text)
-
-
-def long_words(text: str) -> float:
-    """Mean length of the words, over 10 letters."""
-    words = _words(text)
-    return sum(map(len, words)) / len(words) / 10 if words else 0.0
-
-
-def short_words(text: str) -> float:
-    """Share of the words that have at most three letters."""
-    words = _words(text)
-    return sum(len(word) <= 3 for word in words) / len(words) if words else 0.0
-
-
-def no_letter_e(text: str) -> float:
-    """Share of the words without an e."""
-    words = _words(text)
-    return sum("e" not in word.lower() for word in words) / len(words) if words else 0.0
-
-
-def alliteration(text: str) -> float:
-    """Share of the words that begin with an s."""
-    words = _words(text)
-    return sum(word.lower().startswith("s") for word in words) / len(words) if words else 0.0
-
-
+# What one word, in lower case, is worth: 0 to 1.
 REWARDS: Mapping[str, Callable[[str], float]] = {
-    "long-words": long_words,
-    "short-words": short_words,
-    "without-e": no_letter_e,
-    "s-words": alliteration,
+    "long-words": lambda word: len(word) / MOST_LETTERS,
+    "short-words": lambda word: float(len(word) <= 3),
+    "without-e": lambda word: float("e" not in word),
+    "s-words": lambda word: float(word.startswith("s")),
 }
+
+
+def worth(pieces: Sequence[str], reward: Callable[[str], float]) -> list[float]:
+    """What each token of an answer is worth: as much as the word that it is part of.
+
+    pieces  the tokens' texts; a word begins at one that begins with a space
+    A word that came before, or has more than ``MOST_LETTERS``, is worth nothing, nor is what is not a word: otherwise a
+    policy soon repeats one word, or never ends it.
+    """
+    starts = [i for i, piece in enumerate(pieces) if i == 0 or piece[:1].isspace()]
+    found: list[float] = []
+    seen = set()
+    for start, stop in itertools.pairwise([*starts, len(pieces)]):
+        text = "".join(pieces[start:stop])
+        word = text.strip(string.punctuation + string.whitespace).lower()
+        counts = text[:1].isspace() and word.isascii() and word.isalpha() and len(word) <= MOST_LETTERS
+        found += [reward(word) if counts and word not in seen else 0.0] * (stop - start)
+        seen.add(word)
+    return found

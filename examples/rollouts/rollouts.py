@@ -13,12 +13,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from statistics import mean
 
 import httpx
+import torch
 from blocklora_testing import smollm2
 from blocklora_testing.server import ServerFailed, running
 from policy import Policies, Sample
-from rewards import PROMPTS, REWARDS
+from rewards import BEGINNINGS, REWARDS, worth
 from rich.console import Console
 from rich.live import Live
 from view import Progress, plot, table
@@ -46,10 +48,10 @@ class Trainer:
         self.variants[name].version = answer.json()["adapter_version"]
         self.variants[name].update_s = time.monotonic() - began
 
-    def sample(self, name: str, questions: Sequence[str]) -> list[list[Sample]]:
-        """Answers to each question, all of the version that was sent last."""
+    def sample(self, name: str, beginnings: Sequence[str]) -> list[Sample]:
+        """How the variant goes on with each text, all of the version that was sent last."""
         began, variant = time.monotonic(), self.variants[name]
-        prompts = [self._policies.prompt(question) for question in questions]
+        prompts = [self._policies.tokens(text) for text in beginnings]
         answer = self._server.post(
             "/generate",
             headers={"X-Adapter-Version": variant.version},
@@ -61,24 +63,20 @@ class Trainer:
         )
         if answer.status_code != 200:
             raise ServerFailed(f"{name}: {answer.text}")
-        found = answer.json()
-        groups = [
-            [
-                Sample(prompt, one["output_ids"], one["text"], REWARDS[name](one["text"]))
-                for one in found[i * ANSWERS_PER_PROMPT : (i + 1) * ANSWERS_PER_PROMPT]
-            ]
-            for i, prompt in enumerate(prompts)
-        ]
+        samples = []
+        for i, one in enumerate(answer.json()):
+            tokens = one["output_ids"]
+            judged = worth(self._policies.pieces(tokens), REWARDS[name])
+            samples.append(Sample(prompts[i // ANSWERS_PER_PROMPT], tokens, one["text"], judged))
         variant.sample_s = time.monotonic() - began
-        return groups
+        return samples
 
-    def learn(self, name: str, groups: Sequence[Sequence[Sample]]) -> None:
+    def learn(self, name: str, samples: Sequence[Sample]) -> None:
         """Note what the samples are worth, and improve the variant by them."""
         began, variant = time.monotonic(), self.variants[name]
-        samples = [sample for group in groups for sample in group]
-        variant.rewards.append(sum(sample.reward for sample in samples) / len(samples))
-        variant.text = max(samples, key=lambda sample: sample.reward).text.replace("\n", " ")
-        self._policies.improve(name, groups)
+        variant.rewards.append(mean(one for sample in samples for one in sample.worth))
+        variant.text = samples[-1].text.replace("\n", " ")
+        self._policies.improve(name, samples)
         variant.train_s = time.monotonic() - began
 
     def run(self, show: Live) -> None:
@@ -87,8 +85,8 @@ class Trainer:
             self.push(name)
         with ThreadPoolExecutor(len(self.variants)) as pool:
 
-            def ask(name: str) -> Future[list[list[Sample]]]:
-                return pool.submit(self.sample, name, self._random.sample(PROMPTS, PROMPTS_PER_STEP))
+            def ask(name: str) -> Future[list[Sample]]:
+                return pool.submit(self.sample, name, self._random.sample(BEGINNINGS, PROMPTS_PER_STEP))
 
             sampling = {ask(name): name for name in self.variants}
             while sampling:
@@ -108,7 +106,7 @@ class Trainer:
 def main() -> None:
     """Start the server, train, and leave a plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20, help="updates of each variant (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=16, help="updates of each variant (default: %(default)s)")
     parser.add_argument("--tp", type=int, default=2, help="TP size of the server (default: %(default)s)")
     parser.add_argument(
         "--plot", type=Path, default=Path("rollouts.png"), help="where the plot goes (default: %(default)s)"
@@ -121,6 +119,8 @@ def main() -> None:
     model = smollm2.build()
     flags = ["--tp", str(arguments.tp), "--served-model-name", "smollm2", "--context-length", "2048"]
     flags += ["--max-total-tokens", "16384", "--random-seed", str(arguments.seed)]
+    flags.append("--sleep-on-idle")  # training needs the cores
+    torch.set_num_threads(1)  # threads that wait for each other wait long beside a server
     console.print(f"starting a server at TP {arguments.tp}")
     with running(model, *flags, log=model.parent / "rollouts.log") as server:
         client = httpx.Client(base_url=server.url, timeout=300, trust_env=False)
