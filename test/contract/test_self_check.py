@@ -22,6 +22,7 @@ with warnings.catch_warnings():
     from blocklora_patches.model.self_check import FirstPass, check_linears
     from sglang.srt.models.llama import LlamaForCausalLM, Phi3ForCausalLM
     from sglang.srt.models.olmo2 import Olmo2ForCausalLM
+    from sglang.srt.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
     from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -72,6 +73,41 @@ def test_what_was_compared_with_peft_passes(
             found = checked(build(architecture, config, "cpu"), config, rank, size)
         assert found >= modules - {"qkv_proj", "gate_up_proj"} or found >= modules
         assert found <= modules | SPLIT
+
+
+def vision_config() -> Any:
+    """A tiny Qwen2.5-VL, with the fields that SGLang adds and copies to the top when it reads a config."""
+    from transformers import Qwen2_5_VLConfig
+
+    vision = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 288}
+    config = Qwen2_5_VLConfig(text_config=small().to_dict() | {"model_type": "qwen2_5_vl_text"}, vision_config=vision)
+    for name, value in (config.text_config.to_dict() | {"encoder_only": False, "language_only": False}).items():
+        if not hasattr(config, name):
+            setattr(config, name, value)
+    return config
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_of_a_vision_language_model_the_language_part_is_adapted(size: int) -> None:
+    """No server of it runs here: its image processor wants torchvision."""
+    config = vision_config()
+    for rank in range(size):
+        with tp_rank(rank, size):
+            model = build(Qwen2_5_VLForConditionalGeneration, config, "cpu")
+            found = checked(model, config.get_text_config(), rank, size)
+        assert found == SPLIT | {"qkv_proj"}
+        assert all(path.startswith("model.layers.") for layer in adaptable_linears(model) for path, _ in layer)
+
+
+def test_towers_that_are_not_told_apart_are_refused() -> None:
+    class TwoTowers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.language_model = build(LlamaForCausalLM, small(), "cpu").model
+            self.vision_tower = build(LlamaForCausalLM, small(), "cpu").model
+
+    with tp_rank(0, 1), pytest.raises(ValueError, match=r"layers in language_model\. and vision_tower\., and does not"):
+        adaptable_linears(TwoTowers())
 
 
 class SwapsKAndV(LlamaForCausalLM):

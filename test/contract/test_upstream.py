@@ -178,7 +178,7 @@ def refusal(memory, **changed):
     vars(bags["get_parallel"]).update(attn_dcp_size=1, attn_dp_enabled=False)
     bags["get_memory"].radix_cache_backend = None if memory == "static" else "blocklora"
     config = SimpleNamespace(
-        attention_arch=AttentionArch.MHA, is_multimodal=False,
+        attention_arch=AttentionArch.MHA,
         is_hybrid_swa=False, dtype=torch.bfloat16, head_dim=64, v_head_dim=64, get_num_kv_heads=lambda tp: 8 // tp,
     )
     u.uses_ssm_state = lambda config: changed.get("uses_ssm_state", False)
@@ -289,13 +289,12 @@ REFUSED = [
     (
         "unified",
         {
-            "is_multimodal": True,
             "attention_arch": "MLA",
             "is_hybrid_swa": True,
             "uses_ssm_state": True,
             "v_head_dim": 32,
         },
-        ["a multimodal model", "(MLA)", "sliding-window", "(Mamba)", "V rows of another width", STATIC, STOCK],
+        ["(MLA)", "sliding-window", "(Mamba)", "V rows of another width", STATIC, STOCK],
     ),
 ]
 

@@ -29,15 +29,25 @@ Linears = list[list[tuple[str, torch.nn.Module]]]
 def adaptable_linears(model: torch.nn.Module) -> Linears:
     """Per decoder layer, its adaptable linears (path, module) in execution order.
 
-    ``ValueError`` for a model whose decoder layers are not made of what the table has.
+    Of a model with several towers those of the language part, as its ``should_apply_lora`` says. ``ValueError`` for a
+    model whose decoder layers are not made of what the table has.
     """
+    wanted = getattr(model, "should_apply_lora", None)
     layers: dict[int, dict[str, torch.nn.Module]] = {}
     for path, module in model.named_modules():
         layer = get_layer_id(path)
-        if layer is not None and isinstance(module, QKVParallelLinear | MergedColumnParallelLinear | RowParallelLinear):
+        if layer is None or (wanted is not None and not wanted(path)):
+            continue
+        if isinstance(module, QKVParallelLinear | MergedColumnParallelLinear | RowParallelLinear):
             layers.setdefault(layer, {})[path] = module
     if not layers:
         raise ValueError(f"{type(model).__name__} has no decoder layers with linears that adapters can be on")
+    for index, linears in layers.items():
+        towers = sorted({path.partition(f"layers.{index}.")[0] for path in linears})
+        if len(towers) > 1:
+            raise ValueError(
+                f"{type(model).__name__} has layers in {' and '.join(towers)}, and does not say which to adapt"
+            )
     return [_known(layers[index]) for index in sorted(layers)]
 
 

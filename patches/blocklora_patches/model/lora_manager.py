@@ -80,7 +80,8 @@ class BlockLoRAManager(release.ManagerBase):
         self._unknown = None if is_compared(base_model) else base_model
         uses_triton = settings.uses_triton(self.device.type == "cuda")
         self._experts, no_experts = adaptable_experts(base_model, linears, uses_triton)
-        spec = build_spec(linears, self._experts, base_hf_config, targets, dtype, tp_rank, tp_size)
+        config = base_hf_config.get_text_config()
+        spec = build_spec(linears, self._experts, config, targets, dtype, tp_rank, tp_size)
         self._spec = dataclasses.replace(spec, no_experts=no_experts)
         if self._unknown is not None:
             self._spec = check_linears(base_model, linears, self._spec)

@@ -67,7 +67,6 @@ def _everywhere(model_config: Any, settings: Settings) -> Table:
     part_of_batch = "a forward would see only some of the tokens that were grouped by adapter"
     return (
         ("multi-head latent attention (MLA)", model_config.attention_arch == AttentionArch.MLA, "it has no K and V"),
-        ("a multimodal model", model_config.is_multimodal, "its towers have linears of the same names"),
         ("--pp-size", parallel.pp_size > 1, "a TP rank would hold only some layers of an adapter"),
         ("--enable-dp-attention", release.uses_dp_attention(parallel), "tokens of one batch differ between ranks"),
         ("--attn-cp-size", parallel.attn_cp_size > 1, part_of_batch),

@@ -11,9 +11,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+from sglang_blocklora import cpu_only
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
+    cpu_only.prepare_import()
     from sglang.srt.runtime_context import get_context, get_parallel
 
 
