@@ -29,6 +29,17 @@ SECTIONS = (
         ),
         folder=RESULTS,
     ),
+    Section(
+        part="activated_simulated",
+        baseline="plain",
+        columns=(
+            Column(header="TTFT P50, ms", figure="ttft_p50_ms", digits=0),
+            Column(header="P99, ms", figure="ttft_p99_ms", digits=0),
+            Column(header="tokens/s", figure="output_tokens_per_s", digits=0),
+            Column(header="prefix hits, %", figure="prefix_hit_share", digits=0, scale=PERCENT),
+        ),
+        folder=RESULTS,
+    ),
     Section(part="scheduler_predicted", baseline="lpm", columns=ORDER, folder=RESULTS),
     Section(part="scheduler_simulated", baseline="lpm", columns=ORDER, folder=RESULTS),
     Section(

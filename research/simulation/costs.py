@@ -158,10 +158,13 @@ class Work:
     adapter_bytes: int = 0
     lora_flops: float = 0.0
 
-    def extend(self, tokens: int, prefix: int, adapter_bytes: int, item_bytes: int = 2) -> None:
-        """Add a request that computes ``tokens`` behind ``prefix`` cached ones."""
+    def extend(self, tokens: int, prefix: int, adapter_bytes: int, item_bytes: int = 2, base_tokens: int = 0) -> None:
+        """Add a request that computes ``tokens`` behind ``prefix`` cached ones, the first of them without its adapter.
+
+        base_tokens  how many, before an invocation
+        """
         self.requests += 1
         self.tokens += tokens
         self.attended += tokens * (prefix + tokens / 2)
         self.context_tokens += prefix + tokens
-        self.lora_flops += 2 * tokens * adapter_bytes / item_bytes
+        self.lora_flops += 2 * (tokens - base_tokens) * adapter_bytes / item_bytes

@@ -123,15 +123,17 @@ class Affinity:
         batch_tokens: float = order.BATCH_TOKENS_PER_SLOT,
     ) -> None:
         manager = SimpleNamespace(pool=pool, unified=isinstance(pool, UnifiedPool), decisions=DecisionLog(None, 0))
-        scheduler = SimpleNamespace(
+        self.scheduler = SimpleNamespace(
             tree_cache=cache,
             enable_hierarchical_cache=False,
             enable_priority_scheduling=False,
             schedule_low_priority_values_first=False,
             tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager)),
             chunked_prefill_size=CHUNK_TOKENS // PAGE_TOKENS * quantum_chunks // QUANTUM_CHUNKS,
+            lora_drainer=None,
         )
-        self.policy = upstream.AdapterAffinityPolicy(scheduler, Settings(adapter_max_wait_steps=max_wait_steps))
+        settings = Settings(adapter_max_wait_steps=max_wait_steps)
+        self.policy = self.scheduler.policy = upstream.AdapterAffinityPolicy(self.scheduler, settings)
         self.batch_tokens = batch_tokens
 
     def order(self, waiting: list[upstream.Req], running: list[upstream.Req], now_s: float) -> None:
@@ -142,7 +144,7 @@ class Affinity:
             self.policy.calc_priority(waiting, SimpleNamespace(reqs=running))
 
     def admits(self, request: upstream.Req, lora_ids: set[str], fits: Callable[[], bool]) -> bool:
-        return self.policy.admits(request, lora_ids, fits)
+        return upstream.affinity_policy.adapter_fits(self.scheduler, request, lora_ids, lambda: True, fits)
 
     def look_ups(self, waiting: int) -> int:
         return min(waiting, upstream.affinity_policy.MATCHES_PER_STEP)

@@ -16,6 +16,7 @@ from research.simulation.figures import figures
 from research.simulation.policies import Policy
 from research.simulation.simulator import Simulator
 from research.simulation.systems import MAX_RUNNING, Adapter, System, make_adapters
+from research.simulation.traffic import Judged
 
 SEEDS = (0, 1, 2)
 PROCESSES = 2
@@ -64,7 +65,7 @@ class Scenario:
     """
 
     name: str
-    workload: Workload
+    workload: Workload | Judged
     memory_gib: float
     ranks: tuple[int, ...] = MIXED_RANKS
     costs: Costs = H100

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from blocklora_testing import upstream as calls
+from sglang_blocklora.requests.activation import ActivatedId
 
 from benchmark.serving.workload import Session
 from research.simulation import upstream
@@ -167,12 +168,15 @@ class Simulator:
             row = self.table[req.kv.req_pool_idx]
             row[:start] = prefix[:start]
             row[start:end], slots = slots[: end - start], slots[end - start :]
-            self.system.owner[row[start:end]] = req.adapter.index
+            self.system.owner[row[start:end]] = _owner(req)
             req.kv.kv_allocated_len = req.kv.kv_committed_len = end
             if req.record.first_token_s == 0.0 and not req.inflight_middle_chunks:
                 req.record.cached_tokens = start * PAGE_TOKENS
-            work.extend((end - start) * PAGE_TOKENS, start * PAGE_TOKENS, req.adapter.size_bytes)
-            seen.add(req.adapter)
+            base = min(max(req.lora_id.first, start), end) - start if isinstance(req.lora_id, ActivatedId) else 0
+            tokens, base_tokens = (end - start) * PAGE_TOKENS, base * PAGE_TOKENS
+            work.extend(tokens, start * PAGE_TOKENS, req.adapter.size_bytes, base_tokens=base_tokens)
+            if base_tokens < tokens:
+                seen.add(req.adapter)
         work.adapters, work.adapter_bytes = len(seen), sum(adapter.size_bytes for adapter in seen)
         self._pass(self._step_s({req.lora_id for req in batch}, work, matches))
         for req in batch:
@@ -227,7 +231,7 @@ class Simulator:
                 end = req.kv.kv_committed_len + missing
                 own, slots = slots[:missing], slots[missing:]
                 self.table[req.kv.req_pool_idx, end - missing : end] = own
-                self.system.owner[own] = req.adapter.index
+                self.system.owner[own] = _owner(req)
                 req.kv.kv_allocated_len = req.kv.kv_committed_len = end
                 for _ in range(missing):
                     req.output_ids.append(req.conversation.answer_key(len(req.output_ids)))
@@ -289,3 +293,8 @@ class Simulator:
         following = conversation.answered(array("q", req.output_ids))
         if following is not None:
             self._expect(self.now_s + following.think_s, conversation)
+
+
+def _owner(req: upstream.Req) -> int:
+    """The adapter without which a request's KV is of no use; -1: none, or an activated one, whose KV outlives it."""
+    return -1 if isinstance(req.lora_id, ActivatedId) else req.adapter.index

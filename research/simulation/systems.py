@@ -36,12 +36,16 @@ OUR_ADAPTERS_PER_BATCH = 64  # of our launcher
 
 @dataclass(frozen=True)
 class Adapter:
-    """``slots`` is in tokens of KV; ``lora_id`` and ``content_hash`` as SGLang and we make them."""
+    """``slots`` is in tokens of KV; ``lora_id`` and ``content_hash`` as SGLang and we make them.
+
+    invocation  of an activated adapter, in pages
+    """
 
     index: int
     rank: int
     slots: int
     slot_bytes: int
+    invocation: tuple[int, ...] = ()
 
     @cached_property
     def lora_id(self) -> str:
@@ -62,7 +66,7 @@ class Adapter:
 
     def loaded(self) -> LoadedAdapter:
         """As our pools keep it."""
-        shard = SimpleNamespace(slots=pages(self.slots))
+        shard = SimpleNamespace(slots=pages(self.slots), invocation=self.invocation)
         return LoadedAdapter(
             name=str(self.index),
             path="",
@@ -236,6 +240,8 @@ class Unified(System):
         self.pool.bind_cache(self.cache)
         for adapter in adapters:
             self.pool.add(adapter.lora_id, adapter.loaded(), adapter)  # type: ignore[arg-type]
+        manager = SimpleNamespace(pool=self.pool)
+        self._scheduler = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager)))
 
     def fits(self, lora_ids: set[str]) -> bool:
         return self.pool.bring_in(lora_ids)
@@ -247,4 +253,5 @@ class Unified(System):
         return self.pool.is_resident(lora_id)
 
     def arrived(self, request: upstream.Req) -> None:
+        upstream.activate(self._scheduler, request)
         self.cache.arrived(request.lora_id, upstream.RadixKey(request.origin_input_ids, request.extra_key))

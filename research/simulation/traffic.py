@@ -27,6 +27,44 @@ def page_keys(tokens: np.ndarray) -> array[int]:
     return array("q", (mixed >> np.uint64(33)).astype(np.int64).tolist())
 
 
+INVOCATION = np.ones(PAGE_TOKENS, dtype=np.int64)  # a page of its own
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One context after the other, each asked of all adapters at once: context, ``INVOCATION``, each a question.
+
+    sessions        requests altogether, ``adapters`` of each context
+    rate            contexts a second, gaps exponential
+    context_tokens, question_tokens, new_tokens   uniform over ``[low, high)``, the first two rounded up to whole pages
+    """
+
+    sessions: int
+    rate: float
+    adapters: int
+    context_tokens: tuple[int, int]
+    question_tokens: tuple[int, int] = (16, 129)
+    new_tokens: tuple[int, int] = (16, 65)
+    seed: int = 0
+
+    def generate(self) -> list[Session]:
+        rng = np.random.default_rng(self.seed)
+
+        def text(length: tuple[int, int]) -> np.ndarray:
+            return rng.integers(2, 32000, pages(int(rng.integers(*length))) * PAGE_TOKENS)
+
+        contexts = -(-self.sessions // self.adapters)
+        arrivals = np.cumsum(rng.exponential(1 / self.rate, contexts))
+        sessions = []
+        for arrival in arrivals:
+            context = text(self.context_tokens)
+            for adapter in range(self.adapters):
+                prompt = np.concatenate([context, INVOCATION, text(self.question_tokens)])
+                turn = Turn(prompt, int(rng.integers(*self.new_tokens)), 0.0)
+                sessions.append(Session(float(arrival), adapter, (turn,)))
+        return sessions
+
+
 @dataclass
 class Conversation:
     """A session being played. ``history`` is what its next prompt begins with."""

@@ -22,6 +22,7 @@ with warnings.catch_warnings():
     from blocklora_patches.cache.unified_radix_cache import AdapterPrefixCache
     from blocklora_patches.scheduler import queue_order as affinity_policy
     from blocklora_patches.scheduler import request
+    from blocklora_patches.scheduler.activation import activate
     from blocklora_patches.scheduler.queue_order import AdapterAffinityPolicy
     from sglang.srt.lora.eviction_policy import LRUEvictionPolicy
     from sglang.srt.lora.lora_manager import LoRAManager
@@ -55,6 +56,7 @@ __all__ = [
     "ScheduleBatch",
     "SchedulePolicy",
     "UnifiedRadixCache",
+    "activate",
     "affinity_policy",
     "evict_from_tree_cache",
     "name_adapter",

@@ -26,7 +26,15 @@ def test_every_section_is_beside_its_raw_results():
 
 
 @pytest.mark.parametrize(
-    "experiment", ["predict --quick", "policy_time --repeat 1", "memory --help", "scheduler --help", "calibrate --help"]
+    "experiment",
+    [
+        "predict --quick",
+        "activated --quick",
+        "policy_time --repeat 1",
+        "memory --help",
+        "scheduler --help",
+        "calibrate --help",
+    ],
 )
 def test_experiments_run(experiment):
     """Those that take longer only as far as their command line, which imports all they need."""

@@ -14,6 +14,7 @@ from research.simulation.outcome import Outcome
 from research.simulation.policies import Affinity, LoRAXRotation, SLoRACluster, Upstream
 from research.simulation.simulator import Simulator
 from research.simulation.systems import Static, StockSlots, Unified, make_adapters
+from research.simulation.traffic import INVOCATION, page_keys
 
 # Llama-3.1-8B and an H100, from their data sheets; shares and overheads are those of costs.py.
 PARAMETERS, KV_BYTES, FLOPS, BANDWIDTH, PCIE = 8.03e9, 131_072, 989e12 * 0.5, 3.35e12 * 0.7, 55e9
@@ -41,11 +42,11 @@ def simulate(system, sessions, adapters: int = 1, slots: int = 65_536, policy=No
     return outcome
 
 
-def forward_s(prompts: list[int], prefixes: list[int], adapters: int) -> float:
-    """Roofline of one step by hand; every request has an adapter of rank 16."""
+def forward_s(prompts: list[int], prefixes: list[int], adapters: int, base: int = 0) -> float:
+    """Roofline of one step by hand; every request has an adapter of rank 16, but for ``base`` tokens of a context."""
     tokens = sum(prompts)
     attended = sum(p * (c + p / 2) for p, c in zip(prompts, prefixes, strict=True))
-    flops = 2 * PARAMETERS * tokens + 4 * 32 * 4096 * attended + RANK_16_BYTES * tokens / 0.1
+    flops = 2 * PARAMETERS * tokens + 4 * 32 * 4096 * attended + RANK_16_BYTES * (tokens - base) / 0.1
     traffic = 2 * PARAMETERS + KV_BYTES * (tokens + sum(prefixes)) + adapters * RANK_16_BYTES
     return max(flops / FLOPS, traffic / BANDWIDTH) + LAUNCHES_S
 
@@ -109,6 +110,29 @@ def test_a_second_turn_finds_the_first_one_and_its_answer_cached(system) -> None
     assert second.prompt_tokens == 352 + 160
     assert second.cached_tokens == 352
     assert second.ttft_s == pytest.approx(forward_s([160], [352], 1))
+
+
+def test_a_context_is_computed_once_for_two_activated_adapters() -> None:
+    """320 tokens of context, a page of invocation, questions of 32 and 48; the second comes when the first is done."""
+    context, rng = np.arange(1000, 1320), np.random.default_rng(0)
+    sessions = [
+        Session(
+            float(adapter), adapter, (Turn(np.concatenate([context, INVOCATION, rng.integers(2, 900, own)]), 2, 0.0),)
+        )
+        for adapter, own in enumerate((32, 48))
+    ]
+
+    def activated(adapters, slots, costs):
+        invocation = tuple(page_keys(INVOCATION))
+        return Unified([dataclasses.replace(one, invocation=invocation) for one in adapters], slots, costs)
+
+    for policy in POLICIES.values():
+        first, second = simulate(activated, sessions, adapters=2, policy=policy).records
+        assert (first.cached_tokens, second.cached_tokens) == (0, 320)
+        assert first.ttft_s == pytest.approx(load_s(True) + forward_s([368], [0], 1, base=320))
+        assert second.ttft_s == pytest.approx(load_s(True) + forward_s([64], [320], 1))
+    plain = simulate(Unified, sessions, adapters=2).records
+    assert [record.cached_tokens for record in plain] == [0, 0]
 
 
 POLICIES = {
