@@ -154,6 +154,7 @@ SECTIONS = (
             Column(header="TTFT of the others, ms", figure="later_ttft_ms", digits=0),
         ),
     ),
+    Section(part="activated_base_cost", baseline="stock SGLang, no LoRA", columns=(STEP, FIRST_TOKEN)),
     Section(part="added_time", baseline="base model", columns=(STEP, FIRST_TOKEN)),
     Section(part="memory", baseline="stock slots", columns=(*LATENCIES, *CACHES), brief=MEMORY_BRIEF),
     Section(

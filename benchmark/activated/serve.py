@@ -8,7 +8,7 @@ resident.
 SGLang's attention on a CPU computes a whole prompt's for the cached part too, which no GPU kernel does. So the model is
 wide and has few heads: of 2048 tokens, attention is 4 % of the arithmetic, about as in Llama-3.1-8B.
 
-    python -m benchmark.activated.serve [--rounds 3] [--tokens 2048 4096]
+    python -m benchmark.activated.serve [--rounds 3] [--tokens 2048 8192]
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def build(folder: Path) -> tuple[Path, tuple[str, ...]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
     options = parser.parse_args()
     settings = {
         "model": "Llama of 2 layers, hidden 1024, FFN 8192, 4 + 2 heads, float32",
