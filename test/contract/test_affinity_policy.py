@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from sglang_blocklora.memory.prefix import request_key
+from sglang_blocklora.requests.activation import ActivatedId
 from sglang_blocklora.settings import Settings
 
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # upstream's imports warn about missing GPUs
+    from blocklora_patches.cache.unified_radix_cache import AdapterPrefixCache
     from blocklora_patches.scheduler.queue_order import (
         MATCHES_PER_STEP,
         AdapterAffinityPolicy,
@@ -119,6 +122,42 @@ def test_one_of_two_requests_with_the_same_new_prefix_waits(scheduler) -> None:
     first, second, other = queue
     scheduler.policy.calc_priority(queue)
     assert queue == [first, other, second]
+
+
+@pytest.mark.parametrize("kind", [AdapterPrefixCache, UnifiedRadixCache])
+def test_activated_adapters_share_a_new_prefix_with_the_base_model(kind) -> None:
+    """Where the cache is one in which they do: the first of all who ask about a context computes it for the others."""
+    scheduler = scheduler_over(new_cache(1, 600, kind=kind), Pool())
+    policy = AdapterAffinityPolicy(scheduler, Settings())
+    context = list(range(100, 140))
+    others = [activated([*context, i], name, 40) for i, name in enumerate(("here", "there"))]
+    early, tenant = activated([*context, 7], "here", 20), activated([*context, 8], "there", 40, own_extra="tenant")
+    plain, base = request([*context, 9], "far"), request([*context, 10])
+    deferred = policy._match([others[0], early, tenant, plain, others[1], base])
+    assert deferred == ({others[1].rid, base.rid} if kind is AdapterPrefixCache else set())
+
+
+def test_the_context_that_the_base_model_left_counts_for_an_activated_adapter(scheduler) -> None:
+    tree = new_cache(1, 600)
+    for name in ("here", "there"):
+        tree.know(name, digest(name), 40, activated=True)
+    slots = tree.token_to_kv_pool_allocator.alloc(40)
+    tree.insert(InsertParams(key=RadixKey(array("q", range(100, 140)), None), value=slots))
+    policy = AdapterAffinityPolicy(scheduler_over(tree, Pool()), Settings())
+    new, known = activated([*range(200, 240), 7], "here", 40), activated([*range(100, 140), 7], "here", 40)
+    queue = [new, known]
+    policy.calc_priority(queue)
+    assert queue == [known, new]
+    assert (known.num_matched_prefix_tokens, new.num_matched_prefix_tokens) == (40, 0)
+    assert new.blocklora_cost_tokens - known.blocklora_cost_tokens == 40
+
+
+def activated(tokens: list[int], adapter: str, first: int, own_extra: str | None = None) -> Any:
+    """A request whose invocation begins at token ``first``, as ``activate`` leaves it."""
+    made = request(tokens, adapter)
+    made.lora_id = ActivatedId(adapter, first)
+    made.extra_key = request_key(made.lora_id, own_extra, first)
+    return made
 
 
 def test_priorities_go_first_where_they_are_on(scheduler) -> None:
@@ -246,7 +285,7 @@ def test_requests_are_deferred_as_upstream_does_it(scheduler, seed: int) -> None
         req.cache_salt = draw.choice([None, "s"])
         queue.append(req)
     expected = scheduler.policy._compute_prefix_matches(list(queue), CacheAwarePolicy.LPM)
-    assert _deferred(queue) == expected
+    assert _deferred(queue, activated_share=False) == expected
     assert expected, "nothing was deferred: the test shows nothing"
 
 

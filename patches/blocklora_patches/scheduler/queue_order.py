@@ -18,6 +18,8 @@ from sglang.srt.managers.schedule_policy import (
 )
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_disagg
+from sglang_blocklora.memory.prefix import request_key, split_key
+from sglang_blocklora.requests.activation import ActivatedId
 from sglang_blocklora.scheduling.order import (
     BATCH_TOKENS_PER_SLOT,
     DISK_LOAD_TOKENS_PER_SLOT,
@@ -120,7 +122,7 @@ class AdapterAffinityPolicy(SchedulePolicy):
         for req in stale:
             req.blocklora_looked_up = self._changes()
             req.blocklora_cost_tokens = _cost_tokens(req)
-        return _deferred(looked_at)
+        return _deferred(looked_at, activated_share=isinstance(self.tree_cache, AdapterPrefixCache))
 
     def _is_stale(self, req: Any) -> bool:
         """Whether a lookup may find another prefix than the last one, or is due again as a use of it."""
@@ -157,10 +159,12 @@ class AdapterAffinityPolicy(SchedulePolicy):
             self._manager.decisions.record(kind, **fields)
 
 
-def _deferred(requests: Iterable[Any]) -> set[str]:
+def _deferred(requests: Iterable[Any], *, activated_share: bool) -> set[str]:
     """Ids of requests that share so much of a prefix that is not cached with one before them, as upstream defers them.
 
     The one before leaves it in the cache. Prefixes that share N tokens are those that have the first N alike.
+
+    activated_share  what is before the invocation of an activated adapter is cached as the base model's
     """
     length, seen, deferred = IN_BATCH_PREFIX_CACHING_DEPRIORITIZE_THRESHOLD, set(), set()
     for req in requests:
@@ -169,7 +173,10 @@ def _deferred(requests: Iterable[Any]) -> set[str]:
         tokens = req.origin_input_ids[:length]
         if len(tokens) < length:
             tokens = (req.origin_input_ids + req.output_ids)[:length]
-        beginning = (req.extra_key, req.cache_salt, *tokens)
+        extra_key = req.extra_key
+        if activated_share and isinstance(req.lora_id, ActivatedId) and req.lora_id.first >= length:
+            extra_key = request_key(None, split_key(extra_key)[1])
+        beginning = (extra_key, req.cache_salt, *tokens)
         if len(tokens) < length:
             continue
         if beginning in seen:
