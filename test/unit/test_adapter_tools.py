@@ -277,6 +277,14 @@ def test_a_converted_adapter_keeps_the_names_that_its_config_speaks_of(tmp_path:
     assert config["target_modules"] == expression
 
 
+def test_a_converted_activated_adapter_keeps_its_invocation(tmp_path: Path, capsys) -> None:
+    write_adapter(tmp_path / "a", MODEL, rank=4, alora_invocation_tokens=[5, 6])
+    assert run(capsys, "convert", tmp_path / "a", tmp_path / "b", "--nblocks", 2)[0] == 0
+    found = run(capsys, "inspect", tmp_path / "b")[1]
+    assert (found["invocation"], found["nblocks"]) == ([5, 6], 2)
+    assert run(capsys, "verify", tmp_path / "b", "--tp", 2)[0] == 0
+
+
 def rename(folder: Path, old: str, new: str) -> None:
     """Another name in the tensors' names."""
     path = folder / "adapter_model.safetensors"

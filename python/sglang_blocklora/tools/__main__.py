@@ -83,7 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
         "convert",
         "plain -> block-diagonal by a truncated SVD of each block",
         "Writes a block-diagonal copy and reports the relative error of every module. Without --rank the copy has\n"
-        "n times the rank and loses nothing; with a smaller --rank say with --max-error how much may be lost.",
+        "n times the rank and loses nothing; with a smaller --rank say with --max-error how much may be lost.\n"
+        "An activated adapter stays one. No other can be made one: it has learnt to read prompts whose KV is its own,\n"
+        "so it must be trained again, with PEFT's LoraConfig(alora_invocation_tokens=...), from a base model's KV.",
     )
     one.add_argument("path", type=Path, help="PEFT adapter folder")
     one.add_argument("output", type=Path, help="folder to write; must not exist")
