@@ -15,6 +15,7 @@ from sglang_blocklora import cpu_only, launch_server
 from sglang_blocklora.naming.choice import (
     AdaptersNotSupported,
     AdapterUnavailable,
+    InvocationUnknown,
     SeveralAnswersInStream,
     UnknownAdapter,
     adapter,
@@ -30,6 +31,7 @@ lang.activate()
 __all__ = [
     "AdapterUnavailable",
     "AdaptersNotSupported",
+    "InvocationUnknown",
     "SeveralAnswersInStream",
     "UnknownAdapter",
     "adapter",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from blocklora_testing.models import (
 )
 from blocklora_testing.server import Server, running
 from blocklora_testing.upstream import HAS_PAGES_ON_A_CPU
+from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import pre_tokenizers
 
 NEW_TOKENS = 12
@@ -133,12 +136,17 @@ def test_tokens_equal_peft(made: Case, tmp_path: Path, tp: int, flags: tuple[str
         made.check(server, everyone)  # warm from themselves
         for seed in range(20):  # others take the slots
             server.tokens(words(200, 100 + seed), None, 2)
+        if "--max-total-tokens" in flags:
+            evicted = {one["name"]: one["evictions"] for one in server.call("/adapters")[1]["data"]}
+            assert all(evicted[name] for name in ACTIVATED)
         made.check(server, everyone)
 
 
 @pytest.fixture(scope="module")
 def server(made: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with start(made, tmp_path_factory.mktemp("activated-server")) as server:
+    folder = tmp_path_factory.mktemp("activated-server")
+    shutil.copytree(made.adapters["chat"], folder / "later" / "late")
+    with start(made, folder, "--enable-metrics", "--adapter-dir", str(folder / "later")) as server:
         yield server
 
 
@@ -189,6 +197,61 @@ def test_a_chat_template_may_carry_the_invocation(made: Case, server: Server) ->
     done = {"model": "chat", "prompt": "How many?", "temperature": 0, "max_tokens": 4}
     status, answer = server.call("/v1/completions", done)
     assert (status, answer["metadata"]["activated_from"]) == (200, None)
+
+
+def test_a_call_of_the_language_may_write_the_invocation(made: Case, server: Server) -> None:
+    """Each adapter's own, behind one context that is computed once; what PEFT answers to that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SGLang warns while it is imported
+        from sglang_blocklora import frontend as sgl
+    names: list[str | None] = ["chat", "one", "plain", None]
+    context = "Five of them are asked about this. "
+    prompts = {name: list(ids_of(context)) + list(CHOICES[name].invocation if name else ()) for name in names}
+    adapters = {name: made.adapters[name] for name in names if name}
+    expected = peft_tokens(made.model, adapters, list(prompts.values()), NEW_TOKENS)
+
+    @sgl.function
+    def program(s, names):
+        s += context
+        branches = s.fork(len(names))
+        for branch, name in zip(branches, names, strict=True):
+            branch += sgl.gen("x", adapter=name, invoke=True, return_logprob=True)
+        return [branch.get_meta_info("x") for branch in branches]
+
+    sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+    backend = sgl.RuntimeEndpoint(server.url)
+    found = program.run(names, backend=backend, **sampling).ret_value
+    answers = [[token for _, token, *_ in told["output_token_logprobs"]] for told in found]
+    assert answers == [expected[name][i] for i, name in enumerate(names)]
+    assert [told.get("activated_from") for told in found] == [len(context)] * 2 + [None] * 2
+    assert [told["cached_tokens"] for told in found[:2]] == [len(context)] * 2
+    assert server.call("/adapters/late")[1]["lora_id"] is None
+    (late,) = program.run(["late"], backend=backend, **sampling).ret_value
+    assert [token for _, token, *_ in late["output_token_logprobs"]] == expected["chat"][0], "loaded for its invocation"
+
+    @sgl.function
+    def untold(s):
+        s += context + sgl.gen("x", adapter="judge", invoke=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SGLang's word on it
+        with pytest.raises(sgl.InvocationUnknown, match=r"tokens \[17, 42, 99\], and no text"):
+            untold.run(backend=backend)["x"]
+
+
+def test_a_shared_context_counts_as_prefix_hits_of_whoever_found_it(server: Server) -> None:
+    def hits() -> dict[str, float]:
+        series = text_string_to_metric_families(server.call("/metrics")[1])
+        (family,) = [one for one in series if one.name == "sglang_blocklora:adapter_prefix_hit_tokens"]
+        return {one.labels["adapter"]: one.value for one in family.samples if one.name.endswith("_total")}
+
+    context = words(80, 70)
+    before = hits()
+    for name in (None, "judge", "router", "plain"):
+        ask(server, [*context, *INVOCATION], name)
+    after = hits()
+    found = {name: after[name] - before.get(name, 0) for name in ("(base)", "judge", "router", "plain")}
+    assert found == {"(base)": 0, "judge": 80, "router": 80, "plain": 0}
 
 
 def test_every_piece_of_a_stream_says_it(server: Server) -> None:

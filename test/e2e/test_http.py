@@ -74,6 +74,11 @@ def test_list_is_paged(server: Server) -> None:
             break
     assert names == sorted(LOADED)
     assert pages == 2
+    for name in names:
+        assert call(server, f"/adapters/{name}", key=None) == (200, adapters(server)[name])
+    status, answer = call(server, "/adapters/nobody", key=None)
+    assert (status, answer["error"]["param"]) == (404, "name")
+    assert "Adapters: legal" in answer["error"]["message"]
     assert call(server, "/adapters?limit=0", key=None)[0] == 400
 
 

@@ -119,6 +119,48 @@ def test_several_answers_and_constraints_reach_the_server(sgl: Any, backend: Any
     assert (sent["n"], sent["regex"], sent["json_schema"]) == (3, "[0-9]+", '{"type": "string"}')
 
 
+def facts(text: str | None, *tokens: int, lora_id: str | None = "1") -> dict[str, Any]:
+    return {"lora_id": lora_id, "invocation": list(tokens), "invocation_text": text}
+
+
+def test_a_call_writes_the_invocation_where_its_adapter_has_one(sgl: Any, backend: Any, endpoint: Endpoint) -> None:
+    endpoint.facts = {"a": facts("<A>", 3), "b": facts("\nB:", 4, 5), "c": facts(None)}
+
+    @sgl.function
+    def program(s):
+        s += "x" + sgl.gen("a", adapter="a", invoke=True) + sgl.gen("again", adapter="a")
+        with sgl.adapter("b"):
+            s += sgl.select("select", choices=["base", "b"], invoke=True) + sgl.gen_int("int", invoke=True)
+        s += sgl.gen("plain", adapter="c", invoke=True) + sgl.gen("base", adapter=None, invoke=True)
+        s += sgl.gen("default", invoke=True)
+
+    for stream in (False, True):
+        state = program.run(backend=backend, adapter="a", stream=stream)
+        assert state.text() == "x<A><a><a>\nB:b\nB:<b><c><base><A><a>"
+    assert endpoint.looked_up == 4, "each adapter once, and once the names that there are"
+
+
+@pytest.mark.filterwarnings("ignore:Error in stream_executor")  # upstream's word on it
+def test_an_invocation_that_cannot_be_had_raises_where_the_answer_is_read(
+    sgl: Any, backend: Any, openai_backend: Any, endpoint: Endpoint
+) -> None:
+    endpoint.facts = {"b": facts(None, 200)}
+
+    @sgl.function
+    def program(s):
+        s += "x" + sgl.gen("x", invoke=True)
+
+    cases = (
+        ("a", backend, "RuntimeEndpoint does not tell what activates"),  # SGLang's own server
+        ("b", backend, r"activated by tokens \[200\], and no text gives those"),
+        ("c", openai_backend(is_chat_model=False), "OpenAI does not tell what activates"),
+    )
+    for adapter, one, message in cases:
+        with pytest.raises(sgl.InvocationUnknown, match=f"{adapter!r}, invoke=True: .*{message}"):
+            program.run(backend=one, adapter=adapter)["x"]
+    assert endpoint.requests == []
+
+
 @pytest.mark.parametrize("form", ["select", "choices"])
 def test_select_scores_with_the_adapter(sgl: Any, backend: Any, endpoint: Endpoint, form: str) -> None:
     @sgl.function

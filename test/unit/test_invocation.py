@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from blocklora_testing.models import save_tokenizer
 from blocklora_testing.toy import ToyModel, write_adapter
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -14,7 +15,8 @@ from peft.tuners.lora.variants import calculate_alora_offsets
 from sglang_blocklora.adapters.config import parse_config
 from sglang_blocklora.adapters.errors import AdapterError
 from sglang_blocklora.adapters.shard import load_shard
-from sglang_blocklora.requests.activation import ActivatedId, last_occurrence, runs
+from sglang_blocklora.requests.activation import ActivatedId, last_occurrence, runs, text_of
+from transformers import AutoTokenizer
 
 # Few ids, so that sequences occur; and ids whose bytes look like parts of others.
 IDS = st.sampled_from([0, 1, 2, 256, 1 << 16, 1 << 24, (1 << 24) + 1])
@@ -72,6 +74,16 @@ def test_what_is_no_list_of_token_ids_is_refused(value: object) -> None:
 @pytest.mark.parametrize("value", [None, [], False])
 def test_without_tokens_it_is_an_adapter_like_others(value: object) -> None:
     assert parse_config("a", CONFIG | {"alora_invocation_tokens": value}).invocation == ()
+
+
+def test_an_invocation_is_told_as_text_where_a_text_gives_its_tokens(tmp_path) -> None:
+    """The byte-level tokenizer's ids count from "!" on; a byte alone is no text."""
+    save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert text_of([39, 68, 79], tokenizer) == "Hep"
+    assert text_of([39, 99], tokenizer) is None
+    assert text_of([], tokenizer) is None
+    assert text_of([39], None) is None
 
 
 def test_tokens_that_no_prompt_can_hold_are_refused(tmp_path) -> None:

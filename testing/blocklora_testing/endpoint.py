@@ -11,12 +11,16 @@ ADAPTERS = ("a", "b", "c")
 
 
 class Endpoint:
-    """A server that keeps the requests it gets and answers with ``<adapter>``, or base."""
+    """A server that keeps the requests it gets and answers with ``<adapter>``, or base.
+
+    facts  what ``GET /adapters/NAME`` tells of an adapter, 404 where there is nothing
+    """
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.looked_up = 0
         self.adapter_names = list(ADAPTERS)
+        self.facts: dict[str, dict[str, Any]] = {}
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -28,6 +32,10 @@ class Endpoint:
                         *({"id": name, "parent": "base"} for name in outer.adapter_names),
                     ]
                     self.reply({"object": "list", "data": [card | {"object": "model"} for card in cards]})
+                elif self.path.startswith("/adapters/"):
+                    outer.looked_up += 1
+                    name = self.path.removeprefix("/adapters/")
+                    self.reply(outer.facts.get(name, {}), status=200 if name in outer.facts else 404)
                 else:
                     self.reply({"model_path": "base"})
 

@@ -7,6 +7,7 @@ import logging
 import re
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
@@ -25,7 +26,9 @@ from sglang_blocklora.reporting.facts import (
     openai_error,
     page,
     slots_told,
+    told,
 )
+from sglang_blocklora.requests.activation import text_of
 from starlette.requests import ClientDisconnect
 from starlette.routing import Mount
 
@@ -75,12 +78,21 @@ class AdapterRoutes:
         known = [(name, ref.lora_path, ref.lora_id, bool(ref.pinned)) for name, ref in loaded.items()]
         known += [(name, str(path), None, False) for name, path in folders.items() if name not in loaded]
         adapters = adapters_of(self._manager)
-        return merge_facts(facts, known, adapters.errors, adapters.draining)
+        merged = merge_facts(facts, known, adapters.errors, adapters.draining)
+        tokenizer = self._manager.tokenizer
+        return [msgspec.structs.replace(one, invocation_text=text_of(one.invocation, tokenizer)) for one in merged]
 
     async def list_adapters(self, limit: int = Query(100, ge=1, le=MAX_PAGE), after: str | None = None) -> Response:
         """Adapters by name, and who has the slots; ``after`` is the ``last_id`` of the page before."""
         facts = await facts_of(self._manager).now()
         return JSONResponse(page(await self._adapters(facts), limit, after) | {"slots": slots_told(facts.slots)})
+
+    async def show_adapter(self, name: str) -> Response:
+        """One of ``list_adapters``."""
+        adapters = {one.name: one for one in await self._adapters(await facts_of(self._manager).now())}
+        if name not in adapters:
+            return _error(f"The adapter '{name}' is not loaded. {known_adapters(adapters, ())}", 404, "name")
+        return JSONResponse(told(adapters[name]))
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def pin(self, name: str, client: Request) -> Response:
@@ -194,6 +206,7 @@ class AdapterRoutes:
         replace(app, http_server.retrieve_model, self.show_model)
         replace(app, http_server.load_lora_adapter_from_tensors, self.load_from_tensors)
         app.add_api_route("/adapters", self.list_adapters, methods=["GET"])
+        app.add_api_route("/adapters/{name:path}", self.show_adapter, methods=["GET"])
         app.add_api_route("/adapters/{name:path}/pin", self.pin, methods=["POST"])
         app.add_api_route("/adapters/{name:path}/unpin", self.unpin, methods=["POST"])
         app.add_api_route("/adapters/{name:path}", self.put, methods=["PUT"])

@@ -1,4 +1,4 @@
-"""Lets the calls that generate take ``adapter=`` (``lang/api.py``)."""
+"""Lets the calls that generate take ``adapter=`` and ``invoke=`` (``lang/api.py``)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from sglang_blocklora.naming.choice import NOT_GIVEN, Choice, chosen
 from blocklora_patches.hooks.hook import Hook, Process
 
 
-def _with_adapter(original: Any, *args: Any, adapter: Choice = NOT_GIVEN, **kwargs: Any) -> Any:
-    """The expression, with the adapter it was written with: its own, or that of the block around it."""
+def _with_adapter(original: Any, *args: Any, adapter: Choice = NOT_GIVEN, invoke: bool = False, **kwargs: Any) -> Any:
+    """The expression, with the adapter it was written with: its own, or that of the block around it.
+
+    invoke  the call first writes what activates its adapter, where that is an activated one
+    """
     expression = original(*args, **kwargs)
     expression.adapter = chosen(adapter)
+    expression.invoke = invoke
     return expression
 
 

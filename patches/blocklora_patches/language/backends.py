@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import functools
 import sys
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 from sglang.lang.backend.base_backend import BaseBackend
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.utils import http_request
-from sglang_blocklora.naming.choice import AdaptersNotSupported, UnknownAdapter
+from sglang_blocklora.naming.choice import AdaptersNotSupported, InvocationUnknown, UnknownAdapter
 
 # Where a backend keeps the adapter names it was last told, so that one look-up serves a whole program.
 _KNOWN = "_blocklora_known_adapters"
+# Where it keeps what activates them, as text.
+_INVOCATIONS = "_blocklora_invocations"
 
 
 class Bound:
@@ -29,6 +33,16 @@ class Bound:
         self.__dict__.update(vars(unbound))
         self.unbound = unbound
         self.adapter = adapter
+
+    def invocation(self, text: str) -> str:
+        """What activates the adapter, to be written behind ``text``; empty for one that is always active.
+
+        Raises ``InvocationUnknown``.
+        """
+        raise InvocationUnknown(
+            f"adapter {self.adapter!r}, invoke=True: this {type(self.unbound).__name__} does not tell what activates "
+            "an adapter. Write the invocation into the program, or use RuntimeEndpoint and an sglang-blocklora server."
+        )
 
 
 class _BoundEndpoint(Bound):
@@ -48,6 +62,37 @@ class _BoundEndpoint(Bound):
         """Upstream sends this request alone past ``_add_images``."""
         data = {"text": prefix_str, "sampling_params": {"max_new_tokens": 0}}
         self._generate_http_request(SimpleNamespace(images_=[]), data)  # type: ignore[attr-defined]
+
+    def invocation(self, text: str) -> str:
+        known: dict[str, str] = vars(self.unbound).setdefault(_INVOCATIONS, {})
+        if self.adapter not in known:
+            facts = self._facts()
+            if facts is not None and facts["lora_id"] is None:  # a folder that nobody has named yet: this loads it
+                self.cache_prefix(text or " ")
+                facts = self._facts()
+            if facts is None:
+                return super().invocation(text)
+            if facts["invocation"] and facts["invocation_text"] is None:
+                raise InvocationUnknown(
+                    f"adapter {self.adapter!r}, invoke=True: it is activated by tokens {facts['invocation']}, and no "
+                    "text gives those. Send prompts as token ids, without the language."
+                )
+            known[self.adapter] = facts["invocation_text"] or ""
+        return known[self.adapter]
+
+    def _facts(self) -> dict[str, Any] | None:
+        """What the server tells of the adapter; None where it is not one of ours."""
+        backend: Any = self.unbound
+        url = f"{backend.base_url}/adapters/{quote(self.adapter, safe='')}"
+        answer = http_request(url, api_key=backend.api_key, verify=backend.verify)
+        try:
+            self._assert_success(answer)
+        except RuntimeError:
+            if answer.status_code != HTTPStatus.NOT_FOUND:
+                raise
+            return None
+        facts: dict[str, Any] = answer.json()
+        return facts
 
 
 class _BoundOpenAI(Bound):

@@ -17,7 +17,7 @@ from sglang_blocklora.naming.choice import (
 )
 
 from blocklora_patches.hooks.hook import Hook, Process
-from blocklora_patches.language.backends import bind, bound_adapter
+from blocklora_patches.language.backends import Bound, bind, bound_adapter
 
 REFUSED = (AdapterUnavailable, SeveralAnswersInStream)
 
@@ -67,6 +67,8 @@ def _execute(original: Any, self: Any, expression: Any) -> Any:
     try:
         if not isinstance(choice, NotGiven):
             self.backend = bind(backend, choice)
+        if getattr(expression, "invoke", False) and isinstance(self.backend, Bound):
+            self._execute_fill(self.backend.invocation(self.text_))
         return original(self, expression)
     except AdapterUnavailable as error:
         self.error_ = error  # kept before the worker thread wakes up who waits for the answer

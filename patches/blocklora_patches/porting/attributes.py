@@ -16,6 +16,7 @@ SERVER: dict[str, tuple[str, ...]] = {
         "rid_to_state",
         "served_model_name",
         "set_internal_state",
+        "tokenizer",
     ),
     f"{_MANAGERS}.tokenizer_manager.ReqState": ("finished", "obj", "time_stats", "ttft_observed"),
     f"{_MANAGERS}.io_struct.GenerateReqInput": (
@@ -162,6 +163,7 @@ FRONTEND: dict[str, tuple[str, ...]] = {
         "api_key",
         "base_url",
         "cache_prefix",
+        "verify",
     ),
     "sglang.lang.interpreter.StreamExecutor": ("_resolve_sampling_params", "num_api_spec_tokens", "stream"),
     "sglang.lang.ir.SglExprList": ("expr_list",),

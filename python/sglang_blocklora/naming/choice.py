@@ -36,6 +36,10 @@ class AdaptersNotSupported(AdapterUnavailable):
     """The backend cannot choose an adapter, and would have answered with its one model."""
 
 
+class InvocationUnknown(AdapterUnavailable):
+    """A call should write what activates its adapter, and its backend does not tell that as text."""
+
+
 class SeveralAnswersInStream(ValueError):
     """A streaming program asked for n > 1: their pieces would come mixed, as one text."""
 

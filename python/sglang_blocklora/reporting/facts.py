@@ -39,6 +39,7 @@ class AdapterFacts(msgspec.Struct, kw_only=True, frozen=True):
     lora_id            what it is known by; None before its first load
     tier               "resident" (in the arena), "host" (in host memory) or "disk" (read when asked for)
     invocation         token ids from which on an activated adapter is active; empty for others
+    invocation_text    in the HTTP process: the text that gives these tokens; None where there is none
     bytes_per_tp_rank  rows of the arena on every TP rank, padding included
     draining           in the HTTP process: versions of the name that were current before
     """
@@ -52,6 +53,7 @@ class AdapterFacts(msgspec.Struct, kw_only=True, frozen=True):
     rank: int | None = None
     nblocks: int | None = None
     invocation: list[int] = msgspec.field(default_factory=list)
+    invocation_text: str | None = None
     slots: int | None = None
     bytes_per_tp_rank: int | None = None
     requests: Requests = Requests()
@@ -218,19 +220,20 @@ def page(adapters: Sequence[AdapterFacts], limit: int, after: str | None) -> dic
     shown = rest[:limit]
     return {
         "object": "list",
-        "data": [_flat(one) for one in shown],
+        "data": [told(one) for one in shown],
         "total": len(adapters),
         "has_more": len(rest) > len(shown),
         "last_id": shown[-1].name if shown else None,
     }
 
 
-def _flat(adapter: AdapterFacts) -> dict[str, Any]:
-    told: dict[str, Any] = msgspec.to_builtins(adapter)
-    told["version"] = adapter.content_hash and version(adapter.content_hash)
+def told(adapter: AdapterFacts) -> dict[str, Any]:
+    """An adapter as ``GET /adapters`` shows it."""
+    flat: dict[str, Any] = msgspec.to_builtins(adapter)
+    flat["version"] = adapter.content_hash and version(adapter.content_hash)
     for part in ("requests", "counts"):
-        told.update(told.pop(part))
-    return told
+        flat.update(flat.pop(part))
+    return flat
 
 
 def slots_told(slots: SlotFacts) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 # Where an answer says it (``meta_info``): the position, or None where the base model answered.
 FIELD = "activated_from"
@@ -32,6 +33,17 @@ def last_occurrence(tokens: Sequence[int], invocation: Sequence[int]) -> int | N
         end = found + len(wanted) - 1
         found = text.rfind(wanted, 0, end)
     return None if found < 0 else found // 8
+
+
+def text_of(invocation: Sequence[int], tokenizer: Any) -> str | None:
+    """The text whose tokens are ``invocation``; None for an empty one, and where there is none.
+
+    tokenizer  of transformers; None: a server without one
+    """
+    if not invocation or tokenizer is None:
+        return None
+    text: str = tokenizer.decode(list(invocation), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text if tokenizer.encode(text, add_special_tokens=False) == list(invocation) else None
 
 
 def runs(
