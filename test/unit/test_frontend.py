@@ -109,6 +109,27 @@ def test_fork_with_an_adapter_per_branch(sgl: Any, backend: Any) -> None:
     assert state["default"] == ["<c>"] * 3
 
 
+def test_what_is_before_a_fork_is_sent_once_for_all_branches(sgl: Any, backend: Any, endpoint: Endpoint) -> None:
+    """Under the program's adapter, however late the text is written by the program's thread."""
+
+    @sgl.function
+    def program(s):
+        for piece in ["a long", " context"] * 20:
+            s += piece
+        forks = s.fork(2)
+        for fork, name in zip(forks, ("b", "c"), strict=True):
+            fork += sgl.gen("x", adapter=name)
+        forks.join()
+
+    for _ in range(10):
+        endpoint.requests.clear()
+        program.run(backend=backend, adapter="a")
+        first, *others = endpoint.requests
+        assert (first["text"], first["lora_path"]) == ("a long context" * 20, "a")
+        assert first["sampling_params"]["max_new_tokens"] == 0
+        assert {one["lora_path"] for one in others} == {"b", "c"}
+
+
 def test_several_answers_and_constraints_reach_the_server(sgl: Any, backend: Any, endpoint: Endpoint) -> None:
     @sgl.function
     def program(s):

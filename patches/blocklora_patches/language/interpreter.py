@@ -77,6 +77,10 @@ def _execute(original: Any, self: Any, expression: Any) -> Any:
         self.backend = backend
 
 
+def _fork(self: Any, *args: Any, **kwargs: Any) -> None:
+    self.sync()
+
+
 def _get_var(original: Any, self: Any, name: str) -> Any:
     try:
         return original(self, name)
@@ -132,6 +136,15 @@ HOOKS = (
         process=Process.SCRIPT,
         why="As for _execute_gen.",
         retire_when="upstream passes an adapter to backends",
+    ),
+    Hook(
+        f"{_EXECUTOR}.fork",
+        _fork,
+        HookType.BEFORE,
+        process=Process.SCRIPT,
+        why="Upstream has the text before a fork computed once for all branches, but only where its worker has "
+        "written that text by then.",
+        retire_when="upstream waits for it",
     ),
     Hook(
         f"{_EXECUTOR}._thread_worker_func",
