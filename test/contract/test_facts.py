@@ -79,6 +79,8 @@ class Busy:
 class Idle:
     """A tokenizer manager whose scheduler answers at once."""
 
+    served_model_name = "llama"
+
     async def get_internal_state(self) -> list[dict[str, Any]]:
         return told(3)
 
@@ -144,6 +146,7 @@ def test_metrics_are_told_where_upstream_tells_its_own(
                 page = (await client.get(path)).text
                 assert 'sglang_blocklora:adapter_requests_running{adapter="(base)"} 3.0' in page
                 assert "sglang_blocklora:facts_age_seconds " in page
+                assert 'vllm:num_gpu_loaded_lora_adapters{model_name="llama"} 0.0' in page
             assert (await client.get("/later")).json() == "later"
 
     facts.facts_of.cache_clear()
@@ -168,3 +171,46 @@ def test_the_list_tells_an_adapter_once_though_it_is_unloaded_while_folders_are_
     nothing = msgspec.convert(told(0)[0]["blocklora"], Facts)
     (one,) = asyncio.run(routes.AdapterRoutes(None)._adapters(nothing))
     assert (one.name, one.lora_id, one.tier) == ("a", None, "disk")
+
+
+def test_the_head_of_the_queue_is_told_in_its_order(facts: Any) -> None:
+    from blocklora_patches.scheduler import control
+    from sglang_blocklora.memory.accounting import SlotCounts
+    from sglang_blocklora.memory.counts import AdapterCounts
+    from sglang_blocklora.memory.durations import Durations
+    from sglang_blocklora.reporting.facts import QUEUE_HEAD, queue_told
+
+    images = SimpleNamespace(read_durations=Durations(), last_errors={}, in_host_memory=lambda key: True)
+    adapter = SimpleNamespace(
+        name="sql",
+        path="/p",
+        pinned=False,
+        content_hash="c",
+        slots=1,
+        shard=SimpleNamespace(rank=4, nblocks=1, invocation=()),
+    )
+    pool = SimpleNamespace(
+        loaded={"id": adapter},
+        images=images,
+        load_counts=AdapterCounts(),
+        max_adapters_per_batch=4,
+        is_resident=lambda key: False,
+        slot_counts=lambda: SlotCounts(total=1, free=1, in_use=0, adapters={}, kv={}),
+    )
+    waiting = [SimpleNamespace(lora_id=key, origin_input_ids=[1] * n) for n, key in enumerate(["id", None, "gone"] * 5)]
+    scheduler = SimpleNamespace(
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lora_manager=SimpleNamespace(pool=pool, slot_bytes=1))),
+        running_batch=None,
+        last_batch=None,
+        waiting_queue=waiting,
+    )
+    answer = SimpleNamespace(internal_state={})
+    control._get_internal_state(answer, scheduler, None)
+    told = queue_told(msgspec.convert(answer.internal_state[control.FACTS], Facts))
+    assert told["head"][:3] == [
+        {"adapter": "sql", "prompt_tokens": 0},
+        {"adapter": None, "prompt_tokens": 1},
+        {"adapter": "(unloaded)", "prompt_tokens": 2},
+    ]
+    assert len(told["head"]) == QUEUE_HEAD
+    assert told["waiting"] == 10, "those of an adapter that is gone are nobody's"

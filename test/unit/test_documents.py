@@ -16,7 +16,7 @@ DOCUMENTS = sorted(
     for path in REPOSITORY.glob(pattern)
     if path.name != "CHANGELOG.md"  # it tells of the past
 )
-ROOTS = ("python", "patches", "kernels", "testing", "test", "benchmark", "research", "examples", "docs")
+ROOTS = ("python", "patches", "kernels", "testing", "test", "benchmark", "research", "examples", "docs", "deploy")
 
 
 def prose(document: str) -> str:

@@ -155,7 +155,7 @@ def test_names_with_any_letters_are_told_so_that_prometheus_can_read_them() -> N
 def test_routers_series_names_adapters_in_its_labels() -> None:
     collector = AdapterCollector(LabelBudget(1))
     collector.show(facts(adapter("b", running=1), adapter("a", running=1, waiting=2), adapter("c")), 0)
-    names = [key for key in exposed(collector) if key.startswith("vllm:")]
+    names = [key for key in exposed(collector) if key.startswith("vllm:lora_requests_info")]
     assert names == ['vllm:lora_requests_info{max_lora="8",running_lora_adapters="a,b",waiting_lora_adapters="a"}']
 
 

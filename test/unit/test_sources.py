@@ -167,6 +167,23 @@ def test_names_below_a_url(kind: str, request: pytest.FixtureRequest, tmp_path: 
     assert listed == ({} if kind == "hub" else expected), "repositories of the Hub are not listed"
 
 
+def test_a_store_that_hangs_while_it_is_listed_holds_one_asker(
+    web: Store, faults: Faults, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(60):
+        adapter(root / f"long-name-of-an-adapter-{i}")
+    reached, go = threading.Event(), threading.Event()
+    faults.pause = lambda: (reached.set(), go.wait(20))
+    stores = Stores([web.url])
+    first = threading.Thread(target=stores.all)
+    first.start()
+    assert reached.wait(20)
+    assert stores.all() == {}, "others are told what is known"
+    go.set()
+    first.join()
+    assert len(stores.all()) == 60
+
+
 @pytest.mark.parametrize("kind", ["web", "hub", "s3"])
 def test_what_is_not_an_adapter_is_refused_as_a_folder_would_be(
     kind: str, request: pytest.FixtureRequest, cache: FolderCache, tmp_path: Path

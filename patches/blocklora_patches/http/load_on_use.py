@@ -13,7 +13,7 @@ from sglang.srt.entrypoints.openai.protocol import DEFAULT_MODEL_NAME
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.runtime_context import get_lora
 from sglang_blocklora.naming.folders import NO_FOLDERS, AdapterFolders, NotReadable
-from sglang_blocklora.naming.lookups import NoAnswer, look_up
+from sglang_blocklora.naming.lookups import FOLDERS, STORES, NoAnswer, look_up
 from sglang_blocklora.naming.model_names import UnknownModel, known_adapters, reason_not_to_name
 from sglang_blocklora.settings import Settings
 from sglang_blocklora.sources.stores import Stores
@@ -54,9 +54,9 @@ def adapter_places() -> tuple[Path | str, ...]:
 async def adapters_in_folders(tokenizer_manager: Any) -> dict[str, Path | str]:
     """Name -> folder or URL of adapters that a request loads by naming them; none of those that do not answer."""
     found: dict[str, Path | str] = {}
-    for places in (adapter_stores(), adapter_folders()):
+    for places, threads in ((adapter_stores(), STORES), (adapter_folders(), FOLDERS)):
         try:
-            found |= await look_up(places.all) if places.roots else {}
+            found |= await look_up(places.all, threads=threads) if places.roots else {}
         except NoAnswer as error:
             logger.warning("%s Adapters in them are not listed.", error)
     base = tokenizer_manager.served_model_name
@@ -72,7 +72,10 @@ async def find_folder(tokenizer_manager: Any, name: str) -> Path | str | None:
     if ref is None and not adapter_places():
         return None
     try:
-        return await look_up(_find, ref and ref.lora_path, name)
+        folder = await look_up(_find, ref and ref.lora_path, name)
+        return folder or (
+            await look_up(adapter_stores().find, name, threads=STORES) if adapter_stores().roots else None
+        )
     except NotReadable as error:
         raise UnknownModel(f"The adapter '{name}' cannot be loaded: {error}") from error
 
@@ -80,7 +83,7 @@ async def find_folder(tokenizer_manager: Any, name: str) -> Path | str | None:
 def _find(remembered: str | None, name: str) -> Path | str | None:
     if remembered and (is_url(remembered) or Path(remembered).is_dir()):
         return remembered
-    return adapter_folders().find(name) or adapter_stores().find(name)
+    return adapter_folders().find(name)
 
 
 def names_of(obj: Any) -> set[str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Query, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 from sglang.srt.entrypoints import http_server
 from sglang.srt.entrypoints.openai.protocol import ModelCard
@@ -17,6 +18,7 @@ from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_observability
 from sglang.srt.utils.auth import AuthLevel, auth_level
+from sglang_blocklora import reporting
 from sglang_blocklora.naming.model_names import known_adapters
 from sglang_blocklora.reporting.facts import (
     MAX_PAGE,
@@ -25,6 +27,7 @@ from sglang_blocklora.reporting.facts import (
     merge_facts,
     openai_error,
     page,
+    queue_told,
     slots_told,
     told,
 )
@@ -44,6 +47,11 @@ logger = logging.getLogger(__name__)
 
 # A scrape waits this long for the scheduler, which may be in the middle of a long prefill, and then shows older facts.
 SCRAPE_SECONDS = 5.0
+PAGE = Path(reporting.__file__).with_name("page.html")
+_PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
 
 
 class LoadRequest(BaseModel):
@@ -85,7 +93,12 @@ class AdapterRoutes:
     async def list_adapters(self, limit: int = Query(100, ge=1, le=MAX_PAGE), after: str | None = None) -> Response:
         """Adapters by name, and who has the slots; ``after`` is the ``last_id`` of the page before."""
         facts = await facts_of(self._manager).now()
-        return JSONResponse(page(await self._adapters(facts), limit, after) | {"slots": slots_told(facts.slots)})
+        listed = page(await self._adapters(facts), limit, after)
+        return JSONResponse(listed | {"slots": slots_told(facts.slots), "queue": queue_told(facts)})
+
+    async def show_page(self) -> Response:
+        """The list as a page for people, which asks this server only and runs no other script."""
+        return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": _PAGE_POLICY})
 
     async def show_adapter(self, name: str) -> Response:
         """One of ``list_adapters``."""
@@ -206,6 +219,7 @@ class AdapterRoutes:
         replace(app, http_server.retrieve_model, self.show_model)
         replace(app, http_server.load_lora_adapter_from_tensors, self.load_from_tensors)
         app.add_api_route("/adapters", self.list_adapters, methods=["GET"])
+        app.add_api_route("/adapters/ui", self.show_page, methods=["GET"])
         app.add_api_route("/adapters/{name:path}", self.show_adapter, methods=["GET"])
         app.add_api_route("/adapters/{name:path}/pin", self.pin, methods=["POST"])
         app.add_api_route("/adapters/{name:path}/unpin", self.unpin, methods=["POST"])
@@ -234,21 +248,23 @@ def _setup_and_run_http_server(server_args: Any, tokenizer_manager: Any, *args: 
 
 def add_metrics_to(app: FastAPI, tokenizer_manager: Any) -> None:
     """SGLang's page of metrics, with series on it of the facts that the scheduler tells at a scrape."""
-    from prometheus_client import CollectorRegistry, make_asgi_app, multiprocess
+    from prometheus_client import CollectorRegistry, multiprocess
+    from prometheus_client.exposition import choose_encoder
     from sglang_blocklora.reporting.prometheus import AdapterCollector
 
     from blocklora_patches.http.metrics import label_budget
 
-    collector = AdapterCollector(label_budget())
+    collector = AdapterCollector(label_budget(), tokenizer_manager.served_model_name)
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry)
     registry.register(collector)
-    metrics = make_asgi_app(registry=registry)
 
     async def scrape(scope: Any, receive: Any, send: Any) -> None:
         facts = facts_of(tokenizer_manager)
         collector.show(await facts.within(SCRAPE_SECONDS), facts.age_seconds)
-        await metrics(scope, receive, send)
+        encode, content_type = choose_encoder(Request(scope).headers.get("accept", ""))
+        page = await asyncio.to_thread(encode, registry)  # many names take a while: requests go on meanwhile
+        await Response(page, headers={"Content-Type": content_type})(scope, receive, send)
 
     mount = Mount("/metrics", scrape)
     mount.path_regex = re.compile("^/metrics(?P<path>.*)$")  # as upstream's, which comes later and is not reached

@@ -15,7 +15,7 @@ from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.plugins.hook_registry import HookType
 from sglang_blocklora.memory.pool import AdapterPool
-from sglang_blocklora.reporting.facts import pool_facts, tier
+from sglang_blocklora.reporting.facts import QUEUE_HEAD, pool_facts, tier
 
 from blocklora_patches.hooks.hook import Hook, Process
 
@@ -49,7 +49,8 @@ def _get_internal_state(result: Any, self: Any, recv_req: Any) -> None:
         req.rid: req.lora_id for batch in batches if batch is not None for req in batch.reqs if not req.finished()
     }
     waiting = Counter(req.lora_id for req in self.waiting_queue)
-    facts = pool_facts(manager.pool, manager.slot_bytes, Counter(running.values()), waiting)
+    head = [(req.lora_id, len(req.origin_input_ids)) for req in self.waiting_queue[:QUEUE_HEAD]]
+    facts = pool_facts(manager.pool, manager.slot_bytes, Counter(running.values()), waiting, head)
     result.internal_state[FACTS] = msgspec.to_builtins(facts)
 
 

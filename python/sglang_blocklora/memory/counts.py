@@ -9,6 +9,8 @@ from typing import Annotated
 
 import msgspec
 
+from sglang_blocklora.memory.durations import Durations
+
 
 def _series(name: str, text: str) -> msgspec.Meta:
     return msgspec.Meta(title=name, description=text)
@@ -37,9 +39,13 @@ class AdapterCount(msgspec.Struct, kw_only=True):
 
 
 class AdapterCounts:
-    """The counts of all adapters, for reports only: they differ between TP ranks, so nothing may be decided by them."""
+    """The counts of all adapters, for reports only: they differ between TP ranks, so nothing may be decided by them.
+
+    durations  of loads into the arena
+    """
 
     def __init__(self) -> None:
+        self.durations = Durations()
         self._counts: dict[str, AdapterCount] = {}
 
     @contextmanager
@@ -49,7 +55,9 @@ class AdapterCounts:
         yield
         count = self._own(key)
         count.loads += 1
-        count.load_seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        count.load_seconds += seconds
+        self.durations.add(seconds)
         count.bytes_copied += size_bytes
 
     def read_from_disk(self, key: str) -> None:

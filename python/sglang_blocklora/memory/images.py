@@ -12,6 +12,7 @@ from sglang_blocklora.adapters.errors import AdapterError
 from sglang_blocklora.adapters.loading import Found, Report
 from sglang_blocklora.memory.counts import AdapterCounts
 from sglang_blocklora.memory.decisions import DecisionLog
+from sglang_blocklora.memory.durations import Durations
 from sglang_blocklora.memory.host_tier import HostTier
 from sglang_blocklora.memory.loaded import LoadedAdapter
 from sglang_blocklora.memory.reads import Decision, Reads
@@ -56,6 +57,11 @@ class ImageStore:
         self._reading: dict[str, int] = {}  # key -> number of its read
         self._wanted: dict[int, tuple[str, LoadedAdapter]] = {}  # number of a read -> for whom
         self._unkept: dict[str, torch.Tensor] = {}  # read, and larger than what the budget leaves
+
+    @property
+    def read_durations(self) -> Durations:
+        """How long reads of adapters took, first ones among them."""
+        return self._reads.durations
 
     def size_bytes(self, adapter: LoadedAdapter) -> int:
         """What an image costs in host memory: the same on every TP rank."""

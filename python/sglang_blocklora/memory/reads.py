@@ -18,6 +18,7 @@ from typing import Protocol
 import msgspec
 
 from sglang_blocklora.adapters.loading import Found, LocalShard, Report, merge
+from sglang_blocklora.memory.durations import Durations
 
 # Reads at once on a TP rank: more would share the same storage.
 READS_AT_ONCE = 4
@@ -94,6 +95,7 @@ class _Read:
     def __init__(self, number: int, name: str, path: str, run: Callable[[], Found]) -> None:
         self.number, self.name, self.path, self.run = number, name, path, run
         self.began: float | None = None
+        self.seconds = 0.0
         self.done = False
         self.decided = False
         self.local: LocalShard | None = None
@@ -103,11 +105,13 @@ class Reads:
     """The reads of one TP rank. All methods are called from the scheduler's thread, none of them waits.
 
     timeout_seconds  TP rank 0 gives up a read that is not done on all ranks so long after it began there
+    durations        of reads on this rank that all ranks finished
     wake_fd          readable while ``decisions`` has something to give: for a scheduler that sleeps
     """
 
     def __init__(self, tp_rank: int, board: Board, timeout_seconds: float) -> None:
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
+        self.durations = Durations()
         self._decides = tp_rank == 0
         self._board = board
         self._timeout_seconds = timeout_seconds
@@ -153,7 +157,10 @@ class Reads:
             if decision in self._decisions:
                 self._decisions.remove(decision)
                 os.eventfd_read(self.wake_fd)
-        return read.local if decision.report.error is None else None
+        if decision.report.error is not None:
+            return None
+        self.durations.add(read.seconds)
+        return read.local
 
     def _run(self, read: _Read) -> None:
         self._permits.acquire()
@@ -169,6 +176,7 @@ class Reads:
                 self._stuck.discard(read.path)
                 return
             read.local, read.done = found[1], True
+            read.seconds = time.monotonic() - read.began
             self._permits.release()
         self._board.post(read.number, found[0])
 

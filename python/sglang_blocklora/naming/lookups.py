@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from sglang_blocklora.naming.model_names import UnknownModel
@@ -13,7 +13,8 @@ Answer = TypeVar("Answer")
 
 LOOKUP_SECONDS = 10.0
 # Threads of their own: while a file system hangs it holds some of these and none that others need.
-_threads = ThreadPoolExecutor(8, thread_name_prefix="adapter-folders")
+FOLDERS = ThreadPoolExecutor(8, thread_name_prefix="adapter-folders")
+STORES = ThreadPoolExecutor(8, thread_name_prefix="adapter-stores")  # of URLs
 
 
 class NoAnswer(UnknownModel, ValueError):
@@ -22,9 +23,9 @@ class NoAnswer(UnknownModel, ValueError):
     status_code = 503
 
 
-async def look_up(question: Callable[..., Answer], *arguments: Any) -> Answer:
-    """``question(*arguments)``, asked by a thread. Raises ``NoAnswer`` after ``LOOKUP_SECONDS``."""
-    asked = asyncio.get_running_loop().run_in_executor(_threads, question, *arguments)
+async def look_up(question: Callable[..., Answer], *arguments: Any, threads: Executor = FOLDERS) -> Answer:
+    """``question(*arguments)``, asked by one of ``threads``. Raises ``NoAnswer`` after ``LOOKUP_SECONDS``."""
+    asked = asyncio.get_running_loop().run_in_executor(threads, question, *arguments)
     try:
         await asyncio.wait({asked}, timeout=LOOKUP_SECONDS)
         if not asked.done():

@@ -9,12 +9,15 @@ import msgspec
 
 from sglang_blocklora.adapters.content_hash import version
 from sglang_blocklora.memory.counts import AdapterCount
+from sglang_blocklora.memory.durations import Durations
 from sglang_blocklora.memory.pool import AdapterPool
 
 MAX_PAGE = 1000
 # Owners of slots beside the adapters' names.
 BASE = "(base)"
 UNLOADED = "(unloaded)"
+# Requests that are told of the waiting queue.
+QUEUE_HEAD = 10
 
 
 class Requests(msgspec.Struct, kw_only=True, frozen=True):
@@ -90,25 +93,47 @@ class SlotFacts(msgspec.Struct, kw_only=True, frozen=True):
         return self.invalid_kv / self.kv if self.kv else 0.0
 
 
+class Waiting(msgspec.Struct, kw_only=True, frozen=True):
+    """A request in the waiting queue; ``adapter`` is None for the base model."""
+
+    adapter: str | None
+    prompt_tokens: int
+
+
 class Facts(msgspec.Struct, kw_only=True, frozen=True):
-    """All that TP rank 0 of a scheduler tells: plain data, so that it can travel."""
+    """All that TP rank 0 of a scheduler tells: plain data, so that it can travel.
+
+    queue        the first of the waiting queue, in its order
+    transitions  how long it took to bring adapters from disk to host memory ("load") and from there into the arena
+                 ("activate")
+    """
 
     adapters: list[AdapterFacts]
     base: Requests
     max_adapters_per_batch: int
     slots: SlotFacts
+    queue: list[Waiting] = []
+    transitions: dict[str, Durations] = {}
 
 
 def pool_facts(
-    pool: AdapterPool, slot_bytes: int, running: Mapping[str | None, int], waiting: Mapping[str | None, int]
+    pool: AdapterPool,
+    slot_bytes: int,
+    running: Mapping[str | None, int],
+    waiting: Mapping[str | None, int],
+    head: Sequence[tuple[str | None, int]] = (),
 ) -> Facts:
     """Facts of one TP rank's pool.
 
     running, waiting  requests per ``lora_id``, None for the base model
+    head              ``lora_id`` and prompt tokens of the first waiting requests
     """
 
     def requests(key: str | None) -> Requests:
         return Requests(running=running.get(key, 0), waiting=waiting.get(key, 0))
+
+    def name_of(key: str | None) -> str | None:
+        return None if key is None else pool.loaded[key].name if key in pool.loaded else UNLOADED
 
     adapters = [
         AdapterFacts(
@@ -134,6 +159,8 @@ def pool_facts(
         base=requests(None),
         max_adapters_per_batch=pool.max_adapters_per_batch,
         slots=slot_facts(pool),
+        queue=[Waiting(adapter=name_of(key), prompt_tokens=tokens) for key, tokens in head],
+        transitions={"load": pool.images.read_durations, "activate": pool.load_counts.durations},
     )
 
 
@@ -241,6 +268,12 @@ def slots_told(slots: SlotFacts) -> dict[str, Any]:
     told: dict[str, Any] = msgspec.to_builtins(slots)
     del told["invalid_kv"]
     return told | {"invalid_kv_share": slots.invalid_kv_share}
+
+
+def queue_told(facts: Facts) -> dict[str, Any]:
+    """The waiting queue as ``GET /adapters`` shows it."""
+    waiting = facts.base.waiting + sum(adapter.requests.waiting for adapter in facts.adapters)
+    return {"waiting": waiting, "head": msgspec.to_builtins(facts.queue)}
 
 
 def openai_error(message: str, status: int, param: str | None = None) -> dict[str, Any]:

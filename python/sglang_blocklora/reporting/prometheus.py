@@ -5,7 +5,6 @@ Import it only once ``PROMETHEUS_MULTIPROC_DIR`` is set, as SGLang's own metrics
 
 from __future__ import annotations
 
-import time
 import typing
 from collections.abc import Iterator, Mapping
 
@@ -16,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from sglang_blocklora.memory.counts import AdapterCount
 from sglang_blocklora.reporting.facts import BASE, UNLOADED, Facts, OwnedSlots, SlotFacts, added
+from sglang_blocklora.reporting.routers import routers_series
 
 # Labels are never given up again, so that no counter jumps; adapters beyond them share "other".
 MAX_LABELS = 100
@@ -77,10 +77,14 @@ class RequestMetrics:
 
 
 class AdapterCollector(Collector):
-    """Makes series from the scheduler's facts when they are scraped, one for each field of ``AdapterCount``."""
+    """Makes series from the scheduler's facts when they are scraped, one for each field of ``AdapterCount``.
 
-    def __init__(self, budget: LabelBudget) -> None:
+    model_name  the served name of the base model
+    """
+
+    def __init__(self, budget: LabelBudget, model_name: str = "") -> None:
         self._budget = budget
+        self._model_name = model_name
         self._facts: Facts | None = None
         self._age_seconds = 0.0
         self._last: dict[str | None, AdapterCount] = {}
@@ -94,6 +98,8 @@ class AdapterCollector(Collector):
         for adapter in facts.adapters:
             before = self._last.get(adapter.lora_id, AdapterCount())
             label = self._budget.label(adapter.name)
+            if before == adapter.counts and label in self._totals:
+                continue
             self._totals[label] = added(self._totals.get(label, AdapterCount()), _gained(before, adapter.counts))
         self._last = {adapter.lora_id: adapter.counts for adapter in facts.adapters}
 
@@ -117,7 +123,7 @@ class AdapterCollector(Collector):
             for label, count in self._totals.items():
                 family.add_metric([label], getattr(count, field))
             yield family
-        yield self._lora_requests_info(self._facts)
+        yield from routers_series(self._facts, self._model_name)
 
     def _slots(self, slots: SlotFacts) -> Iterator[Metric]:
         owned: dict[str, OwnedSlots] = {}
@@ -138,20 +144,6 @@ class AdapterCollector(Collector):
         yield GaugeMetricFamily(
             f"{PREFIX}invalid_kv_share", "Share of cached KV whose adapter is not resident.", slots.invalid_kv_share
         )
-
-    @staticmethod
-    def _lora_requests_info(facts: Facts) -> Metric:
-        """vLLM's series, which routers read: the names are the labels and the value is the time."""
-        family = GaugeMetricFamily(
-            "vllm:lora_requests_info",
-            "Running stats on lora requests.",
-            labels=["max_lora", "waiting_lora_adapters", "running_lora_adapters"],
-        )
-        waiting = {adapter.name for adapter in facts.adapters if adapter.requests.waiting}
-        running = {adapter.name for adapter in facts.adapters if adapter.requests.running}
-        names = [",".join(sorted(one)) for one in (waiting, running)]
-        family.add_metric([str(facts.max_adapters_per_batch), *names], time.time())
-        return family
 
 
 def _gained(before: AdapterCount, now: AdapterCount) -> AdapterCount:

@@ -23,6 +23,8 @@ def merge_replicas(replicas: Sequence[Facts]) -> Facts:
         base=reduce(added, (facts.base for facts in replicas)),
         max_adapters_per_batch=replicas[0].max_adapters_per_batch,
         slots=reduce(added, (facts.slots for facts in replicas)),
+        queue=reduce(added, (facts.queue for facts in replicas)),
+        transitions=reduce(added, (facts.transitions for facts in replicas)),
     )
 
 

@@ -211,12 +211,15 @@ class Stores:
         return dict(sorted(found.items()))
 
     def _names(self, root: str) -> list[str]:
-        with self._lock:
-            asked_at, names = self._listed.get(root, (float("-inf"), []))
-            if time.monotonic() - asked_at > LISTED_SECONDS:
-                names = _folders_below(root)
-                self._listed[root] = (time.monotonic(), names)
+        asked_at, names = self._listed.get(root, (float("-inf"), []))
+        if time.monotonic() - asked_at <= LISTED_SECONDS or not self._lock.acquire(blocking=False):
+            return names  # as they were, while somebody else asks: a store that hangs holds one thread
+        try:
+            names = _folders_below(root)
+            self._listed[root] = (time.monotonic(), names)
             return names
+        finally:
+            self._lock.release()
 
 
 def _folders_below(root: str) -> list[str]:
