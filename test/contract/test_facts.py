@@ -169,7 +169,7 @@ def test_the_list_tells_an_adapter_once_though_it_is_unloaded_while_folders_are_
     monkeypatch.setattr(routes, "adapters_in_folders", folders)
     monkeypatch.setattr(routes, "adapters_of", lambda manager: SimpleNamespace(errors={}, draining={}))
     nothing = msgspec.convert(told(0)[0]["blocklora"], Facts)
-    (one,) = asyncio.run(routes.AdapterRoutes(None)._adapters(nothing))
+    (one,) = asyncio.run(routes.AdapterRoutes(SimpleNamespace(tokenizer=None))._adapters(nothing))
     assert (one.name, one.lora_id, one.tier) == ("a", None, "disk")
 
 
