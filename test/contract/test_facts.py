@@ -76,6 +76,9 @@ class Busy:
         return await self.questions[-1]
 
 
+PROMETHEUS_ACCEPTS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+
+
 class Idle:
     """A tokenizer manager whose scheduler answers at once."""
 
@@ -142,8 +145,8 @@ def test_metrics_are_told_where_upstream_tells_its_own(
 
     async def main() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-            for path in ("/metrics", "/metrics/", "/metrics"):
-                page = (await client.get(path)).text
+            for path, accept in (("/metrics", ""), ("/metrics/", "*/*"), ("/metrics", PROMETHEUS_ACCEPTS)):
+                page = (await client.get(path, headers={"Accept": accept})).text
                 assert 'sglang_blocklora:adapter_requests_running{adapter="(base)"} 3.0' in page
                 assert "sglang_blocklora:facts_age_seconds " in page
                 assert 'vllm:num_gpu_loaded_lora_adapters{model_name="llama"} 0.0' in page

@@ -259,10 +259,12 @@ def add_metrics_to(app: FastAPI, tokenizer_manager: Any) -> None:
     multiprocess.MultiProcessCollector(registry)
     registry.register(collector)
 
+    # Prometheus asks for OpenMetrics first, whose writer turns the colons of names into underscores.
+    encode, content_type = choose_encoder("")
+
     async def scrape(scope: Any, receive: Any, send: Any) -> None:
         facts = facts_of(tokenizer_manager)
         collector.show(await facts.within(SCRAPE_SECONDS), facts.age_seconds)
-        encode, content_type = choose_encoder(Request(scope).headers.get("accept", ""))
         page = await asyncio.to_thread(encode, registry)  # many names take a while: requests go on meanwhile
         await Response(page, headers={"Content-Type": content_type})(scope, receive, send)
 
