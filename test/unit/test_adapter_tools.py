@@ -19,6 +19,7 @@ from sglang_blocklora.adapters.shard import load_shard
 from sglang_blocklora.tools.__main__ import main
 from sglang_blocklora.tools.base_model import BaseSizes
 from sglang_blocklora.tools.match_rank import match_rank
+from sglang_blocklora.tools.verify import verify
 
 MODEL = ToyModel()
 BASE = ToyModel(kv_heads=2)  # what ``config_json`` describes
@@ -294,6 +295,16 @@ def rename(folder: Path, old: str, new: str) -> None:
 def edit_config(folder: Path, **changes: object) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rank_with_nothing_but_padding_holds_nothing(config_json: Path, tmp_path: Path, dtype: str) -> None:
+    """2 KV heads on 5 TP ranks: SGLang's CPU engine deals out two, and three ranks have none of attention."""
+    folder, base = tmp_path / "adapter", BaseSizes.read(config_json)
+    write_adapter(folder, BASE, rank=4, targets=("q_proj", "k_proj", "o_proj"))
+    specs = [base.spec(getattr(torch, dtype), rank, 5) for rank in range(5)]
+    assert [load_shard("a", folder, spec, max_rank=8)[0].slots > 0 for spec in specs] == [True] * 2 + [False] * 3
+    assert [found.passed for found in verify(folder, base, [5])] == [True]
 
 
 def test_verify_fails_when_a_rank_lost_its_part(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,8 +138,8 @@ def _copy_factors(
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
-    if pin_memory:
-        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+    if pin_memory or not math.prod(shape):  # nothing, on a TP rank that holds only padding
+        return torch.zeros(shape, dtype=dtype, pin_memory=pin_memory)
     # NumPy leaves it to the system, in huge pages; torch writes zeros over the system's, page by page.
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
