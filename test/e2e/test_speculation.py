@@ -11,7 +11,7 @@ import torch
 from blocklora_testing.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens
 from blocklora_testing.server import Server, running
 
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 INVOCATION = [17, 42, 99]
 CHOICES = {
     "plain": AdapterChoice(rank=8),
@@ -71,5 +71,4 @@ def test_drafts_taken_from_any_answer_change_no_token(tmp_path: Path, flags: tup
         proposed, right = check(server, asked)
         assert 0 < right < proposed, "drafts of both kinds were verified"
         # What is cached of an answer is the KV of its tokens, not that of drafts which were wrong.
-        for cut in (7, 16):
-            check(server, [Asked(one.prompt + one.answer[:cut], one.adapter, one.answer[cut:]) for one in asked])
+        check(server, [Asked(one.prompt + one.answer[:7], one.adapter, one.answer[7:]) for one in asked])
