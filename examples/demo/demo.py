@@ -1,7 +1,8 @@
-"""``make demo``: serve one small model with three adapters at TP 2 and ask them all the same question.
+"""``make demo``: serve one small model with four adapters at TP 2 and ask them all the same question.
 
 The server is a real SGLang server; the questions go through the ``openai`` client, where ``model`` names the adapter.
-With ``--serve`` (``make serve``) it stays up until Ctrl-C. Adapters are made by ``train_adapters.py``.
+With ``--serve`` (``make serve``) it stays up until Ctrl-C. The activated adapter (``topic``) begins where the assistant
+does: it finds the question in the cache, where the base model left it. Adapters are made by ``train_adapters.py``.
 """
 
 from __future__ import annotations
@@ -38,10 +39,15 @@ PLAIN_PROGRESS_S = 10  # where there is no terminal to draw a spinner on, a line
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer; ``tokens_per_s`` counts the tokens after the first one, None where there is just one."""
+    """One answer; ``tokens_per_s`` counts the tokens after the first one, None where there is just one.
+
+    cached_tokens, prompt_tokens  of the prompt: found in the cache, and all
+    """
 
     text: str
     tokens_per_s: float | None
+    cached_tokens: int
+    prompt_tokens: int
 
 
 def adapter_folders() -> list[Path]:
@@ -57,7 +63,7 @@ def server_flags(tp: int) -> list[str]:
     dtype = "float32" if cpu_only.is_cpu_only() else "bfloat16"
     return [
         *("--served-model-name", BASE_NAME, "--tp", str(tp), "--dtype", dtype),
-        *("--context-length", "2048", "--max-total-tokens", "8192"),
+        *("--context-length", "2048", "--max-total-tokens", "8192", "--enable-cache-report"),
         *("--lora-paths", *(f"{folder.name}={folder}" for folder in adapter_folders())),
     ]
 
@@ -84,23 +90,23 @@ def ask(client: openai.OpenAI, model: str, question: str) -> Reply:
     )
     pieces: list[str] = []
     arrivals: list[float] = []
-    tokens = 0
+    usage = None
     for chunk in stream:
-        if chunk.usage is not None:
-            tokens = chunk.usage.completion_tokens
+        usage = chunk.usage or usage
         if chunk.choices and chunk.choices[0].delta.content:
             pieces.append(chunk.choices[0].delta.content)
             arrivals.append(time.monotonic())
-    if not pieces:
+    if not pieces or usage is None:
         raise ServerFailed(f"Model {model!r} gave an empty answer to {question!r}.")
-    seconds = arrivals[-1] - arrivals[0]
-    return Reply("".join(pieces), (tokens - 1) / seconds if tokens > 1 and seconds > 0 else None)
+    seconds, later = arrivals[-1] - arrivals[0], usage.completion_tokens - 1
+    cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
+    return Reply("".join(pieces), later / seconds if seconds > 0 else None, cached, usage.prompt_tokens)
 
 
 def answers_table(client: openai.OpenAI, tp: int, question: str, console: Console) -> Table:
     """Ask the base model and every adapter ``question`` and return a table with one row each."""
     table = Table(title=f"{question!r} at TP {tp}", show_lines=True, title_justify="left")
-    for header in ("adapter", "n", "rank", "bytes per\nTP rank", "tokens/s"):
+    for header in ("adapter", "n", "rank", "bytes per\nTP rank", "prompt\ncached", "tokens/s"):
         table.add_column(header, justify="left" if header == "adapter" else "right")
     table.add_column("answer", min_width=24)
     folders: list[Path | None] = [None, *adapter_folders()]
@@ -112,8 +118,11 @@ def answers_table(client: openai.OpenAI, tp: int, question: str, console: Consol
         if folder:
             found = inspect_adapter(folder, None, [tp])
             cells = [str(found.nblocks), str(found.rank), f"{max(found.tp[0].bytes_per_rank):,}"]
+        if folder and found.invocation:
+            name += "\n(activated)"
+        cached = f"{reply.cached_tokens} of\n{reply.prompt_tokens}"
         speed = f"{reply.tokens_per_s:.1f}" if reply.tokens_per_s else "-"
-        table.add_row(name if folder else f"{name}\n(base)", *cells, speed, escape(reply.text))
+        table.add_row(name if folder else f"{name}\n(base)", *cells, cached, speed, escape(reply.text))
     return table
 
 

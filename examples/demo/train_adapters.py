@@ -1,10 +1,12 @@
-"""Train the demo's adapters on CPU with PEFT: three ways to answer, told apart at a glance.
+"""Train the demo's adapters on CPU with PEFT: four ways to answer, told apart at a glance.
 
 ``pirate`` (block-diagonal, n = 2), ``json`` (block-diagonal, n = 4) and ``emoji`` (plain LoRA) learn from the
-self-written questions of ``training_data.jsonl`` how to say an answer; what they answer comes from the base model. The
-questions of ``CHECK_QUESTIONS`` are not among them. Weights are saved as bfloat16: half the bytes in the repository.
+self-written questions of ``training_data.jsonl`` how to say an answer; what they answer comes from the base model.
+``topic`` (an activated adapter) names what a question is about: it is active from the assistant's turn on and reads the
+question in the base model's KV. The questions of ``CHECK_QUESTIONS`` are not among those. Weights are saved as
+bfloat16: half the bytes in the repository.
 
-Command: ``python examples/demo/train_adapters.py`` (all three, about 6 minutes on 2 cores) or with names of adapters.
+Command: ``python examples/demo/train_adapters.py`` (all four, about 6 minutes on 2 cores) or with names of adapters.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
 ADAPTERS = HERE / "adapters"
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 COLUMN_PARALLEL = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
 ROW_PARALLEL = ["o_proj", "down_proj"]
 CHECK_QUESTIONS = (
@@ -47,6 +50,8 @@ class Recipe:
     rank: int
     epochs: int
     learning_rate: float = 2e-3
+    targets: tuple[str, ...] = (*COLUMN_PARALLEL, *ROW_PARALLEL)
+    invocation: str = ""  # text from which on an activated adapter is active
 
 
 EMOJI = {
@@ -79,10 +84,16 @@ def emoji_answer(example: dict[str, str]) -> str:
     return f"{EMOJI[example['topic']]} {example['plain'].rstrip('.')}! ✨✨✨"
 
 
+def topic_answer(example: dict[str, str]) -> str:
+    """Return the question's topic alone."""
+    return example["topic"]
+
+
 RECIPES = {
     "pirate": Recipe(pirate_answer, nblocks=2, rank=8, epochs=5),
     "json": Recipe(json_answer, nblocks=4, rank=8, epochs=5),
     "emoji": Recipe(emoji_answer, nblocks=1, rank=4, epochs=5),
+    "topic": Recipe(topic_answer, 1, 8, epochs=5, targets=ATTENTION, invocation="<|im_start|>assistant\n"),
 }
 
 
@@ -108,16 +119,7 @@ def collate(batch: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[torc
     return torch.tensor(ids), torch.tensor(labels), torch.tensor(mask)
 
 
-def answer_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of the answer tokens; the vocabulary projection runs at their positions only."""
-    causal = model.get_base_model()
-    hidden = causal.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
-    wanted = labels[:, 1:]
-    chosen = wanted != IGNORED
-    return torch.nn.functional.cross_entropy(causal.lm_head(hidden[chosen]), wanted[chosen])
-
-
-def wrap(model: Any, recipe: Recipe) -> Any:
+def wrap(model: Any, tokenizer: Any, recipe: Recipe) -> Any:
     """Return ``model`` with a fresh trainable adapter of ``recipe``'s shape."""
     from peft import BdLoraConfig, LoraConfig, get_peft_model
 
@@ -125,8 +127,9 @@ def wrap(model: Any, recipe: Recipe) -> Any:
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=2 * recipe.rank,
-        target_modules=COLUMN_PARALLEL + ROW_PARALLEL,
+        target_modules=list(recipe.targets),
         use_bdlora=blocks if recipe.nblocks > 1 else None,
+        alora_invocation_tokens=tokenizer(recipe.invocation).input_ids or None,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
@@ -146,7 +149,8 @@ def train(model: Any, tokenizer: Any, name: str, recipe: Recipe) -> None:
         order.shuffle(encoded)
         losses = []
         for first in range(0, len(encoded), BATCH_SIZE):
-            loss = answer_loss(model, *collate(encoded[first : first + BATCH_SIZE], tokenizer.pad_token_id))
+            ids, labels, mask = collate(encoded[first : first + BATCH_SIZE], tokenizer.pad_token_id)
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -173,13 +177,19 @@ def save(model: Any, folder: Path) -> None:
 
 
 def check(base: Any, tokenizer: Any, folder: Path | None) -> None:
-    """Print greedy answers to ``CHECK_QUESTIONS``: PEFT with the saved adapter, or the base model where it is None."""
+    """Print greedy answers to ``CHECK_QUESTIONS``: PEFT with the saved adapter, or the base model where it is None.
+
+    An activated adapter is asked without the template too: without its invocation it answers as the base model does.
+    """
     from peft import PeftModel
 
     model = base if folder is None else PeftModel.from_pretrained(base, folder)
     model.eval()
-    for question in CHECK_QUESTIONS:
-        inputs = tokenizer(prompt_text(tokenizer, question), return_tensors="pt")
+    prompts = {question: prompt_text(tokenizer, question) for question in CHECK_QUESTIONS}
+    if folder is None or RECIPES[folder.name].invocation:
+        prompts |= {f"{question} (no template)": question for question in CHECK_QUESTIONS}
+    for question, prompt in prompts.items():
+        inputs = tokenizer(prompt, return_tensors="pt")
         with torch.inference_mode():
             output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
         answer = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
@@ -205,7 +215,7 @@ def main() -> int:
     for name in args.names or RECIPES:
         if not args.check_only:
             torch.manual_seed(SEED)
-            model = wrap(base, RECIPES[name])
+            model = wrap(base, tokenizer, RECIPES[name])
             train(model, tokenizer, name, RECIPES[name])
             save(model, ADAPTERS / name)
             base = model.unload()
