@@ -12,13 +12,18 @@ from dataclasses import replace
 
 from research.simulation.costs import Costs
 from research.simulation.policies import Affinity, Upstream
-from research.simulation.scenario import Contender, Scenario, main
+from research.simulation.scenario import SETTINGS, Contender, Scenario, main
 from research.simulation.systems import Adapter, System, Unified
 from research.simulation.traffic import INVOCATION, Judged, page_keys
 
 ASKED = 5
 SECONDS = 60  # of arrivals
 RANKS = (16,)
+WORKLOAD = {
+    "adapters": f"{ASKED}, all linears, rank {RANKS[0]}, plain or activated",
+    "workload": f"{SECONDS} s of contexts, Poisson; {ASKED} requests at once about each: context, invocation of 16 "
+    "tokens, question of 16 to 128 random ones, answer of 16 to 64",
+}
 
 
 def judged(rate: float, tokens: tuple[int, int]) -> Judged:
@@ -49,4 +54,4 @@ def contenders(scenario: Scenario) -> dict[str, Contender]:
 
 
 if __name__ == "__main__":
-    main("activated_simulated", __doc__, SCENARIOS, contenders)
+    main("activated_simulated", __doc__, SCENARIOS, contenders, SETTINGS | WORKLOAD)
