@@ -6,7 +6,7 @@ self-written questions of ``training_data.jsonl`` how to say an answer; what the
 question in the base model's KV. The questions of ``CHECK_QUESTIONS`` are not among those. Weights are saved as
 bfloat16: half the bytes in the repository.
 
-Command: ``python examples/demo/train_adapters.py`` (all four, about 6 minutes on 2 cores) or with names of adapters.
+Command: ``python examples/demo/train_adapters.py`` (all four, some minutes each on 2 cores) or with names of adapters.
 """
 
 from __future__ import annotations
