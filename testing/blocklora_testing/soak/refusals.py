@@ -172,7 +172,8 @@ class Refusals:
 
     def _load(self, rng: Random, name: str, path: str) -> Bad:
         route = rng.choice(["/load_lora_adapter", "/v1/load_lora_adapter"])
-        return Bad(path=route, body={"lora_name": name, "lora_path": path}, admin=True)
+        expected = (403,) if path.startswith("https:") else Bad.expected  # a store that nobody may fetch from
+        return Bad(path=route, body={"lora_name": name, "lora_path": path}, admin=True, expected=expected)
 
     def _empty_prompt(self, rng: Random) -> Bad:
         if rng.random() < 0.3:
