@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from blocklora_testing.case import NEW_TOKENS, Case
+from blocklora_testing.models import build_model, peft_tokens
 
 EXAMPLES = Path(__file__).parents[2] / "examples/frontend"
 SCRIPT = """
@@ -81,6 +82,7 @@ def use_engine(task, found):
                 found["unknown"] = str(error)
         found["after"] = tokens("n2")
         found["from tensors"] = from_tensors(engine, task["folders"], tokens)
+        found["base"] = [base_from_tensors(engine, folder, task) for folder in (task["other"], task["model"])]
     finally:
         engine.shutdown()
 
@@ -124,6 +126,36 @@ def from_tensors(engine, folders, tokens):
     return found
 
 
+def base_from_tensors(engine, folder, task):
+    # Another base model under the adapters that are there; tokens cached before, and the versions that answered.
+    import safetensors.torch
+
+    greedy = {"temperature": 0, "max_new_tokens": task["new_tokens"], "ignore_eos": True}
+    prompts = [task["prompt"]] * len(NAMES)
+
+    def generate():
+        return engine.generate(input_ids=prompts, sampling_params=greedy, lora_path=NAMES)
+
+    def versions(answers):
+        return [answer["meta_info"].get("adapter_version") for answer in answers]
+
+    before = [generate(), generate()][1]
+    session = hasattr(engine, "begin_weight_update")  # asked for since 0.5.22
+    if session:
+        engine.begin_weight_update()
+    tensors = safetensors.torch.load_file(folder + "/model.safetensors")
+    success, message = engine.update_weights_from_tensor(list(tensors.items()))
+    if session:
+        engine.end_weight_update()
+    after = generate()
+    return {
+        "done": [success, message],
+        "cached": [[answer["meta_info"]["cached_tokens"] for answer in answers] for answers in (before, after)],
+        "versions": [versions(before), versions(after)],
+        "tokens": [answer["output_ids"] for answer in after],
+    }
+
+
 def use_runtime(task, found):
     greedy = {"temperature": 0, "max_new_tokens": 8}
     runtime = sgl.runtime(**task["options"])
@@ -152,7 +184,13 @@ def llama(case) -> Case:
 
 
 @pytest.fixture(scope="module")
-def found(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> dict:
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another base model of the same shape."""
+    return build_model(tmp_path_factory.mktemp("other") / "model", "llama", kv_heads=2, seed=9)
+
+
+@pytest.fixture(scope="module")
+def found(llama: Case, other: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What the script found."""
     script = tmp_path_factory.mktemp("engine") / "program.py"
     script.write_text(SCRIPT)
@@ -165,6 +203,7 @@ def found(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> dict:
     }
     folders = {name: str(folder) for name, folder in llama.adapters.items()}
     task = {"options": options, "prompt": llama.prompts[0], "new_tokens": NEW_TOKENS, "folders": folders}
+    task |= {"model": str(llama.model), "other": str(other)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", script, json.dumps(task)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])},
@@ -211,3 +250,19 @@ def test_adapters_come_as_tensors_and_are_updated(found: dict, llama: Case) -> N
         else:
             assert not success
             assert wanted in message
+
+
+def test_new_base_weights_from_tensors_drop_the_kv_that_became_wrong(found: dict, llama: Case, other: Path) -> None:
+    """All of it was the base model's work; adapters and their versions stay."""
+    names = ["n2", "plain", None]
+    adapters = {name: llama.adapters[name] for name in names if name}
+    fresh = peft_tokens(other, adapters, llama.prompts[:1], NEW_TOKENS)
+    assert all(fresh[name][0] != llama.expected[name][0] for name in names)
+    for update, expected in zip(found["base"], (fresh, llama.expected), strict=True):
+        assert update["done"][0], update["done"][1]
+        before, after = update["cached"]
+        assert (before, after) == ([len(llama.prompts[0]) - 1] * 3, [0] * 3)
+        assert update["tokens"] == [expected[name][0] for name in names]
+        versions, later = update["versions"]
+        assert versions == later
+        assert (len(set(versions)), versions[2]) == (3, None)
