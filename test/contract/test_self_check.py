@@ -75,6 +75,20 @@ def test_what_was_compared_with_peft_passes(
         assert found <= modules | SPLIT
 
 
+def test_modules_that_the_server_leaves_out_are_not_asked_for() -> None:
+    """``--lora-target-modules``; and a parameter that is not a number, as unused ones may be, is none that changed."""
+    config = small()
+    with tp_rank(0, 1):
+        model = build(LlamaForCausalLM, config, "cpu")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_()
+            model.model.norm.weight.fill_(float("nan"))
+        linears = adaptable_linears(model)
+        spec = check_linears(model, linears, build_spec(linears, {}, config, {"q_proj"}, torch.bfloat16, 0, 1))
+    assert [sorted(linear.sources) for linear in spec.layers[0]] == [["model.layers.0.self_attn.q_proj"], [], [], []]
+
+
 def vision_config() -> Any:
     """A tiny Qwen2.5-VL, with the fields that SGLang adds and copies to the top when it reads a config."""
     from transformers import Qwen2_5_VLConfig

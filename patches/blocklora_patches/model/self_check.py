@@ -59,7 +59,7 @@ def check_linears(model: torch.nn.Module, linears: Linears, spec: ModelSpec) -> 
 
 
 def _taken(model: Any, module: torch.nn.Module, linear: LinearSpec, spec: ModelSpec) -> set[str]:
-    """Names of the checkpoint modules of ``linear`` that the loader takes; every slice has one."""
+    """Names of the checkpoint modules of ``linear`` that the loader takes; every slice that one is to feed has one."""
     where, shape = f"{_not_compared(model)}, and {linear.name}", (linear.out_offsets[-1], linear.inputs.length)
     weight = getattr(module, "weight", None)
     if not isinstance(getattr(module, "quant_method", None), UnquantizedLinearMethod) or weight is None:
@@ -90,7 +90,7 @@ def _taken(model: Any, module: torch.nn.Module, linear: LinearSpec, spec: ModelS
             slices.update(source.slices)
     finally:
         weight.data.copy_(weights)
-    if len(slices) != len(linear.outputs):
+    if slices != {index for source in linear.sources.values() for index in source.slices}:
         raise ValueError(f"{where} does not take the weights of {', '.join(linear.sources)} ({refused})")
     return taken
 
@@ -126,8 +126,9 @@ def _only(linear: LinearSpec, suffixes: Collection[str]) -> LinearSpec:
     return dataclasses.replace(linear, sources=sources)
 
 
-def _sums(model: torch.nn.Module) -> list[float]:
-    return [float(one.data.sum(dtype=torch.float64)) for one in model.parameters() if one.is_floating_point()]
+def _sums(model: torch.nn.Module) -> list[str]:
+    """A sum over each parameter, to its last bit; as text, since not a number equals nothing."""
+    return [float(one.data.sum(dtype=torch.float64)).hex() for one in model.parameters() if one.is_floating_point()]
 
 
 def _not_compared(model: torch.nn.Module) -> str:
