@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from blocklora_testing.case import NEW_TOKENS, Case
@@ -33,14 +29,6 @@ class Nodes:
         """From now on both nodes see the same in ``spool``."""
         into = ["nsenter", "--target", str(self._other.pid), "--user", "--mount", "--preserve-credentials"]
         subprocess.run([*into, "umount", self.spool], check=True)
-
-    def put(self, name: str, data: bytes) -> tuple[int, Any]:
-        request = urllib.request.Request(f"{self.server.url}/adapters/{name}", data, method="PUT")
-        try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                return answer.status, json.load(answer)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +73,9 @@ def test_tensors_reach_both_nodes_or_none(nodes: Nodes, llama: Case) -> None:
     """All ranks refuse what one node cannot read, a first version and an update; then both read it."""
     if not nodes.apart:
         pytest.skip("this user may not mount anything, so both nodes see the same folders")
-    status, answer = nodes.put("policy", as_one_file(llama.adapters["n3"]))
+    status, answer = nodes.server.put("policy", as_one_file(llama.adapters["n3"]))
     assert (status, "--adapter-spool-dir" in answer["error"]["message"]) == (400, True), answer
-    status, answer = nodes.put("n4", as_one_file(llama.adapters["n3"]))
+    status, answer = nodes.server.put("n4", as_one_file(llama.adapters["n3"]))
     assert (status, "--adapter-spool-dir" in answer["error"]["message"]) == (400, True), answer
     names = {one["name"] for one in nodes.server.call("/adapters")[1]["data"]}
     assert "policy" not in names
@@ -96,6 +84,6 @@ def test_tensors_reach_both_nodes_or_none(nodes: Nodes, llama: Case) -> None:
     assert list(spool.iterdir()) == []
     nodes.mend()
     for contents in ("n3", "n2"):
-        status, answer = nodes.put("policy", as_one_file(llama.adapters[contents]))
+        status, answer = nodes.server.put("policy", as_one_file(llama.adapters[contents]))
         assert status == 200, answer
         assert nodes.server.tokens(llama.prompts[0], "policy", NEW_TOKENS) == llama.expected[contents][0]

@@ -6,8 +6,6 @@ import json
 import socket
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,16 +37,6 @@ def server(llama: Case, tmp_path_factory) -> Iterator[Server]:
     with running(llama.model, *flags, log=folder / "log", environment=debug, warm=True) as server:
         yield server
     until(lambda: [path.name for path in folder.iterdir()] == ["log"])  # the spool goes with the server
-
-
-def put(server: Server, name: str, data: bytes) -> tuple[int, Any]:
-    """Load or update an adapter from one file; status and body."""
-    request = urllib.request.Request(f"{server.url}/adapters/{name}", data, method="PUT")
-    try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
 
 
 def ask(server: Server, llama: Case, name: str, tokens: int = NEW_TOKENS) -> tuple[list[int], str]:
@@ -89,7 +77,7 @@ def until(condition: Any) -> None:
 @pytest.fixture
 def name(server: Server, llama: Case) -> Iterator[str]:
     """An adapter that came as tensors, and of which nothing is left afterwards."""
-    assert put(server, "policy", bytes_of(llama, "n2"))[0] == 200
+    assert server.put("policy", bytes_of(llama, "n2"))[0] == 200
     yield "policy"
     assert server.call("/unload_lora_adapter", {"lora_name": "policy"})[0] == 200
     (spool,) = (path for path in server.log.parent.iterdir() if path.name != "log")
@@ -107,7 +95,7 @@ def test_an_update_under_way(server: Server, llama: Case, name: str) -> None:
     before = ask(server, llama, name)
     with ThreadPoolExecutor() as pool:
         running_on = under_way(server, llama, pool, name)
-        status, answer = put(server, name, bytes_of(llama, "n3"))
+        status, answer = server.put(name, bytes_of(llama, "n3"))
         assert status == 200
         shown = listed(server, name)
         assert (shown["version"], [one["version"] for one in shown["draining"]]) == (
@@ -118,14 +106,14 @@ def test_an_update_under_way(server: Server, llama: Case, name: str) -> None:
         tokens, version = running_on.result()
     assert (tokens[:NEW_TOKENS], version) == (expected(llama, "n2"), before[1])
     until(lambda: listed(server, name)["draining"] == [])
-    put(server, name, bytes_of(llama, "n2"))
+    server.put(name, bytes_of(llama, "n2"))
     assert ask(server, llama, name) == before
 
 
 def test_the_same_bytes_keep_their_kv(server: Server, llama: Case, name: str) -> None:
     ask(server, llama, name)
     lora_id = listed(server, name)["lora_id"]
-    assert put(server, name, bytes_of(llama, "n2"))[0] == 200
+    assert server.put(name, bytes_of(llama, "n2"))[0] == 200
     params = {"temperature": 0, "max_new_tokens": 1}
     body = {"input_ids": llama.prompts[1], "lora_path": name, "sampling_params": params}
     answer = server.call("/generate", body)[1]
@@ -143,7 +131,7 @@ def test_what_is_refused_changes_nothing(server: Server, llama: Case, name: str,
         data = safetensors.torch.save(tensors, {"adapter_config": json.dumps(config)})
     else:
         data = broken(llama.adapters["n3"], how)
-    status, answer = put(server, name, data)
+    status, answer = server.put(name, data)
     assert (status, "adapter 'policy'" in answer["error"]["message"]) == (400, True), answer
     assert ask(server, llama, name) == before
     assert listed(server, name)["draining"] == []
@@ -153,7 +141,7 @@ def test_updates_at_once_and_an_unload_between_them(server: Server, llama: Case,
     with ThreadPoolExecutor() as pool:
         for _ in range(5):
             contents = ["n3", "n8", "plain"]
-            answers = [*pool.map(lambda one: put(server, name, bytes_of(llama, one)), contents)]
+            answers = [*pool.map(lambda one: server.put(name, bytes_of(llama, one)), contents)]
             assert [status for status, _ in answers] == [200] * 3
             tokens, version = ask(server, llama, name)
             (last,) = {
@@ -161,9 +149,9 @@ def test_updates_at_once_and_an_unload_between_them(server: Server, llama: Case,
             }
             assert tokens == expected(llama, last)
         unload = pool.submit(server.call, "/unload_lora_adapter", {"lora_name": name})
-        update = pool.submit(put, server, name, bytes_of(llama, "n1"))
+        update = pool.submit(server.put, name, bytes_of(llama, "n1"))
         assert (unload.result()[0], update.result()[0]) == (200, 200)
-    put(server, name, bytes_of(llama, "n1"))
+    server.put(name, bytes_of(llama, "n1"))
     assert ask(server, llama, name)[0] == expected(llama, "n1")
 
 
@@ -186,7 +174,7 @@ def test_pause_update_continue(server: Server, llama: Case, name: str, mode: str
         running_on = under_way(server, llama, pool, name)
         assert server.call("/pause_generation", {"mode": mode})[0] == 200
         waiting = pool.submit(ask, server, llama, name)
-        status, answer = put(server, name, bytes_of(llama, "n8"))
+        status, answer = server.put(name, bytes_of(llama, "n8"))
         assert status == 200
         assert server.call("/continue_generation", {})[0] == 200
         tokens, version = running_on.result()
@@ -204,11 +192,11 @@ def test_no_order_of_calls_locks_up(server: Server, llama: Case, name: str, firs
         for mode in (first, second):
             assert server.call("/pause_generation", {"mode": mode}, timeout=60)[0] == 200
         unload = pool.submit(server.call, "/unload_lora_adapter", {"lora_name": name}, 60)
-        update = pool.submit(put, server, name, bytes_of(llama, "n3"))
+        update = pool.submit(server.put, name, bytes_of(llama, "n3"))
         assert (unload.result()[0], update.result()[0]) == (200, 200)
         assert server.call("/continue_generation", {}, timeout=60)[0] == 200
         running_on.result()
-    put(server, name, bytes_of(llama, "n3"))
+    server.put(name, bytes_of(llama, "n3"))
     assert ask(server, llama, name)[0] == expected(llama, "n3")
 
 
@@ -261,7 +249,7 @@ def test_an_update_does_not_hold_up_others(server: Server, llama: Case, name: st
 
         asking = pool.submit(others)
         for contents in ("n3", "n8", "n1", "n2") * 3:
-            assert put(server, name, bytes_of(llama, contents))[0] == 200
+            assert server.put(name, bytes_of(llama, contents))[0] == 200
             assert ask(server, llama, name)[0] == expected(llama, contents)
         stop.set()
         assert asking.result() > 0

@@ -51,14 +51,11 @@ class Server:
         """POST ``body`` as JSON (GET without one), with an API key; status and decoded answer."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        request = urllib.request.Request(self.url + path, data, headers)
-        try:
-            with _DIRECTLY.open(request, timeout=timeout) as answer:
-                text = answer.read()
-                return answer.status, json.loads(text) if text.startswith((b"{", b"[")) else text.decode()
-        except urllib.error.HTTPError as error:
-            text = error.read()
-            return error.code, json.loads(text) if text.startswith((b"{", b"[")) else text.decode()
+        return _answer(urllib.request.Request(self.url + path, data, headers), timeout)
+
+    def put(self, name: str, data: bytes) -> tuple[int, Any]:
+        """Load or update an adapter from one safetensors file's bytes; status and decoded answer."""
+        return _answer(urllib.request.Request(f"{self.url}/adapters/{name}", data, method="PUT"), timeout=120)
 
     def tokens(self, prompt: list[int], adapter: str | None, new_tokens: int) -> list[int]:
         """Greedy tokens for ``prompt`` under ``adapter``."""
@@ -100,6 +97,15 @@ class Server:
         code = self.process.poll()
         if code is not None:
             raise ServerFailed(f"The server ended with exit code {code}.\n{self.tail()}")
+
+
+def _answer(request: urllib.request.Request, timeout: float) -> tuple[int, Any]:
+    try:
+        with _DIRECTLY.open(request, timeout=timeout) as answer:
+            status, text = answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        status, text = error.code, error.read()
+    return status, json.loads(text) if text.startswith((b"{", b"[")) else text.decode()
 
 
 def free_port(wanted: int = 0) -> int:

@@ -14,6 +14,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
+from sglang_blocklora.sources.cache import FolderCache
+from sglang_blocklora.sources.fetch import fetch
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+GIB = 2**30
 S3_ACCESS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 DIRECTLY = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
@@ -25,6 +31,11 @@ class Store:
     url: str
     environment: Mapping[str, str]
     put: Callable[[str, Path], None]
+
+    def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let the clients of this process ask it."""
+        for name, value in self.environment.items():
+            monkeypatch.setenv(name, value)
 
 
 @contextmanager
@@ -229,3 +240,30 @@ def _serving(kind: type[_Files], root: Path, faults: Faults | None, attributes: 
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def adapter(folder: Path, weights: bytes = b"w" * 5000, **others: bytes) -> Path:
+    """Write what looks like an adapter from outside, with other files (``a__b`` is called ``a.b``)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps({"r": 4}))
+    (folder / WEIGHTS).write_bytes(weights)
+    for name, data in others.items():
+        (folder / name.replace("__", ".")).write_bytes(data)
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Contents of a fetched adapter's files by name."""
+    return {one.name: one.read_bytes() for one in folder.iterdir() if one.name != ".lock"}
+
+
+def whole(cache: FolderCache) -> list[str]:
+    """What is in the cache."""
+    return sorted(one.name for one in cache.root.iterdir()) if cache.root.exists() else []
+
+
+def get(url: str, cache: FolderCache, stop: threading.Event | None = None) -> Path:
+    """Fetch an adapter that nobody holds afterwards."""
+    held = fetch("sql", url, cache, stop or threading.Event())
+    held.release()
+    return held.folder
