@@ -73,10 +73,13 @@ class TorchAdder(DeltaAdder):
                 reference.add_delta_(out, x, rows, own)
 
     def experts(self, layer: int) -> list[tuple[slice | torch.Tensor, tuple[reference.LinearFactors | None, ...]]]:
-        """The batch's adapters on experts of ``layer``: each one's tokens, and factors of the experts' linears."""
+        """The batch's adapters on experts of ``layer``.
+
+        Of each its tokens, a slice or int64 [tokens], and its factors: of expert e's gate and up at 2 e, of its down at
+        2 e + 1, None where it leaves them alone.
+        """
         first = self._first_expert[layer]
-        own = [(rows, factors[layer][first:]) for rows, factors in self._segments]
-        return [(rows, factors) for rows, factors in own if any(one is not None for one in factors)]
+        return [(rows, own) for rows, factors in self._segments if (own := factors[layer][first:])]
 
     def _stack_of(self, adapters: dict[str, Resident]) -> Stack | None:
         """The stack with these adapters, made where the last batch had the same; None where there is none."""
@@ -102,10 +105,13 @@ class TorchAdder(DeltaAdder):
         return known[1]
 
     def _read(self, resident: Resident) -> AdapterFactors:
-        return tuple(
-            tuple(self._read_linear(resident, i, j) for j in range(len(layer)))
-            for i, layer in enumerate(self._spec.layers)
-        )
+        return tuple(self._read_layer(resident, i) for i in range(len(self._spec.layers)))
+
+    def _read_layer(self, resident: Resident, i: int) -> tuple[reference.LinearFactors | None, ...]:
+        """Factors of a layer's linears; those of experts are left out where the adapter is on none of them."""
+        factors = tuple(self._read_linear(resident, i, j) for j in range(len(self._spec.layers[i])))
+        first = self._first_expert[i]
+        return factors if any(one is not None for one in factors[first:]) else factors[:first]
 
     def _read_linear(self, resident: Resident, i: int, j: int) -> reference.LinearFactors | None:
         shard, linear = resident.adapter.shard, self._spec.layers[i][j]

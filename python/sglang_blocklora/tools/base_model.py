@@ -38,7 +38,7 @@ LAYER_NUMBER = re.compile(r".*\blayers\.(?P<number>\d+)\..+", re.DOTALL)
 CPU_INTERMEDIATE = 32
 AXES: tuple[Axis, ...] = ("hidden", "query", "key_value", "intermediate")
 # By which of these a config says how many experts its layers have.
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 Engine = Literal["gpu", "cpu"]
 Stored = Mapping[str, Mapping[Factor, tuple[int, int]]]
@@ -98,7 +98,7 @@ class BaseSizes:
             layers=raw["num_hidden_layers"],
             vocab=raw["vocab_size"],
             expert_layers=_expert_layers(raw),
-            experts=next((raw[key] for key in EXPERTS if raw.get(key)), 0),
+            experts=next((raw[key] for key in EXPERT_COUNTS if raw.get(key)), 0),
             expert_width=raw.get("moe_intermediate_size") or raw["intermediate_size"],
             compared=not set(raw.get("architectures") or ARCHITECTURES).isdisjoint(ARCHITECTURES),
         )
@@ -221,7 +221,7 @@ class KnownSizes:
 
 def _expert_layers(raw: Mapping[str, Any]) -> frozenset[int]:
     """Which layers have experts: all, or what a config leaves out by one of these keys."""
-    if all(not raw.get(key) for key in EXPERTS):
+    if all(not raw.get(key) for key in EXPERT_COUNTS):
         return frozenset()
     dense, step = set(raw.get("mlp_only_layers") or ()), raw.get("decoder_sparse_step") or 1
     first = raw.get("first_k_dense_replace") or 0
