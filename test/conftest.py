@@ -76,7 +76,6 @@ def api_server(api_case: Case, api_folder: Path, tmp_path_factory: pytest.TempPa
     flags += ["--served-model-name", "llama", "--enable-metrics", "--admin-api-key", ADMIN_KEY]
     flags += ["--adapter-dir", str(api_folder)]
     flags += ["--max-total-tokens", "3072"]  # too few for all adapters of the tests
-    flags += ["--sleep-on-idle"]  # it lives to the end of the session, beside servers of other tests
     flags += ["--lora-paths", *(f"{name}={api_case.adapters[source]}" for name, source in NAMES.items())]
     with running(api_case.model, *flags, log=log) as server:
         yield server

@@ -42,7 +42,7 @@ def server(many, tmp_path_factory) -> Iterator[Server]:
     flags += ["--adapter-host-memory-gb", str(100_000 / 2**30), "--max-running-requests", "8"]
     flags += ["--adapter-decision-log", str(folder / "decisions")]
     paths = ["--lora-paths", *(f"{name}={path}" for name, path in adapters.items())]
-    flags += ["--adapter-read-timeout", str(TIMEOUT_S), "--sleep-on-idle"]
+    flags += ["--adapter-read-timeout", str(TIMEOUT_S)]
     script = Path(slow_launcher.__file__)
     with running(model, *flags, *paths, log=folder / "log", module=(str(script),)) as server:
         yield server

@@ -145,7 +145,8 @@ def running(
     """
     port = free_port(port)
     arguments = ["--model-path", str(model), "--port", str(port), "--dtype", "float32"]
-    arguments += ["--max-total-tokens", "16384", "--random-seed", "0", *flags]
+    # Servers that stand idle beside a test's own would keep both cores busy with looking for requests.
+    arguments += ["--max-total-tokens", "16384", "--random-seed", "0", "--sleep-on-idle", *flags]
     variables = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | dict(environment or {})
     log.parent.mkdir(parents=True, exist_ok=True)
     if warm:
