@@ -91,6 +91,11 @@ def shrink(x: torch.Tensor, factors: LinearFactors) -> torch.Tensor:
     return torch.cat([x[:, start:stop] @ factors.a[:, start:stop].t() for start, stop in bounds], dim=1)
 
 
+def look_up(ids: torch.Tensor, factors: LinearFactors) -> torch.Tensor:
+    """h [T, h_width] for tokens whose input is one 1 among zeros, at columns ``ids`` (int64 [T]) of a dense A."""
+    return factors.a[:, ids].t()
+
+
 def expand_(out: torch.Tensor, h: torch.Tensor, factors: LinearFactors) -> None:
     """Add ``scaling * h B^T`` of every slice to ``out`` [T, all outputs] in place, for tokens of one adapter."""
     for s in factors.slices:

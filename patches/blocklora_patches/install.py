@@ -5,7 +5,7 @@ from __future__ import annotations
 from blocklora_patches.cache import registry as cache_registry
 from blocklora_patches.hooks.apply import apply
 from blocklora_patches.http import activation, facts, model_names, routes, tokenizer_manager, versions
-from blocklora_patches.model import graphs, linear, lora_manager, runner
+from blocklora_patches.model import graphs, linear, lora_manager, runner, vocabulary
 from blocklora_patches.scheduler import (
     adapter_updates,
     admission,
@@ -20,6 +20,7 @@ HOOKS = (
     *queue_order.HOOKS,
     *lora_manager.HOOKS,
     *linear.HOOKS,
+    *vocabulary.HOOKS,
     *runner.HOOKS,
     *graphs.HOOKS,
     *request.HOOKS,

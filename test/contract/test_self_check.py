@@ -39,7 +39,7 @@ def checked(model: torch.nn.Module, config: Any, rank: int = 0, size: int = 1) -
     before = {name: value.clone() for name, value in model.state_dict().items()}
     linears = adaptable_linears(model)
     try:
-        spec = check_linears(model, linears, build_spec(linears, {}, config, {"all"}, torch.bfloat16, rank, size))
+        spec = check_linears(model, linears, build_spec(linears, {}, None, config, {"all"}, torch.bfloat16, rank, size))
     finally:
         after = model.state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before)
@@ -85,7 +85,7 @@ def test_modules_that_the_server_leaves_out_are_not_asked_for() -> None:
                 parameter.normal_()
             model.model.norm.weight.fill_(float("nan"))
         linears = adaptable_linears(model)
-        spec = check_linears(model, linears, build_spec(linears, {}, config, {"q_proj"}, torch.bfloat16, 0, 1))
+        spec = check_linears(model, linears, build_spec(linears, {}, None, config, {"q_proj"}, torch.bfloat16, 0, 1))
     assert [sorted(linear.sources) for linear in spec.layers[0]] == [["model.layers.0.self_attn.q_proj"], [], [], []]
 
 
@@ -190,7 +190,7 @@ def test_a_loader_that_touches_other_weights_is_refused() -> None:
     with tp_rank(0, 1):
         model = build(Spreads, config, "cpu")
         linears = adaptable_linears(model)
-        spec = build_spec(linears, {}, config, {"all"}, torch.bfloat16, 0, 1)
+        spec = build_spec(linears, {}, None, config, {"all"}, torch.bfloat16, 0, 1)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_()

@@ -128,7 +128,7 @@ CASES = {
         "trained on this base model",
     ),
     "rank above the limit": (config(r=128), "--max-lora-rank"),
-    "embeddings": (put("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(2, 2)), "on embeddings"),
+    "embeddings": (put("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(2, 2)), "no lora_B"),
     "lm_head": (
         weights(lambda t: t.update({f"base_model.model.lm_head.lora_{f}.weight": torch.zeros(2, 2) for f in "AB"})),
         "lm_head",

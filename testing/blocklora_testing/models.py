@@ -213,7 +213,7 @@ def peft_tokens(
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=0,
-                eos_token_id=VOCAB + 1,
+                eos_token_id=2**30,  # no token is: answers have their full length
             )[0, len(prompt) :].tolist()
             for prompt in prompts
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -23,6 +24,8 @@ from blocklora_testing.warm import WarmProcess
 START_TIMEOUT_S = 420
 STOP_TIMEOUT_S = 10
 POLL_S = 0.5
+# Below those that the system gives to connections: between a look and SGLang's bind lie 20 s.
+PORTS = range(20000, 32768)
 TAIL_LINES = 25
 # Lines of the log that say nothing about why a server failed: our own polling, and a binding's farewell.
 NOISE = ('"GET /health', "nanobind", " - leaked ", " - ... skipped remainder", "reference counting issue")
@@ -113,13 +116,22 @@ def free_port(wanted: int = 0) -> int:
 
     ``ServerFailed`` where ``wanted`` is taken: SGLang would load its model first and then hang.
     """
+    if not wanted:
+        return next(port for port in random.sample(PORTS, len(PORTS)) if _is_free(port))
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", wanted))
         except OSError as error:
             raise ServerFailed(f"Port {wanted} cannot be used ({error.strerror}): choose another one.") from error
-        return int(probe.getsockname()[1])
+    return wanted
+
+
+def _is_free(port: int) -> bool:
+    try:
+        return free_port(port) == port
+    except ServerFailed:
+        return False
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from sglang_blocklora.sharding.architectures import (
     model_spec,
 )
 from sglang_blocklora.sharding.linears import Interval, ModelSpec
+from sglang_blocklora.sharding.vocabulary import Vocabulary
 
 from blocklora_patches.releases.current import release
 
@@ -72,6 +73,7 @@ def _known(linears: dict[str, torch.nn.Module]) -> list[tuple[str, torch.nn.Modu
 def build_spec(
     linears: Linears,
     experts: Mapping[int, FusedMoE],
+    vocabulary: Vocabulary | None,
     config: Any,
     targets: set[str],
     dtype: torch.dtype,
@@ -80,8 +82,9 @@ def build_spec(
 ) -> ModelSpec:
     """The spec of ``linears`` on TP rank ``rank`` of ``size``; the other arguments are ``model_spec``'s.
 
-    config   the base model's Hugging Face config
-    experts  those that adapters can be on (``experts.adaptable_experts``)
+    config      the base model's Hugging Face config
+    experts     those that adapters can be on (``experts.adaptable_experts``)
+    vocabulary  embeddings and head, where adapters can be on them (``vocabulary.adaptable_vocabulary``)
     """
     layers = [_layer(layer, config) for layer in linears]
     for i, module in experts.items():
@@ -89,6 +92,7 @@ def build_spec(
     return model_spec(
         dict(layers),
         experts={layers[i][0]: module.num_experts for i, module in experts.items()},
+        vocabulary=vocabulary,
         dtype=dtype,
         vocab_size=config.vocab_size,
         tp_rank=rank,

@@ -38,6 +38,7 @@ from blocklora_patches.model.experts import AdaptedExpertsMethod, adaptable_expe
 from blocklora_patches.model.linear import AdaptedLinearMethod
 from blocklora_patches.model.linears import adaptable_linears, build_spec, is_compared
 from blocklora_patches.model.self_check import FirstPass, check_linears
+from blocklora_patches.model.vocabulary import adapt_vocabulary, adaptable_vocabulary
 from blocklora_patches.releases.current import release
 
 logger = logging.getLogger(__name__)
@@ -81,8 +82,10 @@ class BlockLoRAManager(release.ManagerBase):
         uses_triton = settings.uses_triton(self.device.type == "cuda")
         self._experts, no_experts = adaptable_experts(base_model, linears, uses_triton)
         config = base_hf_config.get_text_config()
-        spec = build_spec(linears, self._experts, config, targets, dtype, tp_rank, tp_size)
-        self._spec = dataclasses.replace(spec, no_experts=no_experts)
+        self._model = base_model
+        self._vocabulary, no_vocabulary = adaptable_vocabulary(base_model, linears, uses_triton)
+        spec = build_spec(linears, self._experts, self._vocabulary, config, targets, dtype, tp_rank, tp_size)
+        self._spec = dataclasses.replace(spec, no_experts=no_experts, no_vocabulary=no_vocabulary)
         if self._unknown is not None:
             self._spec = check_linears(base_model, linears, self._spec)
             logger.info("%s was not compared with PEFT; its linears were checked", type(base_model).__name__)
@@ -149,7 +152,9 @@ class BlockLoRAManager(release.ManagerBase):
                 triton.compile()
             step: DeltaAdder = triton
         else:
-            step = TorchAdder(self._spec, self.pool)
+            step = torch_adder = TorchAdder(self._spec, self.pool)
+            if self._vocabulary is not None:
+                adapt_vocabulary(self._model, self._vocabulary, torch_adder)
         self._step = step
         if self._unknown is not None:
             step = self._first_pass = FirstPass(step, self._unknown, self._linears)

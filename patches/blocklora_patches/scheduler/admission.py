@@ -55,10 +55,21 @@ def _add_request_to_queue(self: Any, req: Any, is_retracted: bool = False) -> No
             f"{self.max_total_num_tokens} slots, its adapter and pinned ones take {taken}. Shorten it, unpin adapters "
             "or enlarge the pool."
         )
-        req.lora_id = req.extra_key = None  # what is left of it is one token, and no adapter may delay it
-        req.set_finish_with_abort(message)
+        _refuse(req, message)
+    elif not is_retracted and getattr(req, "token_indices_to_pool", None) and _is_on_head(self, req):
+        _refuse(req, "Scores at positions of a prompt are not computed with an adapter that is on lm_head.")
     elif not is_retracted:
         note_arrival(self, req)
+
+
+def _refuse(req: Any, message: str) -> None:
+    req.lora_id = req.extra_key = None  # what is left of it is one token, and no adapter may delay it
+    req.set_finish_with_abort(message)
+
+
+def _is_on_head(scheduler: Any, req: Any) -> bool:
+    pool = pool_of(scheduler)
+    return pool is not None and req.lora_id in pool.loaded and pool.loaded[req.lora_id].shard.on_head
 
 
 def _has_room(scheduler: Any, req: Any) -> bool:

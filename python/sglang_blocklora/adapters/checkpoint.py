@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -15,9 +15,11 @@ from sglang_blocklora.adapters.config import AdapterConfig
 from sglang_blocklora.adapters.errors import AdapterError, brief, listed
 from sglang_blocklora.adapters.experts import OfExpert, experts_of, is_wrapper
 from sglang_blocklora.adapters.files import unreadable
-from sglang_blocklora.adapters.tensor_names import FactorName, parse_name, why_not
+from sglang_blocklora.adapters.tensor_names import FactorName, is_base_weight, parse_name, why_not
 from sglang_blocklora.adapters.weights_file import DTYPES, StoredTensor, WeightsFile
+from sglang_blocklora.sharding.architectures import suffix_of
 from sglang_blocklora.sharding.cut import Factor
+from sglang_blocklora.sharding.vocabulary import KINDS
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -55,15 +57,12 @@ class Checkpoint:
 
     def _index(self) -> Mapping[str, Mapping[Factor, tuple[int, int]]]:
         shapes: dict[str, dict[Factor, tuple[int, int]]] = {}
+        others = []
         for tensor, stored in sorted(self._file.tensors.items()):
             name = parse_name(tensor)
             if name is None:
-                raise AdapterError(
-                    self.adapter,
-                    f"tensor {brief(tensor)}",
-                    "only base_model.model.<module>.lora_A.weight and .lora_B.weight",
-                    why_not(tensor),
-                )
+                others.append((tensor, stored))
+                continue
             other = self._names.setdefault(name, tensor)
             if other != tensor:
                 raise AdapterError(
@@ -80,7 +79,37 @@ class Checkpoint:
             if len(factors) == 1:
                 missing = "B" if "A" in factors else "A"
                 raise AdapterError(self.adapter, f"no lora_{missing}", "both factors", "Save it again.", module)
+        self._check_others(others, shapes)
         return shapes
+
+    def _check_others(
+        self, others: Sequence[tuple[str, StoredTensor]], shapes: Mapping[str, Mapping[Factor, tuple[int, int]]]
+    ) -> None:
+        """Tensors that are no factors: the base model's embeddings and head, which PEFT saves beside factors on them.
+
+        LoRA freezes what it is on, so in a vocabulary of the same size they are the base model's own.
+        """
+        own = {
+            (factors["A"][1], factors["B"][0]) if part == "embedding" else (factors["B"][0], factors["A"][1])
+            for name, (_, part) in KINDS.items()
+            for module, factors in shapes.items()
+            if suffix_of(module) == name
+        }
+        for tensor, stored in others:
+            if not own or not is_base_weight(tensor):
+                raise AdapterError(
+                    self.adapter,
+                    f"tensor {brief(tensor)}",
+                    "only base_model.model.<module>.lora_A.weight and .lora_B.weight",
+                    why_not(tensor),
+                )
+            if tuple(stored.shape) not in own:
+                raise AdapterError(
+                    self.adapter,
+                    f"tensor {brief(tensor)} of shape {brief(list(stored.shape))}",
+                    f"the base model's own, {list(min(own))}, as PEFT saves it beside an adapter on it",
+                    "Check that adapter and base model have the same vocabulary: new tokens are not served.",
+                )
 
     def _split_experts(
         self, config: AdapterConfig, shapes: Mapping[str, Mapping[Factor, tuple[int, int]]]

@@ -26,8 +26,9 @@ T = TypeVar("T")
 class AdapterConfig:
     """The part of ``adapter_config.json`` that decides an adapter's mathematics (names and meaning as in PEFT).
 
-    invocation  token ids from whose last occurrence in a prompt on the adapter is active; empty: always
-    unused      keys that are set and change nothing, each with the reason
+    invocation    token ids from whose last occurrence in a prompt on the adapter is active; empty: always
+    ties_weights  whether PEFT puts on both of tied embeddings and head what it trains on one
+    unused        keys that are set and change nothing, each with the reason
     Modules are named as in the model that was trained.
     """
 
@@ -41,6 +42,7 @@ class AdapterConfig:
     block_b_patterns: Sequence[str]
     match_strict: bool
     block_diagonal: bool
+    ties_weights: bool
     targets: Targets
     invocation: Sequence[int]
     unused: Sequence[str]
@@ -123,6 +125,7 @@ def parse_config(adapter: str, raw: Mapping[str, Any]) -> AdapterConfig:
         block_b_patterns=_strings(adapter, bd, "target_modules_bd_b"),
         match_strict=_flag(adapter, "use_bdlora.match_strict", bd.get("match_strict"), default=True),
         block_diagonal=bool(bd),
+        ties_weights=_flag(adapter, "ensure_weight_tying", raw.get("ensure_weight_tying"), default=False),
         targets=Targets.read(adapter, raw),
         invocation=_token_ids(adapter, raw, "alora_invocation_tokens"),
         unused=unused,

@@ -50,7 +50,7 @@ KEYS: Mapping[str, str | Unused | Refused] = {
     "lora_dropout": SILENT,
     "megatron_core": SILENT,  # where to import Megatron from; megatron_config says whether it is used
     "qalora_group_size": SILENT,  # read with use_qalora only
-    "ensure_weight_tying": SILENT,  # about embeddings, which are refused themselves
+    "ensure_weight_tying": APPLIED,
     "loftq_config": SILENT,  # these four are arguments of initialisations: init_lora_weights says which one was used
     "eva_config": SILENT,
     "corda_config": SILENT,

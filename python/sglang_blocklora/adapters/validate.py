@@ -11,6 +11,7 @@ from sglang_blocklora.adapters.tensor_names import Places
 from sglang_blocklora.sharding.architectures import MODULES, suffix_of
 from sglang_blocklora.sharding.cut import Factor, ModuleShape
 from sglang_blocklora.sharding.linears import LinearSpec, ModelSpec
+from sglang_blocklora.sharding.vocabulary import KINDS
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def check_modules(
         place = places.find(name)
         if place is None:
             raise _unknown_module(adapter, name, spec, positions)
-        if not config.targets.selects(name):
+        tied = config.ties_weights and suffix_of(name) in KINDS
+        if not tied and not config.targets.selects(name):
             raise AdapterError(
                 adapter,
                 "weights for a module that adapter_config.json does not select (target_modules, exclude_modules, "
@@ -74,6 +76,8 @@ def check_modules(
                     "Train with one of the two in target_modules.",
                     name,
                 )
+        if linear.part == "embedding":
+            _check_embedding(adapter, name, config)
         shape = _check_shape(adapter, name, config, factors, linear, linear.sources[place].size, max_rank)
         modules[place] = AdaptedModule(name, shape, config.scaling_of(name))
     return modules
@@ -120,9 +124,23 @@ def _check_shape(
     return shape
 
 
+def _check_embedding(adapter: str, module: str, config: AdapterConfig) -> None:
+    """PEFT's ``Embedding`` knows neither blocks nor invocations."""
+    blocks = config.structure_of(adapter, module) != "plain"
+    if blocks or config.invocation:
+        key = "use_bdlora" if blocks else "alora_invocation_tokens"
+        raise AdapterError(
+            adapter,
+            f"{key} on embeddings",
+            "a plain adapter there, as PEFT trains it",
+            f"Train without embed_tokens in target_modules, or without {key}.",
+            module,
+        )
+
+
 def _unknown_module(adapter: str, module: str, spec: ModelSpec, places: Collection[str]) -> AdapterError:
     names = {suffix_of(place) for place in places}
-    served = [name for name in MODULES if name in names or not names]
+    served = [name for name in (*MODULES, *KINDS) if name in names or not names]
     if Places(spec.left_out).find(module):
         return AdapterError(
             adapter,
@@ -131,12 +149,12 @@ def _unknown_module(adapter: str, module: str, spec: ModelSpec, places: Collecti
             "Start the server with the module in --lora-target-modules, or with --lora-target-modules all.",
             module,
         )
-    if "embed" in module or module.endswith("lm_head"):
-        why = "Embeddings and lm_head are not served: train without them in target_modules"
+    if suffix_of(module) in KINDS and spec.no_vocabulary:
+        why = f"Embeddings and head of this base model cannot have adapters ({spec.no_vocabulary}): train without them"
     elif "experts" in module:
         why = (
             f"Experts of this base model cannot have adapters ({spec.no_experts}): train without them"
-            if (spec.no_experts)
+            if spec.no_experts
             else "It has no such expert, or other names for it: check target_modules and target_parameters"
         )
     elif any(part in module for part in ("vision", "visual", "audio")):

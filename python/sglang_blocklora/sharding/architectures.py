@@ -6,13 +6,14 @@ Server, tools and messages read it. TP ranks differ in what they hold of four ax
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 
 from sglang_blocklora.sharding.layout import ALIGNMENT_ELEMENTS
 from sglang_blocklora.sharding.linears import Interval, LinearSpec, ModelSpec, Source
+from sglang_blocklora.sharding.vocabulary import KINDS, Vocabulary, cut_vocabulary
 
 # Architectures whose linears were compared with PEFT token by token (test/e2e). Another one may order or gate its
 # fused outputs differently, and would then answer wrongly in silence.
@@ -102,7 +103,8 @@ def suffix_of(module: str) -> str:
 
 def kind_of(module: str) -> Literal["column", "row"]:
     """Whether the output of a module (its path or name) is split over TP ranks, or its input."""
-    return MODULES[suffix_of(module)].kind
+    name = suffix_of(module)
+    return KINDS[name][0] if name in KINDS else MODULES[name].kind
 
 
 def names_of_kind(kind: Literal["column", "row"]) -> str:
@@ -110,11 +112,8 @@ def names_of_kind(kind: Literal["column", "row"]) -> str:
     return ", ".join(part for part in SPLIT_MODULES if kind_of(part) == kind)
 
 
-def linears_of(layer: str, axes: Axes, experts: int = 0) -> tuple[LinearSpec, ...]:
-    """The linears of the decoder layer at path ``layer`` on the TP rank that holds ``axes``, which the layer has.
-
-    experts  how many it has; each is two linears, behind the others
-    """
+def linears_of(layer: str, axes: Axes) -> tuple[LinearSpec, ...]:
+    """The linears of the decoder layer at path ``layer`` on the TP rank that holds ``axes``, which the layer has."""
     specs = []
     for linear in LINEARS:
         if not {linear.inputs, *linear.parts.values()} <= axes.keys():
@@ -138,9 +137,12 @@ def linears_of(layer: str, axes: Axes, experts: int = 0) -> tuple[LinearSpec, ..
                 sources=sources,
             )
         )
-    for expert in range(experts):
-        specs += _expert(layer, expert, axes["hidden"], axes["expert"])
     return tuple(specs)
+
+
+def experts_of(layer: str, axes: Axes, count: int) -> tuple[LinearSpec, ...]:
+    """The linears of ``count`` experts of that layer, two for each."""
+    return tuple(one for expert in range(count) for one in _expert(layer, expert, axes["hidden"], axes["expert"]))
 
 
 def _expert(layer: str, expert: int, hidden: Interval, width: Interval) -> tuple[LinearSpec, LinearSpec]:
@@ -160,7 +162,7 @@ def _expert(layer: str, expert: int, hidden: Interval, width: Interval) -> tuple
             inputs=hidden,
             outputs=(width, width),
             sources=first,
-            expert=True,
+            part="expert",
         ),
         LinearSpec(
             name=f"{fused}.{expert}.{FUSED_PARTS[1]}",
@@ -168,7 +170,7 @@ def _expert(layer: str, expert: int, hidden: Interval, width: Interval) -> tuple
             inputs=width,
             outputs=(hidden,),
             sources=second,
-            expert=True,
+            part="expert",
         ),
     )
 
@@ -177,6 +179,7 @@ def model_spec(
     layers: Mapping[str, Axes],
     *,
     experts: Mapping[str, int] | None = None,
+    vocabulary: Vocabulary | None = None,
     dtype: torch.dtype,
     vocab_size: int,
     tp_rank: int,
@@ -185,12 +188,20 @@ def model_spec(
 ) -> ModelSpec:
     """The spec of a model on one TP rank.
 
-    layers   path of each decoder layer -> what the TP rank holds of its axes
-    experts  path of each layer that has experts to adapt -> how many
-    targets  names of the modules that adapters may have; "all" for every one
+    layers      path of each decoder layer -> what the TP rank holds of its axes
+    experts     path of each layer that has experts to adapt -> how many
+    vocabulary  where embeddings and head can be adapted
+    targets     names of the modules that adapters may have; "all" for every one
     The row width is that of the model's KV cache, as a server rounds it.
     """
-    whole = [linears_of(path, axes, (experts or {}).get(path, 0)) for path, axes in layers.items()]
+    kept_with: Sequence[tuple[LinearSpec, ...]] = [()] * len(layers)
+    if vocabulary is not None and layers:
+        hidden = next(iter(layers.values()))["hidden"]
+        kept_with = cut_vocabulary(vocabulary, len(layers), hidden)
+    whole = [
+        linears_of(path, axes) + parts + experts_of(path, axes, (experts or {}).get(path, 0))
+        for (path, axes), parts in zip(layers.items(), kept_with, strict=True)
+    ]
     modules = {module for layer in whole for linear in layer for module in linear.sources}
     kept = {module for module in modules if "all" in targets or suffix_of(module) in targets}
     kv_width = max((axes["key_value"].length for axes in layers.values()), default=0)

@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+Part = Literal["layer", "embedding", "head", "expert"]
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -59,7 +61,8 @@ class LinearSpec:
     inputs    the rank's interval of the input axis (all of it for "column")
     outputs   per slice, the rank's interval of that slice's output axis (all of it for "row")
     sources   checkpoint module path -> what it feeds
-    expert    whether it is one expert's, of a layer that has many
+    part      where it belongs: to the decoder layer itself, to one of its experts, or, as a part that is only kept with
+              the layer, to the model's embeddings ("row", its input is the vocabulary) or its head
     """
 
     name: str
@@ -67,7 +70,7 @@ class LinearSpec:
     inputs: Interval
     outputs: tuple[Interval, ...]
     sources: Mapping[str, Source]
-    expert: bool = False
+    part: Part = "layer"
 
     @property
     def out_offsets(self) -> tuple[int, ...]:
@@ -82,11 +85,12 @@ class LinearSpec:
 class ModelSpec:
     """Linears of every layer on one TP rank, and the arena's geometry.
 
-    layers      per decoder layer, its linears in order; those of experts behind the others
-    row_width   W, elements of an arena row (KV heads of the rank times head dimension)
-    dtype       of the weights in the arena
-    left_out    checkpoint modules that the base model has, and that the server was told not to adapt
-    no_experts  why no adapter can be on the base model's experts; None where it has none, or adapters can
+    layers         per decoder layer: its linears in order, its parts of embeddings and head, those of its experts
+    row_width      W, elements of an arena row (KV heads of the rank times head dimension)
+    dtype          of the weights in the arena
+    left_out       checkpoint modules that the base model has, and that the server was told not to adapt
+    no_experts     why no adapter can be on the base model's experts; None where it has none, or adapters can
+    no_vocabulary  why none can be on its embeddings and head; None where adapters can
     """
 
     layers: tuple[tuple[LinearSpec, ...], ...]
@@ -97,9 +101,13 @@ class ModelSpec:
     tp_size: int
     left_out: frozenset[str] = frozenset()
     no_experts: str | None = None
+    no_vocabulary: str | None = None
 
     def find(self) -> dict[str, tuple[int, int]]:
-        """Checkpoint module path -> (layer, index of the linear in its layer)."""
+        """Checkpoint module path -> (layer, index of the linear in its layer).
+
+        Embeddings and head have a part in each layer: this is one of them.
+        """
         return {
             module: (i, j)
             for i, layer in enumerate(self.layers)

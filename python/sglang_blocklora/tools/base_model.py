@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -25,23 +25,28 @@ from sglang_blocklora.sharding.architectures import (
     MODULES,
     Axes,
     Axis,
+    kind_of,
     model_spec,
     suffix_of,
 )
 from sglang_blocklora.sharding.cut import Factor
 from sglang_blocklora.sharding.linears import Interval, ModelSpec
+from sglang_blocklora.sharding.vocabulary import EMBEDDING, HEAD, KINDS, Vocabulary
 
 # Row width where the base model is unknown: the layout then is an example, its padding is not reported.
 ANY_ROW_WIDTH = 1024
 LAYER_NUMBER = re.compile(r".*\blayers\.(?P<number>\d+)\..+", re.DOTALL)
 # SGLang's CPU engine rounds the intermediate width of a TP rank up to a multiple of this.
 CPU_INTERMEDIATE = 32
+# SGLang rounds the vocabulary up to a multiple of this; of this times the TP size where TP does not divide that.
+VOCABULARY = 64
 AXES: tuple[Axis, ...] = ("hidden", "query", "key_value", "intermediate")
 # By which of these a config says how many experts its layers have.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 Engine = Literal["gpu", "cpu"]
 Stored = Mapping[str, Mapping[Factor, tuple[int, int]]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +160,7 @@ class BaseSizes:
         return model_spec(
             {path: sparse if layer in self.expert_layers else dense for layer, path in enumerate(paths)},
             experts={paths[layer]: self.experts for layer in self.expert_layers},
+            vocabulary=_vocabulary(self.vocab, tp_rank, tp_size),
             dtype=dtype,
             vocab_size=self.vocab,
             tp_rank=tp_rank,
@@ -164,15 +170,17 @@ class BaseSizes:
 
 @dataclass(frozen=True)
 class KnownSizes:
-    """What an adapter tells of its base model: widths of axes (0 where it says nothing) and numbers of layers."""
+    """What an adapter tells of its base model: widths of axes and vocabulary (0 where it says nothing), and layers."""
 
     widths: Mapping[Axis, int]
+    vocab: int
     layers: tuple[str, ...]
 
     @staticmethod
     def of(name: str, config: AdapterConfig, stored: Stored) -> KnownSizes:
         """From the stored shapes. ``AdapterError`` where they contradict each other or leave the model open."""
         widths: dict[Axis, int] = {}
+        vocabulary: dict[str, int] = {}
         fused = []
         layers = set()
         for module, factors in stored.items():
@@ -181,6 +189,12 @@ class KnownSizes:
                 raise AdapterError(
                     name, "weights on experts", "the base model's number and width of them", advice, module
                 )
+            if suffix_of(module) in KINDS:
+                (_, inputs), (outputs, _) = factors["A"], factors["B"]
+                hidden, vocab = (outputs, inputs) if kind_of(module) == "row" else (inputs, outputs)
+                _measure(name, module, widths, "hidden", hidden)
+                _measure(name, module, vocabulary, "vocabulary", vocab)
+                continue
             match, linear = LAYER_NUMBER.fullmatch(module), MODULES.get(suffix_of(module))
             if match is None or linear is None:
                 continue  # refused when it finds no place
@@ -206,7 +220,9 @@ class KnownSizes:
             for axis in unknown:
                 _measure(name, module, widths, axis, max(rest, 0) // axes.count(axis))
         numbers = sorted(layers, key=lambda number: (len(number), number))
-        return KnownSizes({axis: widths.get(axis, 0) for axis in AXES}, tuple(numbers))
+        return KnownSizes(
+            {axis: widths.get(axis, 0) for axis in AXES}, vocabulary.get("vocabulary", 0), tuple(numbers) or ("0",)
+        )
 
     def spec(self, dtype: torch.dtype, tp_rank: int, tp_size: int) -> ModelSpec:
         """The adapted layers as one TP rank holds them; every axis is cut evenly, K and V's too."""
@@ -215,7 +231,14 @@ class KnownSizes:
         }
         axes["hidden"] = Interval(0, self.widths["hidden"], self.widths["hidden"])
         layers = {f"model.layers.{number}": axes for number in self.layers}
-        spec = model_spec(layers, dtype=dtype, vocab_size=sys.maxsize, tp_rank=tp_rank, tp_size=tp_size)
+        spec = model_spec(
+            layers,
+            vocabulary=_vocabulary(self.vocab, tp_rank, tp_size) if self.vocab else None,
+            dtype=dtype,
+            vocab_size=sys.maxsize,
+            tp_rank=tp_rank,
+            tp_size=tp_size,
+        )
         return dataclasses.replace(spec, row_width=ANY_ROW_WIDTH)
 
 
@@ -228,7 +251,7 @@ def _expert_layers(raw: Mapping[str, Any]) -> frozenset[int]:
     return frozenset(i for i in range(first, raw["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0)
 
 
-def _measure(name: str, module: str, widths: dict[Axis, int], axis: Axis, width: int) -> None:
+def _measure(name: str, module: str, widths: dict[T, int], axis: T, width: int) -> None:
     known = widths.setdefault(axis, width)
     if known != width:
         raise AdapterError(
@@ -238,6 +261,12 @@ def _measure(name: str, module: str, widths: dict[Axis, int], axis: Axis, width:
             "Check that adapter_config.json belongs to these weights.",
             module,
         )
+
+
+def _vocabulary(size: int, tp_rank: int, tp_size: int) -> Vocabulary:
+    unit = VOCABULARY if -(-size // VOCABULARY) * VOCABULARY % tp_size == 0 else VOCABULARY * tp_size
+    ids = _part(-(-size // unit) * unit // tp_size, tp_rank, size)
+    return Vocabulary(f"model.{EMBEDDING}", HEAD, ids)
 
 
 def _part(length: int, index: int, size: int) -> Interval:

@@ -21,6 +21,7 @@ from sglang_blocklora.adapters.config import CONFIG_NAME
 from sglang_blocklora.adapters.tensor_names import PEFT_PREFIX
 from sglang_blocklora.sharding.architectures import kind_of, suffix_of
 from sglang_blocklora.sharding.cut import block_diagonal
+from sglang_blocklora.sharding.vocabulary import EMBEDDING
 from sglang_blocklora.tools.opened import OpenedAdapter, open_adapter
 
 
@@ -100,6 +101,10 @@ def _check_sizes(adapter: OpenedAdapter, nblocks: int, rank: int) -> None:
     if rank < nblocks or rank % nblocks:
         raise ValueError(f"rank {rank} is no multiple of nblocks {nblocks}")
     for module, (inputs, outputs) in adapter.features.items():
+        if suffix_of(module) == EMBEDDING:
+            raise ValueError(
+                f"{module}: embeddings have no block-diagonal form; train without them, or serve it as it is"
+            )
         axis, size = ("in", inputs) if kind_of(module) == "row" else ("out", outputs)
         if size % nblocks:
             raise ValueError(f"{module}: {axis}_features {size} is no multiple of nblocks {nblocks}; choose another n.")
