@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from blocklora_testing import skewed_launcher
+from blocklora_testing import skewed_clocks
 from blocklora_testing.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens
 from blocklora_testing.server import Server, running, same_decisions
 from sglang_blocklora.scheduling.policy import QUANTUM_CHUNKS
@@ -56,17 +55,16 @@ def scheduled(small, tmp_path_factory) -> Iterator[Scheduled]:
     """Four requests run at a time, with at most three adapters, so that a queue forms and adapters are refused."""
     model, adapters, _, _ = small
     folder = tmp_path_factory.mktemp("scheduling-server")
-    script = Path(skewed_launcher.__file__)
     flags = ["--tp", "2", "--adapter-memory", "unified", "--max-total-tokens", "4096", "--max-running-requests", "4"]
     flags += ["--max-loras-per-batch", "3", "--chunked-prefill-size", str(CHUNK_TOKENS)]
     for name in adapters:
         flags += ["--adapter-weight", f"{name}={WEIGHT}"]
     flags += ["--adapter-max-wait-steps", str(MAX_WAIT_STEPS), "--adapter-decision-log", str(folder / "decisions")]
     paths = ["--lora-paths", *(f"{name}={path}" for name, path in adapters.items())]
-    environment = {"PYTHONPATH": os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])}
-    with running(model, *flags, *paths, log=folder / "log", environment=environment, module=(str(script),)) as server:
+    skew = skewed_clocks.skew_rank_1
+    with running(model, *flags, *paths, log=folder / "log", warm=True, change=skew) as server:
         yield Scheduled(server, folder / "decisions.0")
-    assert skewed_launcher.SKEWED in server.log_text()
+    assert skewed_clocks.SKEWED in server.log_text()
     same_decisions(folder / "decisions")
 
 

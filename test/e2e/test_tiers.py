@@ -43,8 +43,8 @@ def server(many, tmp_path_factory) -> Iterator[Server]:
     flags += ["--adapter-decision-log", str(folder / "decisions")]
     paths = ["--lora-paths", *(f"{name}={path}" for name, path in adapters.items())]
     flags += ["--adapter-read-timeout", str(TIMEOUT_S)]
-    script = Path(slow_launcher.__file__)
-    with running(model, *flags, *paths, log=folder / "log", module=(str(script),)) as server:
+    slow = slow_launcher.slow_down
+    with running(model, *flags, *paths, log=folder / "log", warm=True, change=slow) as server:
         yield server
     first = same_decisions(folder / "decisions")
     for kind in ("read", "host-evict", "failed"):

@@ -144,6 +144,7 @@ def running(
     port: int = 0,
     sound: bool = True,
     warm: bool = False,
+    change: Callable[[], None] | None = None,
     waiting: Callable[[float, Server], None] = lambda seconds, server: None,
 ) -> Iterator[Server]:
     """A server for ``model`` that answers, for the length of the block; whatever happens, its processes end with it.
@@ -152,6 +153,7 @@ def running(
     sound    whether its log is checked at the end of the block: no traceback and no leak, or ``AssertionError``
     port     0: any free one
     warm     fork it from a process that has imported SGLang (``warm.py``); ``module`` is not used
+    change   where it is warm: a function of a module that changes something in the server before it starts
     waiting  called about twice a second with the seconds since the start, until the server answers
     It has a process group of its own, so a Ctrl-C reaches only its parent. ``ServerFailed`` where it does not answer.
     """
@@ -162,7 +164,7 @@ def running(
     variables = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | dict(environment or {})
     log.parent.mkdir(parents=True, exist_ok=True)
     if warm:
-        process: subprocess.Popen | WarmProcess = WarmProcess(arguments, log, variables)
+        process: subprocess.Popen | WarmProcess = WarmProcess(arguments, log, variables, change)
     else:
         with log.open("wb") as out:
             process = subprocess.Popen(

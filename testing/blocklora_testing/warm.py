@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -19,10 +19,15 @@ from pathlib import Path
 class WarmProcess:
     """A forked server, with what is used of ``subprocess.Popen``; it has a process group of its own."""
 
-    def __init__(self, args: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-        """Start it with the launcher's arguments; the variables are set before it runs, and after SGLang's import."""
+    def __init__(
+        self, args: Sequence[str], log: Path, environment: Mapping[str, str], change: Callable[[], None] | None = None
+    ) -> None:
+        """Start it with the launcher's arguments; the variables are set before it runs, and after SGLang's import.
+
+        change  a function of a module, called then too; what it changes is changed in all processes of the server
+        """
         self.args = [*args]
-        self._process = _context().Process(target=_serve, args=(self.args, log, dict(environment)))
+        self._process = _context().Process(target=_serve, args=(self.args, log, dict(environment), change))
         self._process.start()
         self.pid = int(self._process.pid or 0)
 
@@ -47,7 +52,7 @@ def _context() -> ForkServerContext:
     return context
 
 
-def _serve(argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+def _serve(argv: Sequence[str], log: Path, environment: Mapping[str, str], change: Callable[[], None] | None) -> None:
     from sglang_blocklora import launch_server
 
     os.setsid()
@@ -55,6 +60,8 @@ def _serve(argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> No
     os.dup2(out, sys.stdout.fileno())
     os.dup2(out, sys.stderr.fileno())
     os.environ |= environment
+    if change is not None:
+        change()
     sys.argv = ["launch_server", *argv]
     # SGLang asks for "spawn" when it starts its processes: they would import everything anew.
     multiprocessing.set_start_method("fork", force=True)

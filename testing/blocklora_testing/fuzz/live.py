@@ -228,7 +228,7 @@ def fuzz_server(folder: Path, count: int, seed: int) -> tuple[dict[str, Row], di
     flags += ["--context-length", "256"]
     flags += ["--lora-paths", *(f"{name}={root / 'loaded' / name}" for name in LOADED)]
     debug = {"SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK": "1"}
-    with running(made.model, *flags, log=folder / "log", environment=debug, sound=False) as server:
+    with running(made.model, *flags, log=folder / "log", environment=debug, sound=False, warm=True) as server:
         fuzz = asyncio.run(_fuzz(server, made, root, count, seed))
         return fuzz.rows, fuzz.statuses, [alive(server), log_is_clean(server, FAILURES)]
 

@@ -1,16 +1,12 @@
-"""The launcher, with the clocks of TP rank 1 an hour ahead and running three times as fast.
+"""Sets the clocks of TP rank 1 an hour ahead, where they run three times as fast.
 
-Run as a script; each spawned process imports it again before it imports SGLang. The clocks go wrong once the scheduler
-is made, before it takes its first request.
+They go wrong once the scheduler is made, before it takes its first request.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
 import time
-
-from sglang_blocklora import cpu_only, launch_server
 
 SKEWED = "the clocks of TP rank 1 are skewed"
 CLOCKS = {
@@ -46,10 +42,3 @@ def skew_rank_1() -> None:
             print(SKEWED, flush=True)
 
     Scheduler.__init__ = init
-
-
-if __name__ in ("__main__", "__mp_main__"):
-    cpu_only.prepare(2)
-    skew_rank_1()
-if __name__ == "__main__":
-    launch_server.main(sys.argv[1:])
