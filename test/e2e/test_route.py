@@ -1,0 +1,172 @@
+"""A front before two real servers, one of which is killed under load and comes back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from blocklora_testing.case import NEW_TOKENS, Case
+from blocklora_testing.server import Server, free_port, running, stop
+from sglang_blocklora.scheduling.replicas import preference
+
+LATE = "late"  # is loaded through the front; the others are in --adapter-dir
+
+
+class Fleet:
+    """Two servers of ``case``'s model, and a front before them, which is called as if it were a server."""
+
+    def __init__(self, case: Case, folder: Path, stack: ExitStack) -> None:
+        self._case, self._folder, self._stack = case, folder, stack
+        self._flags = ["--adapter-dir", str(case.adapters["n8"].parent)]
+        self._flags += ["--served-model-name", "llama", "--max-running-requests", "8"]
+        with ThreadPoolExecutor(2) as pool:
+            self.servers = list(pool.map(self.start, (0, 0)))
+        command = [sys.executable, "-m", "sglang_blocklora.route", "--port", str(free_port()), "--check-seconds", "0.5"]
+        command += [text for server in self.servers for text in ("--replica", server.url)]
+        log = folder / "front.log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        stack.callback(stop, process)
+        self.front = Server(int(command[4]), log, process)
+        self.wait_for(2)
+
+    def start(self, port: int) -> Server:
+        """A server on ``port``, or on any."""
+        port = free_port(port)
+        log = self._folder / f"log-{port}-{time.monotonic_ns()}"
+        return self._stack.enter_context(running(self._case.model, *self._flags, log=log, port=port, warm=True))
+
+    def wait_for(self, up: int) -> None:
+        """Until so many replicas are up for the front, and none owes anything."""
+        for _ in range(600):
+            try:
+                page = urllib.request.urlopen(self.front.url + "/metrics").read().decode()
+            except OSError:
+                page = ""
+            values = {line.rpartition(" ")[0]: line.rpartition(" ")[2] for line in page.splitlines()}
+            states = [
+                (float(values[f'sglang_blocklora:route_up{{replica="{one.url}"}}']), values[_owed(one)])
+                for one in self.servers
+                if page
+            ]
+            if sum(state[0] for state in states) == up and all(owed == "0.0" for is_up, owed in states if is_up):
+                return
+            time.sleep(0.1)
+        pytest.fail(f"{up} replicas should be up\n{self.front.tail()}")
+
+    def preferred(self, adapter: str) -> int:
+        urls = tuple(server.url for server in self.servers)
+        return urls.index(preference(adapter, urls)[0])
+
+    def asked(self, server: Server) -> dict[str, int]:
+        """Requests that ``server`` had for each adapter."""
+        listed = server.call("/adapters")[1]["data"]
+        return {one["name"]: one["hits"] + one["misses"] for one in listed if one["hits"] + one["misses"]}
+
+
+def _owed(server: Server) -> str:
+    return f'sglang_blocklora:route_owed_adapters{{replica="{server.url}"}}'
+
+
+@pytest.fixture(scope="module")
+def llama(case) -> Case:
+    made = case("llama", 2)
+    return replace(made, expected=made.expected | {LATE: made.expected["n8"]})
+
+
+@pytest.fixture(scope="module")
+def fleet(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with ExitStack() as stack:
+        yield Fleet(llama, tmp_path_factory.mktemp("fleet"), stack)
+
+
+def test_each_adapter_is_answered_by_one_replica_as_peft(fleet: Fleet, llama: Case) -> None:
+    load = {"lora_name": LATE, "lora_path": str(llama.adapters["n8"])}
+    status, answer = fleet.front.call("/v1/load_lora_adapter", load)
+    assert status == 200, answer
+    assert fleet.front.many(llama.requests(), NEW_TOKENS) == llama.answers()
+    status, models = fleet.front.call("/v1/models")
+    assert {card["id"] for card in models["data"]} == {"llama", *llama.expected} - {None}
+    for number, server in enumerate(fleet.servers):
+        expected = {name: len(llama.prompts) for name in llama.expected if name and fleet.preferred(name) == number}
+        assert fleet.asked(server) == expected
+    status, answer = fleet.front.call("/v1/completions", {"model": "nobody", "prompt": "a"})
+    assert status == 404, answer
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=pytest.mark.matrix)])
+def test_a_replica_is_killed_under_load_and_comes_back(fleet: Fleet, llama: Case, rounds: int) -> None:
+    """Nobody notices but a stream that had begun there, which ends in an error; its adapters are answered by the other
+    replica, and by itself once it is there again."""
+    for victim in range(rounds):
+        kill_and_restart(fleet, llama, victim % 2)
+
+
+def kill_and_restart(fleet: Fleet, llama: Case, victim: int) -> None:
+    killed, there = fleet.servers[victim], fleet.servers[1 - victim]
+    its_own = [name for name in llama.expected if name and fleet.preferred(name) == victim]
+    assert its_own, "this seed of ports gives it nothing"
+    wrong: list[str] = []
+    done = threading.Event()
+
+    def keep_asking(number: int) -> int:
+        """One request after the other for adapters of both; how many were answered."""
+        asked = 0
+        while not done.is_set():
+            prompt, name = llama.requests()[(asked * 5 + number) % len(llama.requests())]
+            found = fleet.front.tokens(prompt, name, NEW_TOKENS)
+            if found != llama.expected[name][llama.prompts.index(prompt)]:
+                wrong.append(f"{name}: {found}")
+            asked += 1
+        return asked
+
+    with ThreadPoolExecutor(5) as pool:
+        clients = [pool.submit(keep_asking, number) for number in range(4)]
+        stream = pool.submit(read_stream, fleet.front, its_own[0], lambda: kill(killed))
+        parts = stream.result(timeout=60)
+        fleet.wait_for(1)
+        answers = fleet.front.many([(llama.prompts[0], name) for name in its_own], NEW_TOKENS)
+        done.set()
+        asked = [client.result(timeout=60) for client in clients]
+    assert wrong == []
+    assert min(asked) > 0
+    assert json.loads(parts[-1])["error"]["code"] == 502
+    assert answers == [llama.expected[name][0] for name in its_own]
+    assert fleet.asked(there).keys() >= set(its_own)
+    fleet.servers[victim] = fleet.start(killed.port)
+    fleet.wait_for(2)
+    answers = fleet.front.many([(llama.prompts[1], name) for name in its_own], NEW_TOKENS)
+    assert answers == [llama.expected[name][1] for name in its_own]
+    assert fleet.asked(fleet.servers[victim]) == dict.fromkeys(its_own, 1)
+
+
+def kill(server: Server) -> None:
+    """End it at once, all of its processes, as a machine does that is gone."""
+    os.killpg(server.process.pid, signal.SIGKILL)
+
+
+def read_stream(front: Server, adapter: str, after_some: Callable[[], None]) -> list[str]:
+    """Data of a streamed answer that is far from its end when ``after_some`` is called."""
+    body = {"model": adapter, "prompt": "a", "max_tokens": 2000, "stream": True, "ignore_eos": True}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{front.url}/v1/completions", json.dumps(body).encode(), headers)
+    parts = []
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        for line in answer:
+            if line.startswith(b"data: "):
+                parts.append(line.removeprefix(b"data: ").decode())
+            if len(parts) == 3:
+                after_some()
+    return parts
