@@ -1,6 +1,7 @@
 """Starts one server over several nodes of a Ray cluster, and ends it as a whole.
 
-``serve.py --nodes 2 --gpus 8 -- FLAG ...`` runs on the node that is to be the first; the launcher of each node gets the same flags and its own ``--node-rank``.
+``serve.py --nodes 2 --gpus 8 -- FLAG ...`` runs on the node that is to be the first. The launcher of each node gets the
+same flags and its own ``--node-rank``.
 """
 
 from __future__ import annotations
