@@ -123,7 +123,7 @@ def test_replicas_are_killed_and_drained_in_turn(fleet: Fleet, llama: Case, numb
 
 
 def end_under_load(fleet: Fleet, llama: Case, victim: int, how: Callable[[Server], None]) -> str:
-    """End a replica while requests for adapters of both are answered, and start it again; how a stream from it ended."""
+    """End a replica while adapters of both are asked for, and start it again; how a stream from it ended."""
     ended, there = fleet.servers[victim], fleet.servers[1 - victim]
     its_own = [name for name in llama.expected if name and fleet.preferred(name) == victim]
     assert its_own, "these ports give it nothing"
@@ -154,6 +154,7 @@ def end_under_load(fleet: Fleet, llama: Case, victim: int, how: Callable[[Server
     assert min(asked) > 0
     assert answers == [llama.expected[name][0] for name in its_own]
     assert fleet.asked(there).keys() >= set(its_own)
+    ended.process.wait(60)
     stop(ended.process)
     fleet.servers[victim] = fleet.start(ended.port)
     fleet.wait_for(2)
@@ -183,6 +184,6 @@ def read_stream(front: Server, adapter: str, after_some: Callable[[], None]) -> 
         for line in answer:
             if line.startswith(b"data: "):
                 parts.append(line.removeprefix(b"data: ").decode())
-            if len(parts) == 3:
-                after_some()
+                if len(parts) == 3:
+                    after_some()
     return parts
