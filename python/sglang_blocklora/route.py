@@ -25,7 +25,7 @@ def parse(argv: Sequence[str]) -> RouteSettings:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Serve until a signal; what is being answered then is answered."""
+    """Serve until a signal; what is being answered then has a minute to come to its end."""
     settings = parse(argv)
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     web.run_app(

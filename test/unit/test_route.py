@@ -17,6 +17,7 @@ from aiohttp import ClientSession, web
 from blocklora_testing.replica import StandIn
 from sglang_blocklora import route
 from sglang_blocklora.fleet.asked import adapter_of
+from sglang_blocklora.fleet.everywhere import LOAD
 from sglang_blocklora.fleet.front import FLEET, application
 from sglang_blocklora.fleet.replicas import Fleet, NoReplica
 from sglang_blocklora.fleet.settings import RouteSettings
@@ -350,6 +351,9 @@ def test_who_may_load_through_a_front(host: str, keys: dict[str, str], sent: str
     async def main() -> None:
         async with front(StandIn("one"), host=host, **keys) as fleet:
             expected = 200 if allowed else 403
+            for forged in ("none", "Bearer None", "Bearer ", "Bearer \u00e4"):
+                async with fleet.client.post(f"{fleet.url}{LOAD}", headers={"Authorization": forged}) as answer:
+                    assert answer.status == (403 if keys or not allowed else 400)
             assert (await fleet.load("a", sent))[0] == expected
             assert (await fleet.post("/adapters/a/pin", None, sent))[0] == expected
             assert (await fleet.post("/v1/unload_lora_adapter", {"lora_name": "a"}, sent))[0] == expected
@@ -471,7 +475,6 @@ def test_up_and_down_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
         change(replica)
     for _ in range(2):
         fleet.lost(replica, "gone")
-    assert [record.message for record in caplog.records] == [
-        "Replica http://a is up.",
-        "Replica http://a is down: gone",
-    ]
+    fleet.lost(replica, "gone otherwise")
+    told = [record.message.removeprefix("Replica http://a is ") for record in caplog.records]
+    assert told == ["up.", "down: gone", "down: gone otherwise"]

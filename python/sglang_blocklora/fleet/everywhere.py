@@ -73,13 +73,17 @@ class Everywhere:
         self, request: web.Request, work: Coroutine[None, None, web.StreamResponse]
     ) -> web.StreamResponse:
         """The answer of ``work``, which runs to its end also where its client goes; 403 who may not ask for it."""
-        key = self._settings.managing_key
-        open_to_all = key is None and is_loopback(self._settings.host)
-        sent = request.headers.get("Authorization", "")
-        if not open_to_all and not hmac.compare_digest(sent, bearer(key).get("Authorization", "none")):
+        if not self._may_manage(request):
             work.close()
             return web.json_response(openai_error(_CLOSED, 403), status=403)
         return await asyncio.shield(self._tasks.start(work))
+
+    def _may_manage(self, request: web.Request) -> bool:
+        key = self._settings.managing_key
+        if key is None:
+            return is_loopback(self._settings.host)
+        sent = request.headers.get("Authorization", "")
+        return hmac.compare_digest(sent.encode(), bearer(key)["Authorization"].encode())
 
     async def _load(self, request: web.Request, body: bytes) -> web.StreamResponse:
         try:

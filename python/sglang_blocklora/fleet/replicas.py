@@ -33,12 +33,14 @@ class Replica:
 
     up         it answered its last check, and nobody was refused a connection since
     in_flight  requests that it has of this front
+    why_down   what was told of it last, while it is down
     owed       names of adapters that it does not have, or lack, as the others do
     """
 
     url: str
     up: bool = False
     in_flight: int = 0
+    why_down: str = ""
     owed: set[str] = field(default_factory=set)
 
 
@@ -80,13 +82,13 @@ class Fleet:
 
     def lost(self, replica: Replica, why: str) -> None:
         """It does not answer. When it does again it may have been started anew, with nothing loaded."""
-        if replica.up:
+        if replica.up or replica.why_down != why:
             logger.warning("Replica %s is down: %s", replica.url, why)
-        replica.up = False
+        replica.up, replica.why_down = False, why
         replica.owed |= self.wanted.keys()
 
     def found(self, replica: Replica) -> None:
         """It answers."""
         if not replica.up:
             logger.info("Replica %s is up.", replica.url)
-        replica.up = True
+        replica.up, replica.why_down = True, ""

@@ -41,7 +41,7 @@ class Watch:
         self._calls, self._fleet = calls, calls.fleet
         self._settings = settings
         self._turns = turns
-        self._told: dict[str, str] = {}
+        self._told: dict[tuple[str, str], str] = {}
 
     async def forever(self, replica: Replica) -> None:
         """Check ``replica`` until the task is cancelled."""
@@ -59,8 +59,6 @@ class Watch:
                 if not replica.up:
                     await self._meet(replica)
         except (Gone, NotOurs, TimeoutError) as error:
-            if isinstance(error, NotOurs):
-                self._tell(replica, str(error))
             self._fleet.lost(replica, str(error) or f"no answer in {CHECK_SECONDS:g} s")
             return
         self._fleet.found(replica)
@@ -99,10 +97,10 @@ class Watch:
                 replica.owed.remove(name)
             else:
                 told = answer.body.decode(errors="replace")
-                self._tell(replica, f"{route} of {name!r} was answered with {answer.status}: {told}")
+                self._tell(replica, name, f"answered {route} with {answer.status}: {told}")
 
-    def _tell(self, replica: Replica, text: str) -> None:
+    def _tell(self, replica: Replica, name: str, text: str) -> None:
         """Once, not at every check."""
-        if self._told.get(replica.url) != text:
-            self._told[replica.url] = text
-            logger.error("Replica %s: %s", replica.url, text)
+        if self._told.get((replica.url, name)) != text:
+            self._told[replica.url, name] = text
+            logger.error("Replica %s lacks adapter %r as the others have it, and %s", replica.url, name, text)
