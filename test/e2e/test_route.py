@@ -41,6 +41,9 @@ class Fleet:
         stack.callback(stop, process)
         self.front = Server(int(command[4]), log, process)
         self.wait_for(2)
+        load = {"lora_name": LATE, "lora_path": str(case.adapters["n8"])}
+        status, answer = self.front.call("/v1/load_lora_adapter", load)
+        assert status == 200, answer
 
     def start(self, port: int) -> Server:
         log = self._folder / f"log-{port}-{time.monotonic_ns()}"
@@ -101,9 +104,6 @@ def fleet(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fle
 
 
 def test_each_adapter_is_answered_by_one_replica_as_peft(fleet: Fleet, llama: Case) -> None:
-    load = {"lora_name": LATE, "lora_path": str(llama.adapters["n8"])}
-    status, answer = fleet.front.call("/v1/load_lora_adapter", load)
-    assert status == 200, answer
     found = []
     for start in range(0, len(llama.requests()), ALWAYS_ROOM):  # of so many at once none is sent elsewhere
         found += fleet.front.many(llama.requests()[start : start + ALWAYS_ROOM], NEW_TOKENS)
