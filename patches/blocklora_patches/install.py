@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from blocklora_patches.cache import registry as cache_registry
 from blocklora_patches.hooks.apply import apply
-from blocklora_patches.http import activation, facts, model_names, routes, tokenizer_manager, versions
+from blocklora_patches.http import activation, facts, model_names, routes, tenants, tokenizer_manager, versions
 from blocklora_patches.model import graphs, linear, lora_manager, runner, vocabulary
 from blocklora_patches.scheduler import (
     adapter_updates,
@@ -33,6 +33,7 @@ HOOKS = (
     *facts.HOOKS,
     *model_names.HOOKS,
     *versions.HOOKS,
+    *tenants.HOOKS,
     *routes.HOOKS,
     *tokenizer_manager.HOOKS,
 )

@@ -18,7 +18,7 @@ from sglang.srt.utils import kill_process_tree
 from sglang_blocklora.settings import Settings
 
 from blocklora_patches import plugin
-from blocklora_patches.http.front_ends import refuse_other_front_ends
+from blocklora_patches.http.front_ends import refuse_open_tenants, refuse_other_front_ends, refuse_tenants_of_engine
 
 
 def run_sglang(argv: Sequence[str]) -> None:
@@ -33,6 +33,7 @@ def run_sglang(argv: Sequence[str]) -> None:
 
 def make_engine(argv: Sequence[str]) -> Any:
     """An ``Engine`` of this process with the server arguments ``argv``."""
+    refuse_tenants_of_engine()
     put_hooks_in_place()
     from blocklora_patches.language.offline_engine import AdapterEngine
 
@@ -80,6 +81,7 @@ def _server_args(argv: Sequence[str]) -> ServerArgs:
     if Settings.from_environment() is not None:
         refuse_to_be_left_out()
         refuse_other_front_ends(arguments)
+        refuse_open_tenants(arguments)
     return arguments
 
 

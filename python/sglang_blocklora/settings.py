@@ -16,6 +16,7 @@ from sglang_blocklora.memory.eviction import DEFAULT_STRATEGY, STRATEGIES
 from sglang_blocklora.naming.folders import AdapterFolders
 from sglang_blocklora.sources.cache import is_cached
 from sglang_blocklora.sources.urls import is_below, is_url, place
+from sglang_blocklora.tenancy.file import tenants_file
 
 # Set by our launcher only: its absence is what keeps an installed but unused extension out of stock SGLang.
 SETTINGS_VARIABLE = "SGLANG_BLOCKLORA_SETTINGS"
@@ -125,6 +126,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "server, and a client that may load adapters may send it"
         ),
     ] = False
+    tenants: Annotated[
+        str | None,
+        Flag(
+            help="a .toml or .json file of tenants: their keys, adapters and limits (docs/tenancy.md); needs --api-key",
+            metavar="FILE",
+            parse=tenants_file,
+            told="whoever may generate may use all adapters",
+        ),
+    ] = None
     load_balance_method: Annotated[
         str,
         Flag(

@@ -24,11 +24,11 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextlib.contextmanager
 def our_process(model: Path, name: str) -> Iterator[HTTPProcess]:
     """SGLang's process with all that is ours of it."""
-    from blocklora_patches.http import facts, model_names, routes, versions
+    from blocklora_patches.http import facts, model_names, routes, tenants, versions
     from blocklora_patches.http.tokenizer_manager import AdapterTokenizerManager
 
     flags = ["--served-model-name", name, "--enable-lora", "--max-lora-rank", "64", "--lora-target-modules", "all"]
-    with hooked([*facts.HOOKS, *model_names.HOOKS, *versions.HOOKS]):
+    with hooked([*facts.HOOKS, *model_names.HOOKS, *tenants.HOOKS, *versions.HOOKS]):
         process = HTTPProcess(model, *flags, manager_class=AdapterTokenizerManager)
         theirs = list(process.app.router.routes)  # the application is the same for all processes
         routes.add_to(process.app, process.manager)

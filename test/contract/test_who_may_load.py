@@ -127,7 +127,7 @@ def test_a_server_that_is_closed_says_so_once_when_it_starts(
     for host, lines in (("0.0.0.0", 1), ("127.0.0.1", 0)):
         caplog.clear()
         with get_serving().override(host=host):
-            routes._setup_and_run_http_server(None, hooked_process.manager)
+            routes._setup_and_run_http_server(None, hooked_process.manager, None, None, [{"max_total_num_tokens": 1}])
         told = [record.getMessage() for record in caplog.records if "over HTTP is closed" in record.getMessage()]
         assert len(told) == lines
 

@@ -129,6 +129,7 @@ def test_settings_reach_other_processes_and_the_switch_turns_them_off(monkeypatc
     assert Settings.active() is None
 
 
+TENANTS = str(REPOSITORY / "deploy/tenants.toml")
 GIVEN = {
     "--adapter-memory": (["static"], "static"),
     "--adapter-memory-mb": (["3"], 3),
@@ -143,6 +144,7 @@ GIVEN = {
     "--adapter-cache-dir": (["/usr"], "/usr"),
     "--adapter-cache-gb": (["3"], 3.0),
     "--adapter-trust-pickle": ([], True),
+    "--tenants": ([TENANTS], TENANTS),
     "--load-balance-method": (["total_tokens"], "total_tokens"),
     "--adapter-kernels": (["torch"], "torch"),
     "--adapter-overlap": (["stream"], "stream"),
@@ -246,7 +248,7 @@ def test_the_mechanism_imports_without_sglang() -> None:
         "import sys; sys.modules['sglang'] = None\n"
         "import sglang_blocklora.adapters.loading, sglang_blocklora.memory.static_pool\n"
         "import sglang_blocklora.batch.torch_adder\n"
-        "import sglang_blocklora.launch_server, sglang_blocklora.route, blocklora_kernels.reference"
+        "import sglang_blocklora.launch_server, blocklora_kernels.reference"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

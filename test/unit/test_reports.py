@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from types import MappingProxyType, SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from sglang_blocklora.memory.accounting import FORGOTTEN, SlotCounts, SlotOwners
 from sglang_blocklora.memory.counts import AdapterCount, AdapterCounts
+from sglang_blocklora.memory.durations import Durations
+from sglang_blocklora.reporting import exposition
 from sglang_blocklora.reporting.facts import (
     AdapterFacts,
     Facts,
@@ -150,6 +154,24 @@ def test_names_with_any_letters_are_told_so_that_prometheus_can_read_them() -> N
     families = {family.name: family for family in text_string_to_metric_families(text(collector))}
     waiting = families["sglang_blocklora:adapter_requests_waiting"].samples
     assert {sample.labels["adapter"] for sample in waiting} == {*names, "(base)"}
+
+
+def test_our_writer_writes_what_prometheus_clients_does() -> None:
+    """But for the time, which is the value of one series."""
+    names = ["a", 'quo"ted', "back\\slash", "new\nline", "größe ✓", "", "x" * 1000]
+    collector = AdapterCollector(LabelBudget(4), 'mo"del')
+    counts = [{"loads": 10**7, "load_seconds": 0.1 * i, "bytes_copied": 10**15 + i} for i in range(len(names))]
+    ours = [adapter(name, waiting=i, **counts[i]) for i, name in enumerate(names)]
+    took = Durations()
+    for seconds in (0.002, 0.3, 100.0):
+        took.add(seconds)
+    collector.show(msgspec.structs.replace(facts(*ours), transitions={"load": took}), age_seconds=1.5e-7)
+    written, expected = (
+        re.sub(r"(lora_requests_info\{.*\}) \S+", r"\1", page)
+        for page in (exposition.text(collector.collect()).decode(), text(collector))
+    )
+    assert written == expected
+    assert len(written.splitlines()) > 100
 
 
 def test_routers_series_names_adapters_in_its_labels() -> None:

@@ -1,10 +1,12 @@
-"""Refuses, by name, ways of SGLang to take requests past our hooks. Runs in the launching process."""
+"""Refuses, by name, ways of SGLang to take requests past our hooks, or past keys. Runs in the launching process."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from sglang.srt.environ import envs
+from sglang_blocklora.settings import Settings
+from sglang_blocklora.tenancy.file import read
 
 # What, whether it is on, why it cannot be.
 Table = tuple[tuple[str, bool, str], ...]
@@ -18,6 +20,27 @@ def refuse_other_front_ends(arguments: Any) -> None:
             f"sglang-blocklora does not support {', '.join(wrong)}. Drop it, or start stock SGLang "
             "(python -m sglang.launch_server)."
         )
+
+
+def refuse_open_tenants(arguments: Any) -> None:
+    """``SystemExit`` where ``--tenants`` would let in who has no key, or would make a tenant the operator."""
+    path = Settings.required().tenants
+    if path is None:
+        return
+    if not arguments.api_key:
+        raise SystemExit(
+            "--tenants needs --api-key, the operator's key: without one SGLang lets in whoever has none. Give both."
+        )
+    try:
+        read(path).refuse_keys({"--api-key": arguments.api_key, "--admin-api-key": arguments.admin_api_key})
+    except ValueError as error:
+        raise SystemExit(f"--tenants {path} {error}") from None
+
+
+def refuse_tenants_of_engine() -> None:
+    """``SystemExit`` where ``--tenants`` is asked of an engine, to which no key is shown."""
+    if Settings.required().tenants is not None:
+        raise SystemExit("--tenants: keys come over HTTP, and an engine sees none. Start a server or a runtime.")
 
 
 def _table(arguments: Any) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,12 @@ from sglang_blocklora.settings import Settings
 from sglang_blocklora.sources.stores import Stores
 from sglang_blocklora.sources.urls import is_url
 
+from blocklora_patches.http import tenants
 from blocklora_patches.http.adapters import adapters_of
 
 logger = logging.getLogger(__name__)
+
+_NOWHERE = "nowhere"
 
 
 def adapter_folders() -> AdapterFolders:
@@ -31,8 +34,11 @@ def adapter_folders() -> AdapterFolders:
 
 
 def loaded_adapters(tokenizer_manager: Any) -> Mapping[str, LoRARef]:
-    """Name -> ``LoRARef`` of adapters that are loaded, or were until ``--max-loaded-loras`` put them out."""
-    return ChainMap(tokenizer_manager.lora_registry._registry, tokenizer_manager.lora_ref_cache)
+    """Name -> ``LoRARef`` of adapters that are loaded, or were until ``--max-loaded-loras`` put them out.
+
+    Here and below: of those that who asks may know.
+    """
+    return tenants.visible(ChainMap(tokenizer_manager.lora_registry._registry, tokenizer_manager.lora_ref_cache))
 
 
 @lru_cache
@@ -60,7 +66,8 @@ async def adapters_in_folders(tokenizer_manager: Any) -> dict[str, Path | str]:
         except NoAnswer as error:
             logger.warning("%s Adapters in them are not listed.", error)
     base = tokenizer_manager.served_model_name
-    return {name: path for name, path in found.items() if reason_not_to_name(name, base, DEFAULT_MODEL_NAME) is None}
+    named = {name: path for name, path in found.items() if reason_not_to_name(name, base, DEFAULT_MODEL_NAME) is None}
+    return dict(tenants.visible(named))
 
 
 async def find_folder(tokenizer_manager: Any, name: str) -> Path | str | None:
@@ -69,7 +76,7 @@ async def find_folder(tokenizer_manager: Any, name: str) -> Path | str | None:
     Raises ``UnknownModel`` where this process may not look into it, and ``NoAnswer``.
     """
     ref = tokenizer_manager.lora_ref_cache.get(name)
-    if ref is None and not adapter_places():
+    if (ref is None and not adapter_places()) or not tenants.may_use(name):
         return None
     try:
         folder = await look_up(_find, ref and ref.lora_path, name)
@@ -95,6 +102,17 @@ def names_of(obj: Any) -> set[str]:
     return names
 
 
+def refuse_others(tokenizer_manager: Any, names: Collection[str | None]) -> None:
+    """Raise ``ValueError``, as for a name that nobody has, where one of ``names`` is not for who asks."""
+    for name in names:
+        if name and not tenants.may_use(name):
+            raise ValueError(_does_not_exist(tokenizer_manager, name))
+
+
+def _does_not_exist(manager: Any, name: str) -> str:
+    return f"The adapter '{name}' does not exist. {known_adapters(loaded_adapters(manager), adapter_places())}"
+
+
 async def load_missing(tokenizer_manager: Any, names: set[str]) -> None:
     """Load those of ``names`` that are not loaded. Raises ``ValueError``, which becomes a 400, if one cannot be."""
     while missing := names - adapters_of(tokenizer_manager).loaded.keys():
@@ -115,12 +133,12 @@ async def _load(manager: Any, name: str) -> None:
         except UnknownModel as error:
             return str(error)
         if folder is None:
-            known = known_adapters(loaded_adapters(manager), adapter_places())
-            return f"The adapter '{name}' does not exist. {known}"
+            return _NOWHERE
         ref = manager.lora_ref_cache.get(name)
         result = await adapters.load(name, str(folder), bool(ref and ref.pinned), found_by_name=ref is None)
         return None if result.success else result.error_message
 
     error = await adapters.on_use.run(name, load)
     if error is not None and name not in adapters.loaded:
-        raise ValueError(error)
+        # Each who asked is told of the adapters that it may know.
+        raise ValueError(_does_not_exist(manager, name) if error is _NOWHERE else error)

@@ -23,6 +23,14 @@ def _metrics() -> Any:
     return RequestMetrics(label_budget())
 
 
+@functools.cache
+def usage() -> Any:
+    """The process's one ``UsageMetrics``."""
+    from sglang_blocklora.reporting.usage import UsageMetrics
+
+    return UsageMetrics(label_budget())
+
+
 def count(tokenizer_manager: Any, state: Any, recv_obj: Any, i: int) -> None:
     """Count what came for request ``i`` of ``recv_obj``, whose ``ReqState`` is ``state``."""
     adapter = state.obj.lora_path

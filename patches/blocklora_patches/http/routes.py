@@ -16,16 +16,17 @@ from sglang.srt.entrypoints import http_server
 from sglang.srt.entrypoints.openai.protocol import ModelCard
 from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.plugins.hook_registry import HookType
-from sglang.srt.runtime_context import get_observability
+from sglang.srt.runtime_context import get_observability, get_parallel
 from sglang.srt.utils.auth import AuthLevel, auth_level
 from sglang_blocklora import reporting
 from sglang_blocklora.naming.model_names import known_adapters
-from sglang_blocklora.reporting.errors import openai_error
 from sglang_blocklora.reporting.facts import (
     MAX_PAGE,
     AdapterFacts,
     Facts,
     merge_facts,
+    only_of,
+    openai_error,
     page,
     queue_told,
     slots_told,
@@ -36,7 +37,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Mount
 
 from blocklora_patches.hooks.hook import Hook, Process
-from blocklora_patches.http import model_names, permission, server_info, tensors, versions
+from blocklora_patches.http import answers, model_names, permission, server_info, tenants, tensors, versions
 from blocklora_patches.http.adapters import NotLoaded, PinRefused, adapters_of
 from blocklora_patches.http.endpoints import replace
 from blocklora_patches.http.facts import facts_of
@@ -94,6 +95,7 @@ class AdapterRoutes:
         """Adapters by name, and who has the slots; ``after`` is the ``last_id`` of the page before."""
         facts = await facts_of(self._manager).now()
         listed = page(await self._adapters(facts), limit, after)
+        facts = only_of(facts, tenants.may_use)
         return JSONResponse(listed | {"slots": slots_told(facts.slots), "queue": queue_told(facts)})
 
     async def show_page(self) -> Response:
@@ -197,12 +199,25 @@ class AdapterRoutes:
             return _error(result.error_message, 400)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def reload_tenants(self) -> Response:
+        """Read the file of --tenants again; a bad one changes nothing."""
+        tenancy = tenants.serving()
+        if tenancy is None:
+            return _error("The server was started without --tenants.", 404)
+        try:
+            tenancy.take(await asyncio.to_thread(tenants.read_for_server, tenancy.path))
+        except ValueError as error:
+            return _error(f"{tenancy.path} {error}. The tenants stay as they were.", 400)
+        return JSONResponse({"tenants": [tenant.name for tenant in tenancy.quotas.tenants.tenants]})
+
     async def list_models(self) -> Any:
         """Upstream's list, and the adapters that would be loaded for a request."""
         models = await http_server.available_models()
-        listed = {card.id for card in models.data}
         parent = self._manager.served_model_name
-        others = {name: ref.lora_path for name, ref in self._manager.lora_ref_cache.items()}
+        models.data = [card for card in models.data if card.id == parent or tenants.may_use(card.id)]
+        listed = {card.id for card in models.data}
+        others = {name: ref.lora_path for name, ref in loaded_adapters(self._manager).items()}
         others = await adapters_in_folders(self._manager) | others
         models.data += [
             ModelCard(id=name, root=str(path), parent=parent) for name, path in others.items() if name not in listed
@@ -224,6 +239,7 @@ class AdapterRoutes:
         app.add_api_route("/adapters/{name:path}/pin", self.pin, methods=["POST"])
         app.add_api_route("/adapters/{name:path}/unpin", self.unpin, methods=["POST"])
         app.add_api_route("/adapters/{name:path}", self.put, methods=["PUT"])
+        app.add_api_route("/tenants/reload", self.reload_tenants, methods=["POST"])
         app.add_api_route("/v1/load_lora_adapter", self.load, methods=["POST"])
         app.add_api_route("/v1/unload_lora_adapter", self.unload, methods=["POST"])
 
@@ -234,10 +250,19 @@ def add_to(app: FastAPI, tokenizer_manager: Any) -> None:
     OllamaRoutes(tokenizer_manager).add_to(app)
     AdapterRoutes(tokenizer_manager).add_to(app)
     server_info.add_to(app)
-    versions.add_to(app)
+    answers.add_to(app)
 
 
-def _setup_and_run_http_server(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
+def _setup_and_run_http_server(
+    server_args: Any,
+    tokenizer_manager: Any,
+    template_manager: Any,
+    port_args: Any,
+    scheduler_infos: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    tenants.serve(scheduler_infos[0]["max_total_num_tokens"] * get_parallel().dp_size)
     add_to(http_server.app, tokenizer_manager)
     if get_observability().enable_metrics:
         add_metrics_to(http_server.app, tokenizer_manager)
@@ -250,6 +275,7 @@ def add_metrics_to(app: FastAPI, tokenizer_manager: Any) -> None:
     """SGLang's page of metrics, with series on it of the facts that the scheduler tells at a scrape."""
     from prometheus_client import CollectorRegistry, multiprocess
     from prometheus_client.exposition import choose_encoder
+    from sglang_blocklora.reporting import exposition
     from sglang_blocklora.reporting.prometheus import AdapterCollector
 
     from blocklora_patches.http.metrics import label_budget
@@ -257,7 +283,6 @@ def add_metrics_to(app: FastAPI, tokenizer_manager: Any) -> None:
     collector = AdapterCollector(label_budget(), tokenizer_manager.served_model_name)
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry)
-    registry.register(collector)
 
     # Prometheus asks for OpenMetrics first, whose writer turns the colons of names into underscores.
     encode, content_type = choose_encoder("")
@@ -265,7 +290,8 @@ def add_metrics_to(app: FastAPI, tokenizer_manager: Any) -> None:
     async def scrape(scope: Any, receive: Any, send: Any) -> None:
         facts = facts_of(tokenizer_manager)
         collector.show(await facts.within(SCRAPE_SECONDS), facts.age_seconds)
-        page = await asyncio.to_thread(encode, registry)  # many names take a while: requests go on meanwhile
+        # Many names take a while: requests go on meanwhile.
+        page = await asyncio.to_thread(lambda: encode(registry) + exposition.text(collector.collect()))
         await Response(page, headers={"Content-Type": content_type})(scope, receive, send)
 
     mount = Mount("/metrics", scrape)

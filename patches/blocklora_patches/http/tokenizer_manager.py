@@ -30,6 +30,7 @@ from blocklora_patches.http import (
     load_on_use,
     metrics,
     permission,
+    quotas,
     replicas,
     tensors,
     versions,
@@ -78,9 +79,10 @@ class AdapterTokenizerManager(TokenizerManager):
         aborts.note(obj)
         door.check_as_written(obj)
         try:
-            async with aclosing(super().generate_request(obj, request)) as answers:
-                async for answer in answers:
-                    yield answer
+            with quotas.charged(obj):
+                async with aclosing(super().generate_request(obj, request)) as answers:
+                    async for answer in answers:
+                        yield answer
         except door.NO_SHAPE as error:
             if door.is_normalized(obj):
                 raise
@@ -96,6 +98,8 @@ class AdapterTokenizerManager(TokenizerManager):
             return
         door.check_normalized(obj, self.model_config)
         aborts.mark(obj)
+        load_on_use.refuse_others(self, obj.lora_path if isinstance(obj.lora_path, list) else [obj.lora_path])
+        quotas.begin(obj)
         super()._init_req_state(obj, request)
 
     async def _handle_batch_request(self, obj: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
@@ -136,7 +140,10 @@ class AdapterTokenizerManager(TokenizerManager):
         aborts.check(obj)
         door.check_tokenized(obj, input_ids, self.model_config.vocab_size)
         make = functools.partial(super()._create_tokenized_object, obj, input_text, input_ids, *args, **kwargs)
-        return door.checked_types(make)
+        made = door.checked_types(make)
+        prompt = input_ids if input_ids is not None else obj.input_embeds
+        quotas.charge_prompt(obj, prompt, made.sampling_params.max_new_tokens, self.context_len)
+        return made
 
     async def score_request(self, *args: Any, **kwargs: Any) -> Any:
         """A score is asked for by other names than those of the request that it becomes."""
@@ -153,6 +160,11 @@ class AdapterTokenizerManager(TokenizerManager):
         """As ``_send_one_request``."""
         replicas.choose(self, tokenized_objs)
         await super()._send_batch_request(tokenized_objs)
+
+    async def _handle_batch_output(self, recv_obj: Any) -> None:
+        """Upstream tells nobody what requests generate whose clients ask for no metrics or are gone."""
+        quotas.charge_generated(self.rid_to_state, recv_obj)
+        await super()._handle_batch_output(recv_obj)
 
     def collect_metrics(self, state: Any, recv_obj: Any, i: int) -> None:
         """Upstream's series do not tell adapters apart."""

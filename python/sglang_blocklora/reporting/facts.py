@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ MAX_PAGE = 1000
 # Owners of slots beside the adapters' names.
 BASE = "(base)"
 UNLOADED = "(unloaded)"
+OTHERS = "(others)"  # adapters whose names who asks may not know
 # Requests that are told of the waiting queue.
 QUEUE_HEAD = 10
 
@@ -270,7 +271,28 @@ def slots_told(slots: SlotFacts) -> dict[str, Any]:
     return told | {"invalid_kv_share": slots.invalid_kv_share}
 
 
+def only_of(facts: Facts, may_know: Callable[[str], bool]) -> Facts:
+    """``facts`` in whose slots and queue the other adapters have one name together."""
+
+    def shown(name: str) -> str:
+        return name if name in (BASE, UNLOADED) or may_know(name) else OTHERS
+
+    owners: dict[str, OwnedSlots] = {}
+    for name, owned in facts.slots.owners.items():
+        owners[shown(name)] = added(owners.get(shown(name), OwnedSlots()), owned)
+    queue = [
+        one if one.adapter is None else msgspec.structs.replace(one, adapter=shown(one.adapter)) for one in facts.queue
+    ]
+    return msgspec.structs.replace(facts, slots=msgspec.structs.replace(facts.slots, owners=owners), queue=queue)
+
+
 def queue_told(facts: Facts) -> dict[str, Any]:
     """The waiting queue as ``GET /adapters`` shows it."""
     waiting = facts.base.waiting + sum(adapter.requests.waiting for adapter in facts.adapters)
     return {"waiting": waiting, "head": msgspec.to_builtins(facts.queue)}
+
+
+def openai_error(message: str, status: int, param: str | None = None) -> dict[str, Any]:
+    """An error body in OpenAI's form."""
+    kind = {400: "invalid_request_error", 403: "permission_error", 404: "not_found_error"}[status]
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
