@@ -41,6 +41,7 @@ PARTS = {
     "added_time": Part("benchmark.decode.added_time", 600, quick=False),
     "scheduler_host_time": Part("benchmark.scheduler.host_time", 120, quick=False),
     "counts": Part("benchmark.paper.counts --tp", 60, quick=False),
+    "counts_ranks": Part("benchmark.paper.ranks", 60, quick=False),
     "counts_tp2": Part("benchmark.paper.counts --tp 2", 240, quick=False),
     "counts_tp4": Part("benchmark.paper.counts --tp 4", 420, quick=False),
     "counts_tp8": Part("benchmark.paper.counts --tp 8", 900, quick=False),

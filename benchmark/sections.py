@@ -67,11 +67,15 @@ class Section:
     folder: str = "benchmark/results"
 
 
-COUNTS = (
-    Column(header="adapter on a TP rank, MiB", figure="adapter_bytes", digits=2, scale=MIB),
+EXCHANGED = (
     Column(header="all-gathers", figure="all_gathers", digits=0),
     Column(header="all-reduces", figure="all_reduces", digits=0),
     Column(header="bytes sent", figure="sent_bytes", digits=0),
+)
+COUNTS = (
+    Column(header="adapter on a TP rank, MiB", figure="adapter_bytes", digits=2, scale=MIB),
+    Column(header="read for a token, MiB", figure="read_bytes", digits=2, scale=MIB),
+    *EXCHANGED,
     Column(header="MFLOP", figure="flops", digits=2, scale=1e-6),
     Column(header="parameters over plain", figure="parameters_over_plain", digits=2),
 )
@@ -96,7 +100,10 @@ CACHES = (
 COUNTS_BRIEF = Brief(
     scenario="Llama-3.1-8B, TP 8",
     rows={
-        "stock, r": "SGLang's LoRA",
+        "stock, r": "SGLang 0.5.21's LoRA",
+        "stock-0.5.23, r": "SGLang 0.5.23's, every backend",
+        "vllm, r": "vLLM's",
+        "vllm-sharded, r": "vLLM's, fully sharded",
         "s-lora, r": "S-LoRA's sharding",
         "block-diagonal, matched": "**block-diagonal (ours)**",
     },
@@ -104,8 +111,28 @@ COUNTS_BRIEF = Brief(
         Column(header="LoRA rank", figure="lora_rank", digits=0),
         Column(header="parameters over plain", figure="parameters_over_plain", digits=2),
         Column(header="MiB on each GPU", figure="adapter_bytes", scale=MIB),
-        *COUNTS[1:4],
+        *EXCHANGED,
     ),
+)
+RANKS = (
+    Column(header="held over share", figure="held_over_share", digits=2),
+    Column(header="beside the largest rank", figure="beside_largest_over_share", digits=2),
+    Column(header="padding, %", figure="padding", digits=1, scale=PERCENT),
+    Column(header="read for a token, KiB per r", figure="read_bytes_per_rank", digits=0, scale=2.0**-10),
+    Column(header="MFLOP per r", figure="flops_per_rank", digits=2, scale=1e-6),
+    Column(header="bytes sent per r", figure="sent_bytes_per_rank", digits=0),
+    Column(header="collectives", figure="collectives", digits=0),
+)
+RANKS_BRIEF = Brief(
+    scenario="Qwen3-30B-A3B, TP 8",
+    rows={
+        "stock-0.5.23": "SGLang 0.5.23's LoRA, every backend",
+        "vllm": "vLLM's",
+        "vllm-sharded": "vLLM's, fully sharded",
+        "plain": "plain (ours)",
+        "block-diagonal": "**block-diagonal (ours)**",
+    },
+    columns=RANKS,
 )
 END_TO_END_BRIEF = Brief(
     scenario="Batch 1",
@@ -195,6 +222,7 @@ SECTIONS = (
         )
         for tp in (2, 4)
     ),
-    *(Section(part=f"counts_tp{tp}", baseline="stock, r", columns=COUNTS) for tp in (2, 4, 8)),
-    Section(part="counts", baseline="stock, r", columns=COUNTS, brief=COUNTS_BRIEF),
+    *(Section(part=f"counts_tp{tp}", baseline="block-diagonal, matched", columns=COUNTS) for tp in (2, 4, 8)),
+    Section(part="counts", baseline="block-diagonal, matched", columns=COUNTS, brief=COUNTS_BRIEF),
+    Section(part="counts_ranks", baseline="block-diagonal", columns=RANKS, brief=RANKS_BRIEF),
 )

@@ -33,30 +33,32 @@ SCENARIOS = (
 ABLATED = (SCENARIOS[0], SCENARIOS[4], SCENARIOS[7])
 
 
-def _upstream(name: str) -> Callable[[System], Policy]:
+def upstream(name: str) -> Callable[[System], Policy]:
+    """SGLang's policy of that name."""
     return lambda system: Upstream(name, system.cache)
 
 
-def _ours(**constants: float) -> Callable[[System], Policy]:
+def ours(**constants: float) -> Callable[[System], Policy]:
+    """Ours, with other constants than the default's (``Affinity``)."""
     return lambda system: Affinity(system.pool, system.cache, **constants)
 
 
 def contenders(scenario: Scenario) -> dict[str, Contender]:
     """The policies, all on the same memory; where it is telling, ours with another constant too."""
     policies = {
-        "lpm": _upstream("lpm"),
-        "fcfs": _upstream("fcfs"),
+        "lpm": upstream("lpm"),
+        "fcfs": upstream("fcfs"),
         "S-LoRA cluster": lambda system: SLoRACluster(),
         "LoRAX rotation": lambda system: LoRAXRotation(),
-        "adapter-affinity": _ours(),
+        "adapter-affinity": ours(),
     }
     if scenario.name in {ablated.name for ablated in ABLATED}:
         policies |= {
-            "ours, overtaken 4 steps": _ours(max_wait_steps=4),
-            "ours, overtaken 64 steps": _ours(max_wait_steps=64),
-            "ours, overtaken 256 steps": _ours(max_wait_steps=256),
-            "ours, rounds of one chunk": _ours(quantum_chunks=1),
-            "ours, any adapter joins a batch alike": _ours(batch_tokens=0.0),
+            "ours, overtaken 4 steps": ours(max_wait_steps=4),
+            "ours, overtaken 64 steps": ours(max_wait_steps=64),
+            "ours, overtaken 256 steps": ours(max_wait_steps=256),
+            "ours, rounds of one chunk": ours(quantum_chunks=1),
+            "ours, any adapter joins a batch alike": ours(batch_tokens=0.0),
         }
     return {name: Contender(Unified, policy) for name, policy in policies.items()}
 

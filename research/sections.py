@@ -15,6 +15,21 @@ ORDER = (
     Column(header="TTFT < 5 x idle, %", figure="slo_ratio_share", digits=0, scale=PERCENT),
     Column(header="GB copied", figure="copied_gb", digits=0),
 )
+GOODPUT = (
+    Column(header="within 2 s and 100 ms, %", figure="goodput_share", digits=0, scale=PERCENT),
+    Column(header="within 0.5 s and 30 ms, %", figure="goodput_interactive_share", digits=0, scale=PERCENT),
+    Column(header="TTFT P50, ms", figure="ttft_p50_ms", digits=0),
+    Column(header="P99, ms", figure="ttft_p99_ms", digits=0),
+    Column(header="worst adapter's P99, ms", figure="worst_adapter_ttft_p99_ms", digits=0),
+    Column(header="tokens/s", figure="output_tokens_per_s", digits=0),
+)
+OVERALL = (
+    Column(header="2 s, 100 ms: among the best, %", figure="goodput_share_close", digits=0, scale=PERCENT),
+    Column(header="at worst, % of the best", figure="goodput_share_least", digits=0, scale=PERCENT),
+    Column(header="0.5 s, 30 ms: among the best, %", figure="goodput_interactive_share_close", digits=0, scale=PERCENT),
+    Column(header="at worst, % of the best", figure="goodput_interactive_share_least", digits=0, scale=PERCENT),
+    Column(header="P99 TTFT over fcfs's, at worst", figure="worst_over_fcfs", digits=1),
+)
 SECTIONS = (
     Section(
         part="cost_model",
@@ -39,6 +54,10 @@ SECTIONS = (
             Column(header="prefix hits, %", figure="prefix_hit_share", digits=0, scale=PERCENT),
         ),
         folder=RESULTS,
+    ),
+    *(
+        Section(part=f"goodput_{load}", baseline="fcfs", columns=(*OVERALL, *GOODPUT), folder=RESULTS)
+        for load in ("near", "beyond")
     ),
     Section(part="scheduler_predicted", baseline="lpm", columns=ORDER, folder=RESULTS),
     Section(part="scheduler_simulated", baseline="lpm", columns=ORDER, folder=RESULTS),

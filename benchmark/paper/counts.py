@@ -1,8 +1,9 @@
-"""(a) What each sharding adds to a decode forward: counted on running TP ranks, computed for Llama-3.1-8B and 70B.
+"""(a) What each layout adds to a decode forward: counted on running TP ranks, computed for models that are served.
 
 Counted: real servers on a small Llama (2 layers, GQA), every torch.distributed call and every matrix product of every
 rank. The counts must equal what ``shardings.py`` computes for that model, or the program stops; the same computation
-then gives the figures of the large models. So collectives and bytes exchanged are counted, their scaling is computed.
+then gives the figures of Llama-3.1-8B and 70B, Qwen3-30B-A3B and Mixtral-8x7B. So collectives and bytes exchanged are
+counted for stock SGLang and for ours, their scaling is computed. vLLM's rows and those with experts are computed only.
 
     python -m benchmark.paper.counts [--tp 2]        (--tp 2 4 8 takes some minutes on two cores)
 """
@@ -16,6 +17,7 @@ import signal
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -24,15 +26,27 @@ from blocklora_testing.models import AdapterChoice, build_adapters, build_model
 from blocklora_testing.server import running
 from sglang_blocklora.tools.base_model import BaseSizes
 
-from benchmark.paper.shardings import LLAMA, SHARDINGS, Cost, Sharding, lora_cost, matched_rank, parameters
+from benchmark.paper.shardings import (
+    EXPERTS,
+    LLAMA,
+    Cost,
+    Sharding,
+    lora_cost,
+    matched_rank,
+    parameters,
+    served,
+    sources,
+)
 from benchmark.record import REPOSITORY, Recorder
 from benchmark.serving import fleet
 
 SMALL = BaseSizes(hidden=256, intermediate=512, heads=16, kv_heads=8, head_dim=16, layers=2, vocab=256)
 RANK = 16
+INSTALLED: Sharding = "stock" if version("sglang") == "0.5.21" else "stock-0.5.23"
 OURS = str(Path(__file__).with_name("s_lora") / "launcher.py")
 STOCK = str(Path(__file__).with_name("counting_stock.py"))
-ADAPTER: Mapping[Sharding, str] = {"stock": "plain", "s-lora": "plain", "block-diagonal": "bd"}
+# What can be run here, and the adapter that shows it.
+ADAPTER: Mapping[Sharding, str] = {INSTALLED: "plain", "s-lora": "plain", "block-diagonal": "bd"}
 NEW_TOKENS = 4
 
 
@@ -65,7 +79,7 @@ def count(lines: list[dict], adapter: str | None, base_lines: list[dict], tp: in
         raise SystemExit(f"TP ranks exchange different things: {costs}")
     gathers, reduces, gather_bytes, reduce_bytes = costs[0][:4]
     sent = (tp - 1) * gather_bytes + 2 * (tp - 1) * reduce_bytes // tp
-    return Cost(gathers, reduces, gather_bytes, reduce_bytes, sent, 0, max(cost[4] for cost in costs))
+    return Cost(gathers, reduces, gather_bytes, reduce_bytes, sent, 0, 0, max(cost[4] for cost in costs))
 
 
 def _difference(adapted: dict, base: dict) -> list[int]:
@@ -107,14 +121,14 @@ def measure(model: Path, adapters: Mapping[str, Path], tp: int, folder: Path) ->
             except OSError as error:
                 raise SystemExit(f"{name} did not answer ({error}):\n{server.log_text()[-4000:]}") from error
         lines[name] = decode_lines(log)
-    of = {sharding: lines["stock" if sharding == "stock" else "ours"] for sharding in SHARDINGS}
-    costs = {sharding: count(of[sharding], ADAPTER[sharding], lines["ours"], tp) for sharding in SHARDINGS}
+    of = {sharding: lines["stock" if sharding == INSTALLED else "ours"] for sharding in ADAPTER}
+    costs = {sharding: count(of[sharding], adapter, lines["ours"], tp) for sharding, adapter in ADAPTER.items()}
     return costs, count(lines["stock"], None, lines["ours"], tp)
 
 
 def check(counted: Cost, computed: Cost, what: str) -> None:
     """``SystemExit`` unless what ranks exchanged and multiplied is what was computed."""
-    counters = [field.name for field in dataclasses.fields(Cost) if field.name != "adapter_bytes"]
+    counters = [field.name for field in dataclasses.fields(Cost) if field.name not in ("adapter_bytes", "read_bytes")]
     for name in counters:
         if getattr(counted, name) != getattr(computed, name):
             raise SystemExit(f"{what}: {name} counted {getattr(counted, name)}, computed {getattr(computed, name)}")
@@ -165,23 +179,24 @@ def count_on_ranks(tp: int, folder: Path) -> None:
         label = "matched" if sharding == "block-diagonal" else "r"
         computed = lora_cost(SMALL, sharding, ranks_of(SMALL, sharding, tp)[label], tp, 1, torch.float32)
         check(counted, computed, f"TP {tp}, {sharding}")
-        counted = dataclasses.replace(counted, adapter_bytes=computed.adapter_bytes)
+        counted = dataclasses.replace(counted, adapter_bytes=computed.adapter_bytes, read_bytes=computed.read_bytes)
         record(recorder, f"Counted at TP {tp}", SMALL, tp, sharding, label, counted)
-    recorder.add(f"Counted at TP {tp}", "stock, base-model request", 0, dataclasses.asdict(idle))
-    print(f"stock, base-model request: {idle}")
+    recorder.add(f"Counted at TP {tp}", f"{INSTALLED}, base-model request", 0, dataclasses.asdict(idle))
+    print(f"{INSTALLED}, base-model request: {idle}")
     recorder.finish()
 
 
 def compute() -> None:
-    """The large models, by the same computation."""
+    """The large models at one plain rank, by the same computation."""
     settings = {
-        "computed": f"by the planner that serves adapters, checked on ranks of a small model; r = {RANK}, bfloat16",
+        "computed": "by the planner that serves adapters; stock SGLang, S-LoRA's sharding and ours checked on ranks of "
+        f"a small model, the others by their code: {sources()}; r = {RANK}, bfloat16",
         "per": "decode forward of one token and TP rank, added to the base model's own; bytes sent by ring algorithms",
     }
     recorder = Recorder("counts", 0, settings)
-    for name, base in LLAMA.items():
-        for tp in (2, 4, 8):
-            for sharding in SHARDINGS:
+    for name, base in (LLAMA | EXPERTS).items():
+        for tp in (1, 2, 4, 8):
+            for sharding in served(base):
                 for label, rank in ranks_of(base, sharding, tp).items():
                     cost = lora_cost(base, sharding, rank, tp, 1, torch.bfloat16)
                     record(recorder, f"{name}, TP {tp}", base, tp, sharding, label, cost)

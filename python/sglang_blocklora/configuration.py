@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sglang_blocklora import flags
+from sglang_blocklora.fleet.settings import RouteSettings
 from sglang_blocklora.launch_server import ADAPTER_DEFAULTS, ADAPTERS_PER_BATCH
 from sglang_blocklora.settings import SWITCH_VARIABLE, Settings
 
@@ -22,6 +23,14 @@ SGLang's flags that have another default here:
 |---|---|---|
 {defaults}
 
+## The front
+
+`python -m sglang_blocklora.route` ([route.md](route.md)) takes these:
+
+{front}
+
+## Off
+
 `{switch}=0` in the environment starts stock SGLang, with its own defaults and none of our flags.
 """
 REASONS = {
@@ -36,7 +45,12 @@ def page() -> str:
         f"| `{flag}` | {' '.join(values) or 'on'} | {REASONS.get(flag, '')} |"
         for flag, values in (ADAPTER_DEFAULTS | {"--max-loras-per-batch": [str(ADAPTERS_PER_BATCH)]}).items()
     ]
-    return PAGE.format(table=flags.table(Settings), defaults="\n".join(defaults), switch=SWITCH_VARIABLE)
+    return PAGE.format(
+        table=flags.table(Settings),
+        defaults="\n".join(defaults),
+        front=flags.table(RouteSettings),
+        switch=SWITCH_VARIABLE,
+    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ from research.simulation.outcome import Outcome
 
 SLO_TTFT_S = 6.0
 SLO_RATIO = 5.0
+# TTFT and TPOT in seconds: what MLPerf Inference asks of Llama-3.1-8B in its server scenario, and of an interactive one
+# (``llama3_1-8b.Server`` and ``llama3_1-8b-interactive.Server`` in loadgen/mlperf.conf of mlcommons/inference).
+SERVER_LIMITS = (2.0, 0.1)
+INTERACTIVE_LIMITS = (0.5, 0.03)
 FEWEST = 5  # requests of an adapter that make a P99 worth comparing
 
 
@@ -20,6 +24,7 @@ def figures(outcome: Outcome) -> dict[str, float]:
     worst_adapter_ttft_p99_ms, median_adapter_ttft_p99_ms   the largest P99 TTFT of any adapter with at least ``FEWEST``
                                requests, and the one that half of them stay below
     slo_share, slo_ratio_share requests with a TTFT under 6 s; under 5 times that of an idle server with nothing cached
+    goodput_share, goodput_interactive_share   requests within both limits of ``SERVER_LIMITS``, ``INTERACTIVE_LIMITS``
     adapter_hit_share          requests that found their adapter resident when they arrived; the others found it on the
                                host, which holds all adapters here
     prefix_hit_share           prompt tokens found in the cache
@@ -41,6 +46,8 @@ def figures(outcome: Outcome) -> dict[str, float]:
         "output_tokens_per_s": sum(record.new_tokens for record in records) / lasted_s,
         "slo_share": float((ttft < SLO_TTFT_S).mean()),
         "slo_ratio_share": float(np.mean([record.ttft_s < SLO_RATIO * record.alone_s for record in records])),
+        "goodput_share": _within(outcome, *SERVER_LIMITS),
+        "goodput_interactive_share": _within(outcome, *INTERACTIVE_LIMITS),
         "adapter_hit_share": float(np.mean([record.resident for record in records])),
         "prefix_hit_share": sum(r.cached_tokens for r in records) / sum(r.prompt_tokens for r in records),
         "invalid_kv_share": statistics.fmean(outcome.invalid_shares or [0.0]),
@@ -48,3 +55,8 @@ def figures(outcome: Outcome) -> dict[str, float]:
         "loads": outcome.loads,
         "retractions": outcome.retractions,
     }
+
+
+def _within(outcome: Outcome, ttft_s: float, tpot_s: float) -> float:
+    """Share of requests that kept both limits."""
+    return float(np.mean([record.ttft_s <= ttft_s and record.tpot_s <= tpot_s for record in outcome.records]))

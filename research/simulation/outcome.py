@@ -23,6 +23,11 @@ class Record:
     def ttft_s(self) -> float:
         return self.first_token_s - self.arrival_s
 
+    @property
+    def tpot_s(self) -> float:
+        """Seconds for each token of the answer after the first; 0 where there is none."""
+        return (self.end_s - self.first_token_s) / max(1, self.new_tokens - 1)
+
 
 @dataclass
 class Outcome:

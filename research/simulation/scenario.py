@@ -85,6 +85,8 @@ class Contender:
 
 
 Contenders = Callable[[Scenario], Mapping[str, Contender]]
+# Scenario -> contender -> figure -> a value for each seed.
+Found = Mapping[str, Mapping[str, Mapping[str, list[float]]]]
 
 
 def play(contenders: Contenders, scenario: Scenario, name: str, seed: int) -> dict[str, float]:
@@ -113,22 +115,42 @@ def main(
     parser.add_argument(
         "--quick", action="store_true", help="one seed and a fifth of the sessions; nothing is recorded"
     )
-    quick = parser.parse_args().quick
-    seeds = SEEDS[:1] if quick else SEEDS
+    experiment(part, scenarios, contenders, settings, quick=parser.parse_args().quick)
+
+
+def experiment(
+    part: str,
+    scenarios: Sequence[Scenario],
+    contenders: Contenders,
+    settings: Mapping[str, object] = SETTINGS,
+    *,
+    seeds: Sequence[int] = SEEDS,
+    quick: bool,
+    overall: Callable[[Found], Found] | None = None,
+) -> None:
+    """Play every scenario for each seed and contender, record it as ``part``, print its tables.
+
+    quick    one seed and a fifth of the sessions; nothing is recorded
+    overall  more scenarios, made of the figures of all
+    """
+    seeds = seeds[:1] if quick else seeds
     scenarios = [scenario.shortened() for scenario in scenarios] if quick else scenarios
-    facts = dict(settings) | {"seeds": ", ".join(map(str, seeds))}
-    recorder = None if quick else Recorder(part, seeds[0], facts, REPOSITORY / RESULTS)
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     jobs = [(scenario, name, seed) for scenario in scenarios for name in contenders(scenario) for seed in seeds]
     with ProcessPoolExecutor(PROCESSES) as pool:
         futures = [pool.submit(play, contenders, *job) for job in jobs]
-        for (scenario, name, seed), future in zip(jobs, futures, strict=True):
+        for (scenario, name, _), future in zip(jobs, futures, strict=True):
             for figure, value in future.result().items():
                 found.setdefault(scenario.name, {}).setdefault(name, {}).setdefault(figure, []).append(value)
-            if recorder is not None:
-                recorder.add(scenario.name, name, seed, future.result())
-    if recorder is not None:
+    tables: Found = {**(overall(found) if overall else {}), **found}
+    if not quick:
+        facts = dict(settings) | {"seeds": ", ".join(map(str, seeds))}
+        recorder = Recorder(part, seeds[0], facts, REPOSITORY / RESULTS)
+        for name, variants in tables.items():
+            for variant, values in variants.items():
+                for index, seed in enumerate(seeds):
+                    recorder.add(name, variant, seed, {figure: of[index] for figure, of in values.items()})
         recorder.finish()
     section = next(section for section in SECTIONS if section.part == part)
-    for scenario, variants in found.items():
-        print(f"\nSIMULATED: {scenario}\n\n{table(section.columns, variants, section.baseline)}")
+    for name, variants in tables.items():
+        print(f"\nSIMULATED: {name}\n\n{table(section.columns, variants, section.baseline)}")

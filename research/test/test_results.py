@@ -33,6 +33,7 @@ def test_every_section_is_beside_its_raw_results():
         "policy_time --repeat 1",
         "memory --help",
         "scheduler --help",
+        "goodput --help",
         "calibrate --help",
     ],
 )

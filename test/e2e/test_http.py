@@ -21,6 +21,7 @@ from sglang_blocklora.adapters.content_hash import content_hash
 from sglang_blocklora.reporting.secrets import HIDDEN
 from sglang_blocklora.tools.base_model import BaseSizes
 from sglang_blocklora.tools.inspect_adapter import inspect_adapter
+from sglang_blocklora.tools.sizing import size
 
 LOADED = tuple(NAMES)
 
@@ -45,6 +46,7 @@ def adapters(server: Server) -> dict[str, dict]:
 
 def test_list_tells_what_each_adapter_is(server: Server, llama: Case) -> None:
     found = adapters(server)
+    told = call(server, "/adapters", key=None)[1]["slots"]
     assert set(found) == set(LOADED)
     for name in LOADED:
         own = found[name]
@@ -60,6 +62,10 @@ def test_list_tells_what_each_adapter_is(server: Server, llama: Case) -> None:
         (cost,) = inspect_adapter(path, BaseSizes.read(llama.model), [2], torch.float32).tp
         assert (own["slots"], own["bytes_per_tp_rank"]) == (cost.slots, cost.arena_bytes)
         assert max(cost.bytes_per_rank) <= own["bytes_per_tp_rank"]
+        fits = {"slots": told["total"], "free_bytes": 0, "kv_tokens": 0, "host_bytes": 0}
+        sizing = size(BaseSizes.read(llama.model), own["rank"], own["nblocks"], 2, torch.float32, **fits)
+        assert (sizing.slots_per_adapter, sizing.bytes_per_adapter) == (own["slots"], own["bytes_per_tp_rank"])
+        assert sizing.resident == 3072 // own["slots"]
 
 
 def test_list_is_paged(server: Server) -> None:

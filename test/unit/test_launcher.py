@@ -248,7 +248,7 @@ def test_the_mechanism_imports_without_sglang() -> None:
         "import sys; sys.modules['sglang'] = None\n"
         "import sglang_blocklora.adapters.loading, sglang_blocklora.memory.static_pool\n"
         "import sglang_blocklora.batch.torch_adder\n"
-        "import sglang_blocklora.launch_server, blocklora_kernels.reference"
+        "import sglang_blocklora.launch_server, sglang_blocklora.route, blocklora_kernels.reference"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmark.paper import counts
-from benchmark.paper.shardings import LLAMA, Sharding, lora_cost, matched_rank, parameters
+from benchmark.paper.shardings import EXPERTS, LLAMA, Sharding, held_bytes, lora_cost, matched_rank, parameters
 
 # Elements a layer and unit of plain rank on one of 8 TP ranks. Stock, 8B: 5 whole A of 4096, B of q, k, v, gate, up
 # (4096 + 2 * 1024 + 2 * 14336) / 8, A of o and down (4096 + 14336) / 8, 2 whole B of 4096.
@@ -30,7 +30,7 @@ def test_bytes_flops_and_collectives_at_tp_8(model: str, sharding: Sharding) -> 
     rank = 128 if sharding == "block-diagonal" else 64
     cost = lora_cost(base, sharding, rank, 8, batch, torch.bfloat16)
     elements = BY_HAND[model, sharding] * 64 * base.layers
-    assert cost.adapter_bytes == 2 * elements
+    assert cost.adapter_bytes == cost.read_bytes == 2 * elements
     assert cost.flops == 2 * elements * batch
     assert cost.all_gathers == (2 * base.layers if sharding == "s-lora" else 0)
     assert cost.all_reduces == (0 if sharding == "block-diagonal" else 2 * base.layers)
@@ -38,6 +38,36 @@ def test_bytes_flops_and_collectives_at_tp_8(model: str, sharding: Sharding) -> 
     assert cost.gather_input_bytes == (2 * base.layers * batch * 5 * 8 if sharding == "s-lora" else 0)
     assert cost.reduce_input_bytes == (0 if sharding == "block-diagonal" else 2 * base.layers * batch * 2 * 64)
     assert cost.sent_bytes == 7 * cost.gather_input_bytes + 2 * 7 * cost.reduce_input_bytes // 8
+
+
+# Mixtral on one of 8 TP ranks, a layer and unit of rank: attention (q, k, v, o), one expert (gate, up, down).
+MIXTRAL_BY_HAND = {
+    "stock-0.5.23": (3 * 4096 + (4096 + 2 * 1024) // 8 + 4096 // 8 + 4096, 2 * 4096 + 3 * 14336 // 8 + 4096),
+    "vllm-sharded": ((3 * 4096 + 4096 + 2 * 1024 + 4096 + 4096) // 8, 3 * (4096 + 14336) // 8),
+}
+
+
+@pytest.mark.parametrize("sharding", MIXTRAL_BY_HAND)
+def test_of_experts_all_are_held_and_two_are_read(sharding: Sharding) -> None:
+    base, rank = EXPERTS["Mixtral-8x7B"], 16
+    cost = lora_cost(base, sharding, rank, 8, 3, torch.bfloat16)
+    attention, expert = (32 * rank * elements for elements in MIXTRAL_BY_HAND[sharding])
+    assert cost.adapter_bytes == 2 * (attention + 8 * expert)
+    assert cost.read_bytes == 2 * (attention + 2 * expert)
+    assert cost.flops == 2 * 3 * (attention + 2 * expert)
+    split = sharding == "vllm-sharded"
+    assert (cost.all_gathers, cost.all_reduces) == ((64, 64) if split else (0, 0))
+    # float32 of q, k, v and o; bfloat16 of gate and up, and of down, for each of two experts
+    assert cost.gather_input_bytes == (32 * 3 * (3 * 2 * 4 + 2 * 2 * 2 * 2) if split else 0)
+    assert cost.reduce_input_bytes == (32 * 3 * (16 * 4 + 2 * 16 * 2) if split else 0)
+
+
+def test_a_slot_is_sized_for_the_largest_rank_and_rows_for_the_adapter() -> None:
+    base = LLAMA["Llama-3.1-8B"]
+    needed = lora_cost(base, "vllm", 8, 8, 1, torch.bfloat16).adapter_bytes
+    assert held_bytes(base, "vllm", 8, 256, 8, torch.bfloat16) == 32 * needed
+    assert held_bytes(base, "plain", 8, 256, 8, torch.bfloat16) == pytest.approx(needed, rel=0.03)
+    assert held_bytes(base, "s-lora", 8, 256, 8, torch.bfloat16) == pytest.approx(needed * 10240 / 35328)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +97,7 @@ def test_counts_are_differences_to_the_base_model() -> None:
     assert (cost.gather_input_bytes, cost.reduce_input_bytes, cost.sent_bytes) == (32, 16, 32 + 16)
     assert cost.flops == 30
     idle = counts.count(forwards(4), None, forwards(4), 2)
-    assert dataclasses.astuple(idle) == (0,) * 7
+    assert dataclasses.astuple(idle) == (0,) * 8
 
 
 @pytest.mark.parametrize(

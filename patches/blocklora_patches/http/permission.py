@@ -6,7 +6,6 @@ a key, or the loads must be confined to folders that the operator gave; else all
 
 from __future__ import annotations
 
-import ipaddress
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from fastapi import HTTPException
 from sglang.srt.runtime_context import get_serving
 from sglang_blocklora.naming.folders import AdapterFolders
 from sglang_blocklora.naming.lookups import look_up
+from sglang_blocklora.requests.loopback import is_loopback
 from sglang_blocklora.settings import Settings
 from sglang_blocklora.sources.urls import BadURL, is_url, located
 
@@ -29,16 +29,6 @@ class NotAllowed(HTTPException):
 
     def __init__(self, reason: str) -> None:
         super().__init__(403, reason)
-
-
-def is_loopback(host: str | None) -> bool:
-    """Whether a server that listens on ``host`` is reached from its own machine only. Unsure is no."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address((host or "").strip("[]")).is_loopback
-    except ValueError:  # a name: it may mean any address
-        return False
 
 
 def reason_not_to_manage() -> str | None:

@@ -21,7 +21,7 @@ def choose(manager: Any, requests: Sequence[Any]) -> None:
         return
     if get_disagg().disaggregation_mode != "null":  # there the prefill server's replica decides
         return
-    loads = [0] * get_parallel().dp_size
+    loads = dict.fromkeys(range(get_parallel().dp_size), 0)
     for state in manager.rid_to_state.values():
         replica = getattr(state, "blocklora_replica", None)
         if replica is not None:

@@ -20,13 +20,13 @@ from sglang.srt.runtime_context import get_observability, get_parallel
 from sglang.srt.utils.auth import AuthLevel, auth_level
 from sglang_blocklora import reporting
 from sglang_blocklora.naming.model_names import known_adapters
+from sglang_blocklora.reporting.errors import openai_error
 from sglang_blocklora.reporting.facts import (
     MAX_PAGE,
     AdapterFacts,
     Facts,
     merge_facts,
     only_of,
-    openai_error,
     page,
     queue_told,
     slots_told,

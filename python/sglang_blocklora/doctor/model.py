@@ -10,10 +10,10 @@ import torch
 
 from sglang_blocklora import cpu_only, launch_server
 from sglang_blocklora.doctor.finding import Asked, Finding, fault, ok, skipped
-from sglang_blocklora.sharding.architectures import LINEARS, SPLIT_MODULES, kind_of, suffix_of
-from sglang_blocklora.sharding.cut import ModuleShape
+from sglang_blocklora.sharding.architectures import LINEARS
 from sglang_blocklora.tools.base_model import BaseSizes
 from sglang_blocklora.tools.inspect_adapter import cost_per_rank
+from sglang_blocklora.tools.sizing import shapes, undivided
 
 MIB = 2**20
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "half": torch.float16, "float32": torch.float32}
@@ -68,25 +68,3 @@ def served_dtype(flags: Sequence[str]) -> torch.dtype:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--dtype", default="auto")
     return DTYPES.get(parser.parse_known_args(flags)[0].dtype, torch.bfloat16)
-
-
-def undivided(base: BaseSizes, rank: int, nblocks: int) -> str | None:
-    """What blocks must divide and do not, if anything."""
-    numbers = {f"rank {rank}": rank}
-    for module, (inputs, outputs) in base.features().items():
-        if module in SPLIT_MODULES:
-            numbers |= {f"{module}'s input {inputs}": inputs} if kind_of(module) == "row" else {}
-            numbers |= {f"{module}'s output {outputs}": outputs} if kind_of(module) == "column" else {}
-    return next((name for name, number in numbers.items() if number % nblocks), None)
-
-
-def shapes(base: BaseSizes, rank: int, nblocks: int) -> dict[str, ModuleShape]:
-    """Module path -> shape, of an adapter on all linears but experts', with blocks that sharding can use."""
-    spec = base.spec(torch.float32, 0, 1)
-    paths = [path for path in spec.find() if suffix_of(path) in SPLIT_MODULES and ".experts." not in path]
-    return {
-        path: ModuleShape(
-            rank, nblocks, "plain" if nblocks == 1 else "block_a" if kind_of(path) == "row" else "block_b"
-        )
-        for path in paths
-    }

@@ -65,8 +65,7 @@ class ImageStore:
 
     def size_bytes(self, adapter: LoadedAdapter) -> int:
         """What an image costs in host memory: the same on every TP rank."""
-        size_bytes = adapter.slots * self._slot_bytes
-        return 1 << (size_bytes - 1).bit_length() if self._pinned else size_bytes  # PyTorch pins powers of two
+        return image_bytes(adapter.slots, self._slot_bytes, self._pinned)
 
     def add(self, key: str, adapter: LoadedAdapter, image: torch.Tensor) -> None:
         """Take the image [layers, 2, slots, W] of an adapter that was just loaded, as far as the budget goes."""
@@ -173,3 +172,9 @@ class ImageStore:
             )
             return Report(error=str(error)), None
         return dataclasses.replace(report, slots=adapter.slots), local
+
+
+def image_bytes(slots: int, slot_bytes: int, pinned: bool) -> int:
+    """Host memory that the image of an adapter of ``slots`` slots takes."""
+    size_bytes = slots * slot_bytes
+    return 1 << (size_bytes - 1).bit_length() if pinned else size_bytes  # PyTorch pins powers of two

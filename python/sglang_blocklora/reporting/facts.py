@@ -290,9 +290,3 @@ def queue_told(facts: Facts) -> dict[str, Any]:
     """The waiting queue as ``GET /adapters`` shows it."""
     waiting = facts.base.waiting + sum(adapter.requests.waiting for adapter in facts.adapters)
     return {"waiting": waiting, "head": msgspec.to_builtins(facts.queue)}
-
-
-def openai_error(message: str, status: int, param: str | None = None) -> dict[str, Any]:
-    """An error body in OpenAI's form."""
-    kind = {400: "invalid_request_error", 403: "permission_error", 404: "not_found_error"}[status]
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}

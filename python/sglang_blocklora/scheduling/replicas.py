@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from fractions import Fraction
+from typing import TypeVar
 
+# A number within a server, a URL in a fleet.
+Name = TypeVar("Name", int, str)
 BALANCE = Fraction(5, 4)
 # So few requests share a batch at little cost: an adapter's requests stay together up to here.
 ALWAYS_ROOM = 8
 
 
-def choose_replica(adapter: str | None, loads: Sequence[int]) -> int:
-    """The replica for one more request.
+def choose_replica(adapter: str | None, loads: Mapping[Name, int]) -> Name:
+    """The name of the replica for one more request.
 
     adapter  its name, None for the base model, which every replica holds: it goes to the least loaded
-    loads    requests in flight on each replica
+    loads    requests in flight on each replica, of which there is at least one
+    An adapter's order of the replicas follows from their names: one that comes or goes leaves that of the others alone.
     """
     if adapter is None:
-        return min(range(len(loads)), key=loads.__getitem__)
-    most = capacity(sum(loads) + 1, len(loads))
-    return next(replica for replica in preference(adapter, len(loads)) if loads[replica] < most)
+        return min(loads, key=lambda replica: loads[replica])
+    most = capacity(sum(loads.values()) + 1, len(loads))
+    order: tuple[Name, ...] = preference(adapter, tuple(loads))
+    return next(replica for replica in order if loads[replica] < most)
 
 
 def capacity(requests: int, replicas: int) -> int:
@@ -35,10 +40,10 @@ def capacity(requests: int, replicas: int) -> int:
 
 
 @functools.lru_cache(maxsize=65536)
-def preference(adapter: str, replicas: int) -> tuple[int, ...]:
+def preference(adapter: str, replicas: tuple[Name, ...]) -> tuple[Name, ...]:
     """All replicas, in the order in which ``adapter`` prefers them: the same in every process and release."""
 
-    def weight(replica: int) -> bytes:
+    def weight(replica: Name) -> bytes:
         return hashlib.sha256(f"{replica}\0{adapter}".encode(errors="surrogatepass")).digest()
 
-    return tuple(sorted(range(replicas), key=weight))
+    return tuple(sorted(replicas, key=weight))

@@ -13,13 +13,21 @@ from typing import Any
 import torch
 
 from sglang_blocklora.adapters.errors import AdapterError
+from sglang_blocklora.settings import DEFAULTS
 from sglang_blocklora.sharding.architectures import SPLIT_MODULES
 from sglang_blocklora.tools.base_model import BaseSizes
 from sglang_blocklora.tools.convert import convert
 from sglang_blocklora.tools.inspect_adapter import inspect_adapter
 from sglang_blocklora.tools.match_rank import match_rank, plain_parameters
 from sglang_blocklora.tools.opened import open_adapter
-from sglang_blocklora.tools.text import conversion_text, inspection_text, match_text, verification_text
+from sglang_blocklora.tools.sizing import GIB, Sizing, bytes_beside_weights, size
+from sglang_blocklora.tools.text import (
+    conversion_text,
+    inspection_text,
+    match_text,
+    sizing_text,
+    verification_text,
+)
 from sglang_blocklora.tools.verify import TOLERANCE, verify
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -96,6 +104,29 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     one = command(
+        "size",
+        "how many adapters fit on GPUs and in host memory",
+        "For adapters of one rank on all linears but experts'. Slots are told by a server (--slots: `slots.total` of\n"
+        "GET /adapters; with unified memory the tokens of KV that it logs), or estimated from the size of a GPU.",
+    )
+    one.add_argument("--base-model", type=Path, required=True, help="folder of the base model")
+    one.add_argument("--tp", type=positive, default=1, help="TP size (default: %(default)s)")
+    one.add_argument("--rank", type=positive, default=16, help="LoRA rank (default: %(default)s)")
+    one.add_argument("--nblocks", type=positive, default=1, help="blocks (default: plain LoRA)")
+    one.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="served dtype (default: %(default)s)")
+    source = one.add_mutually_exclusive_group(required=True)
+    source.add_argument("--slots", type=positive, help="slots of each TP rank, as a server tells them")
+    source.add_argument("--gpu-memory-gb", type=float, help="GiB of each GPU")
+    one.add_argument("--mem-fraction-static", type=float, default=0.85, help="as for the server (default: %(default)s)")
+    one.add_argument("--kv-tokens", type=int, default=0, help="tokens of KV to keep room for (default: %(default)s)")
+    one.add_argument(
+        "--adapter-host-memory-gb",
+        type=float,
+        default=DEFAULTS.adapter_host_memory_gb,
+        help="as for the server (default: %(default)s)",
+    )
+
+    one = command(
         "verify",
         "whether the TP ranks' parts recombine to PEFT's delta",
         f"Cuts the adapter for every TP rank as a server does, in float64; passes below {TOLERANCE:g}.",
@@ -133,9 +164,30 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple
     if arguments.command == "convert":
         made = convert(arguments.path, arguments.output, arguments.nblocks, arguments.rank, arguments.max_error)
         return dataclasses.asdict(made), conversion_text(made), True
+    if arguments.command == "size":
+        sizing = _size(arguments, BaseSizes.read(arguments.base_model))
+        return dataclasses.asdict(sizing), sizing_text(sizing), True
     checks = verify(arguments.path, base, arguments.tp)
     data = {"tp": [dataclasses.asdict(check) | {"passed": check.passed} for check in checks]}
     return data, verification_text(checks), all(check.passed for check in checks)
+
+
+def _size(arguments: argparse.Namespace, base: BaseSizes) -> Sizing:
+    free_bytes = 0
+    if arguments.slots is None:
+        gpu_bytes = int(arguments.gpu_memory_gb * GIB)
+        free_bytes = bytes_beside_weights(arguments.base_model, arguments.tp, gpu_bytes, arguments.mem_fraction_static)
+    return size(
+        base,
+        arguments.rank,
+        arguments.nblocks,
+        arguments.tp,
+        DTYPES[arguments.dtype],
+        slots=arguments.slots,
+        free_bytes=free_bytes,
+        kv_tokens=arguments.kv_tokens,
+        host_bytes=int(arguments.adapter_host_memory_gb * GIB),
+    )
 
 
 def _measure(

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from sglang_blocklora.tools.convert import Conversion
 from sglang_blocklora.tools.inspect_adapter import Inspection
 from sglang_blocklora.tools.match_rank import MatchedRank
+from sglang_blocklora.tools.sizing import Sizing
 from sglang_blocklora.tools.verify import Verification
 
 
@@ -64,6 +65,20 @@ def conversion_text(made: Conversion) -> str:
         f"{losses}\n\nwrote {made.path}: rank {made.rank}, nblocks {made.nblocks}, {made.parameters:,} parameters "
         f"(before: {made.parameters_before:,}), largest relative error {made.max_relative_error:.3g}"
     )
+
+
+def sizing_text(found: Sizing) -> str:
+    structure = f"{found.nblocks} blocks" if found.nblocks > 1 else "plain LoRA"
+    beside = f" beside {found.kv_tokens:,} tokens of KV" if found.kv_tokens else ", with nothing left for KV"
+    estimated = " (estimated: a server tells the true number)" if found.estimated else ""
+    rows = (
+        ("an adapter", f"{found.slots_per_adapter:,} slots, {found.bytes_per_adapter / 2**20:,.1f} MiB"),
+        ("slots", f"{found.slots:,} of {found.slot_bytes:,} bytes{estimated}"),
+        ("resident", f"{found.resident:,} adapters{beside}"),
+        ("in host memory", f"{found.in_host_memory:,} adapters; more are read from disk when they are asked for"),
+    )
+    head = f"rank {found.rank}, {structure}, {found.dtype}; on each of {found.tp_size} TP ranks"
+    return "\n".join((head, *(f"{name:<16}{value}" for name, value in rows)))
 
 
 def verification_text(checks: Iterable[Verification]) -> str:
