@@ -45,6 +45,21 @@ SECTIONS = (
         folder=RESULTS,
     ),
     Section(
+        part="cost_model_calibrated",
+        baseline="",
+        columns=(
+            Column(header="predicted", figure="predicted", digits=2),
+            Column(header="reported", figure="reported", digits=2),
+            Column(header="error, %", figure="error", digits=0, scale=PERCENT),
+            Column(header="worst held-out error, %", figure="held_out", digits=0, scale=PERCENT),
+            Column(header="of a fit to all four, %", figure="closest", digits=0, scale=PERCENT),
+            Column(header="host, ms", figure="host_ms"),
+            Column(header="collective, us", figure="collective_us", digits=0),
+            Column(header="MiB of an adapter, us", figure="per_mib_us", digits=0),
+        ),
+        folder=RESULTS,
+    ),
+    Section(
         part="activated_simulated",
         baseline="plain",
         columns=(
