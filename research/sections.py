@@ -71,7 +71,7 @@ SECTIONS = (
         folder=RESULTS,
     ),
     *(
-        Section(part=f"goodput_{load}", baseline="fcfs", columns=(*OVERALL, *GOODPUT), folder=RESULTS)
+        Section(part=f"goodput_{load}", baseline="", columns=(*OVERALL, *GOODPUT), folder=RESULTS)
         for load in ("near", "beyond")
     ),
     Section(part="scheduler_predicted", baseline="lpm", columns=ORDER, folder=RESULTS),
