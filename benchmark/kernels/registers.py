@@ -19,14 +19,16 @@ import triton
 from blocklora_kernels import tile_table
 from blocklora_kernels.division import ANY_VALUE
 from blocklora_kernels.expand_kernel import expand_kernel
+from blocklora_kernels.look_up_kernel import look_up_kernel
 from blocklora_kernels.ops import GRANULE, NARROW, NARROW_OUTPUTS, NARROW_WARPS
 from blocklora_kernels.shrink_kernel import shrink_kernel
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
-FLOAT_POINTERS = ("p_h", "p_scalings")
+FLOAT_POINTERS = ("p_h", "p_scalings", "p_weights")
 DATA_POINTERS = ("p_x", "p_out", "p_k", "p_v")
+LONG_POINTERS = ("p_ids",)
 SHARED_MEMORY_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # per block, CUDA C++ Programming Guide
 
 
@@ -39,6 +41,8 @@ def compile_kernel(kernel: Any, constants: dict[str, int], dtype: str, arch: int
             signature[name] = "constexpr"
         elif name in DATA_POINTERS:
             signature[name] = f"*{dtype}"
+        elif name in LONG_POINTERS:
+            signature[name] = "*i64"
         elif name.startswith("p_"):
             signature[name] = "*fp32" if name in FLOAT_POINTERS else "*i32"
         else:
@@ -70,8 +74,8 @@ def assemble(ptx: str, arch: int) -> dict[str, int]:
 def launches(arch: int) -> list[tuple[Any, dict[str, int], int, int]]:
     """Kernel, constants, warps and stages of every tile of the table that a GPU of ``arch`` would use."""
     key, found = f"sm_{arch}", []
-    for vector in (GRANULE, 1):
-        common = {"WIDTH": 1024, "VECTOR": vector, "DEPENDENT": arch >= 90}
+    for vector, experts in ((GRANULE, False), (1, False), (GRANULE, True)):
+        common = {"WIDTH": 1024, "VECTOR": vector, "DEPENDENT": arch >= 90 and not experts, "EXPERTS": experts}
         for block, _, _, n, k, _, warps, stages in tile_table.SHRINK.get(key, tile_table.SHRINK["default"]):
             tile = {"BLOCK_T": block, "BLOCK_N": n, "BLOCK_K": k if vector > 1 else NARROW}
             warps = warps if vector > 1 else max(warps, NARROW_WARPS)
@@ -79,7 +83,9 @@ def launches(arch: int) -> list[tuple[Any, dict[str, int], int, int]]:
         for block, _, _, o, r, _, warps, stages in tile_table.EXPAND.get(key, tile_table.EXPAND["default"]):
             o, r = (o, r) if vector > 1 else (NARROW_OUTPUTS, NARROW)
             tile = {"BLOCK_T": block, "BLOCK_N": 16, "BLOCK_O": o, "BLOCK_R": r}
-            found.append((expand_kernel, common | tile, warps, stages))
+            found.append((expand_kernel, common | tile | {"WEIGHTED": experts}, warps, stages))
+    for block in sorted({tile[0] for tile in tile_table.SHRINK.get(key, tile_table.SHRINK["default"])}):
+        found.append((look_up_kernel, {"WIDTH": 1024, "BLOCK_T": block, "BLOCK_N": NARROW}, NARROW_WARPS, 1))
     return found
 
 
@@ -94,7 +100,9 @@ def main() -> None:
             for kernel, constants, warps, stages in launches(arch):
                 compiled = compile_kernel(kernel, constants, dtype, arch, warps, stages)
                 row = {"kernel": kernel.__name__, "arch": arch, "dtype": dtype, "warps": warps, "stages": stages}
-                row |= {name: value for name, value in constants.items() if name.startswith(("BLOCK", "VECTOR"))}
+                row |= {
+                    name: value for name, value in constants.items() if name.startswith(("BLOCK", "VECTOR", "EXPERTS"))
+                }
                 row |= assemble(compiled.asm["ptx"], arch) | {"shared_bytes": compiled.metadata.shared}
                 row["dependent"] = "griddepcontrol" in compiled.asm["ptx"]
                 row["shared_limit_bytes"] = SHARED_MEMORY_LIMIT_BYTES[arch]

@@ -42,9 +42,9 @@ class Captured(NamedTuple):
 class BatchMetadata:
     """Static device buffers of a step's metadata and of h. One object serves all linears, and all CUDA graphs.
 
-    One int32 buffer holds ``[tiles, rank | adapter of tile | start of tile | stop of tile | tokens]``, with 2, C, C, C
-    and max_tokens elements for a capacity of C tiles; a step copies it once. ``h`` is float32 scratch of one linear at
-    a time: an expand must follow its shrink before the next shrink.
+    One int32 buffer holds ``[tiles, rank | adapter of tile | start of tile | stop of tile | owners | tokens]``, with 2,
+    C, C, C, max_tokens or 0, and max_tokens elements for a capacity of C tiles; a step copies it once. ``h`` is float32
+    scratch of one linear at a time: an expand must follow its shrink before the next shrink.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class BatchMetadata:
         device: torch.device,
         processors: int | None = None,
         invariant_rank: int | None = None,
+        owners: bool = False,
     ) -> None:
         """
         max_tokens      most tokens of a batch, base-model tokens included
@@ -63,6 +64,7 @@ class BatchMetadata:
         processors      multiprocessors that a launch fills; None: those of the device
         invariant_rank  every batch has the tiles of one token and this rank, and no sum is cut: what is computed for a
                         token is the same, bit for bit, whatever is in its batch; None: tiles by what is fastest
+        owners          whether ``owners`` is kept: int32 [max_tokens], the adapter of each token, -1 for none
         """
         for name, value in (("max_tokens", max_tokens), ("max_segments", max_segments), ("h_width", h_width)):
             if value < 1:
@@ -80,10 +82,11 @@ class BatchMetadata:
         self.device = device
         self.capacity = max_segments + max_tokens // tiles.tiling(self.arch, 1).block_tokens
         self.h = torch.empty(elements, dtype=torch.float32, device=device)
-        self._head = HEADER_FIELDS + 3 * self.capacity
+        head = HEADER_FIELDS + 3 * self.capacity
+        self._head = head + (max_tokens if owners else 0)
         size = self._head + max_tokens
         self._buffer = torch.zeros(size, dtype=torch.int32, device=device)
-        self.tiles = self._buffer[: self._head]
+        self.tiles, self.owners = self._buffer[:head], self._buffer[head : self._head]
         self.tokens = self._buffer[self._head :]
         on_gpu = device.type == "cuda"
         # Two host buffers in turn: the copy of one step may still be queued while the next step is built.
@@ -117,6 +120,10 @@ class BatchMetadata:
         if not len(segment):
             packed[HEADER_FIELDS + 2 * capacity] = 0  # no token is adapted
         packed[self._head : self._head + count] = segments.tokens
+        owners = packed[self._head - len(self.owners) : self._head]
+        if len(owners):
+            owners[:] = -1
+            owners[segments.tokens] = np.repeat(segments.adapters, np.diff(segments.starts))
         used = self._head + count
         self._buffer[:used].copy_(host[:used], non_blocking=True)
         if self._copied:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 
 from blocklora_kernels.descriptor import DESCRIPTOR_FIELDS, MAX_SLICES
-
-if TYPE_CHECKING:
-    from blocklora_kernels.batch import BatchMetadata
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -65,9 +61,8 @@ def _check_table(name: str, table: torch.Tensor, shape: tuple[int, ...], dtype: 
         )
 
 
-def check_activations(name: str, value: torch.Tensor, width: int, dtype: torch.dtype, batch: BatchMetadata) -> None:
-    """ValueError unless ``value`` is [at least batch_tokens, width] of ``dtype`` with unit stride along rows."""
-    rows = batch.batch_tokens
+def check_activations(name: str, value: torch.Tensor, width: int, dtype: torch.dtype, rows: int) -> None:
+    """ValueError unless ``value`` is [at least ``rows``, width] of ``dtype`` with unit stride along rows."""
     if value.ndim != 2 or value.shape[0] < rows or value.shape[1] != width:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{rows} or more, {width}]")
     if value.dtype != dtype:

@@ -12,7 +12,10 @@ import triton.language as tl
 from blocklora_kernels.batch import HEADER_FIELDS
 
 # Arguments of the kernels that differ between batches or buffers: compiled once for any value.
-ANY_VALUE = ("max_tiles", "slots_stride", "descriptors_stride", "scalings_stride", "slices", "shares", "most_splits")
+ANY_VALUE = (
+    *("max_tiles", "slots_stride", "descriptors_stride", "scalings_stride", "slices", "shares", "most_splits"),
+    *("experts", "experts_stride", "choices", "first_id"),
+)
 HEADER = tl.constexpr(HEADER_FIELDS)
 
 
@@ -33,6 +36,15 @@ def split_stride(p_tiles, max_tiles, h_stride):
     """Elements between two splits of h: the adapted tokens of the batch (where its last tile stops) times its width."""
     last = tl.maximum(tl.load(p_tiles) - 1, 0)
     return tl.load(p_tiles + HEADER + 2 * max_tiles + last) * h_stride
+
+
+@triton.jit
+def owner_of(p_tiles, tile, experts, EXPERTS: tl.constexpr):
+    """Whose a tile is: the adapter, and of a layer of experts the expert (``experts.py`` numbers both in one)."""
+    owner = tl.load(p_tiles + HEADER + tile)
+    if EXPERTS:
+        return owner // experts, owner % experts
+    return owner, 0
 
 
 @triton.jit

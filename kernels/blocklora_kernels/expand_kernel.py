@@ -9,7 +9,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from blocklora_kernels.addressing import adapter_rows, load_matrix
 from blocklora_kernels.descriptor import HEAD_FIELDS, SLICE_FIELDS
-from blocklora_kernels.division import ANY_VALUE, HEADER, lanes_and_splits, split_stride, tile_rows
+from blocklora_kernels.division import ANY_VALUE, lanes_and_splits, owner_of, split_stride, tile_rows
 from blocklora_kernels.shrink_kernel import H_VECTOR
 
 HEAD = tl.constexpr(HEAD_FIELDS)
@@ -73,6 +73,7 @@ def expand_kernel(
     p_first_slots,
     p_descriptors,
     p_scalings,
+    p_weights,
     out_stride,
     h_stride,
     row_stride,
@@ -86,6 +87,8 @@ def expand_kernel(
     slices,
     shares,
     most_splits,
+    experts,
+    experts_stride,
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -93,13 +96,16 @@ def expand_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):
     """A program takes every ``num_programs``-th item: one tile of tokens of one adapter, and a span of output chunks.
 
     Slices are the columns [0, out_1), [out_1, out_2), [out_2, out_3) of ``out``, which is updated in place; absent ones
     are empty. A chunk is ``BLOCK_O`` columns of one slice. The fewer tiles the batch holds, the shorter the spans:
     programs for all of them. ``slices``, ``shares``, ``most_splits`` and ``BLOCK_N`` are those of the shrink before.
-    ``DEPENDENT``: that shrink may still run; what it began with is there, what it writes is not.
+    ``DEPENDENT``: that shrink may still run; what it began with is there, what it writes is not. ``EXPERTS``: as in
+    shrink; with ``WEIGHTED`` each token's delta is multiplied with its number in ``p_weights``, float32.
     """
     chunks_1 = (out_1 + BLOCK_O - 1) // BLOCK_O
     chunks_2 = chunks_1 + (out_2 - out_1 + BLOCK_O - 1) // BLOCK_O
@@ -113,14 +119,19 @@ def expand_kernel(
     for item in range(tl.program_id(0), (chunks + span - 1) // span * tiles, tl.num_programs(0)):
         tile = item % tiles
         first_chunk = item // tiles * span
-        adapter = tl.load(p_tiles + HEADER + tile)
+        adapter, expert = owner_of(p_tiles, tile, experts, EXPERTS)
+        first_descriptor = p_descriptors + adapter.to(tl.int64) * descriptors_stride + HEAD
+        p_scaling = p_scalings + adapter.to(tl.int64) * scalings_stride
+        if EXPERTS:
+            first_descriptor += expert * experts_stride
+            p_scaling += expert * experts_stride
         slots, first_slot = adapter_rows(p_slots, p_first_slots, adapter, slots_stride)
         i_t, m_t = tile_rows(p_tiles, max_tiles, tile, BLOCK_T)
         token = tl.load(p_tokens + i_t, mask=m_t, other=0).to(tl.int64)
         p_h_t = p_h + i_t * h_stride  # [BLOCK_T], int32: the scratch has less than 2**31 elements
         for chunk in range(first_chunk, tl.minimum(first_chunk + span, chunks)):
             s = (chunk >= chunks_1).to(tl.int32) + (chunk >= chunks_2).to(tl.int32)
-            d = p_descriptors + adapter.to(tl.int64) * descriptors_stride + HEAD + s * SLICE
+            d = first_descriptor + s * SLICE
             if tl.load(d) > 0:
                 h_start = tl.load(d + 1)
                 plane = tl.where(tl.load(d + 2) == 0, p_k, p_v)
@@ -128,7 +139,7 @@ def expand_kernel(
                 block_rank = tl.load(d + 5)
                 size = tl.load(d + 7)
                 offset = tl.load(d + 8)
-                scaling = tl.load(p_scalings + adapter.to(tl.int64) * scalings_stride + s)
+                scaling = tl.load(p_scaling + s)
                 out_start = tl.where(s == 0, 0, tl.where(s == 1, out_1, out_2))
                 width = tl.where(s == 0, out_1, tl.where(s == 1, out_2 - out_1, out_3 - out_2))
                 o_start = (chunk - tl.where(s == 0, 0, tl.where(s == 1, chunks_1, chunks_2))) * BLOCK_O
@@ -144,6 +155,8 @@ def expand_kernel(
                         p_out.dtype.element_ty,
                     )  # fmt: skip
                     acc = tl.where(((offset + i_o) // size == block)[None, :], part, acc)
+                if WEIGHTED:
+                    acc *= tl.load(p_weights + token, mask=m_t, other=0.0)[:, None]
                 p_o = p_out + token[:, None] * out_stride + out_start + i_o[None, :]
                 m_out = m_t[:, None] & (i_o < width)[None, :]
                 out = tl.load(p_o, mask=m_out, other=0.0).to(tl.float32)

@@ -8,7 +8,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from blocklora_kernels.addressing import adapter_rows, granules, load_matrix
-from blocklora_kernels.division import ANY_VALUE, HEADER, lanes_and_splits, split_stride, tile_rows
+from blocklora_kernels.division import ANY_VALUE, lanes_and_splits, owner_of, split_stride, tile_rows
 
 H_VECTOR = tl.constexpr(4)  # float32 of h that expand loads at once
 
@@ -68,18 +68,23 @@ def shrink_kernel(
     slices,
     shares,
     most_splits,
+    experts,
+    experts_stride,
+    choices,
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     """A program takes every ``num_programs``-th item: one tile of tokens, one split of the columns, one lane.
 
     A lane is every ``lanes``-th chunk of ``BLOCK_N`` rows of A. Partial sums go to ``h[split]``; expand adds the splits
     in order, so a result does not depend on timing. Lanes are the slowest index, so that those beyond an adapter's
-    rank, which have nothing to do, lie at the end. ``DEPENDENT``: expand may be launched by now.
+    rank, which have nothing to do, lie at the end. ``DEPENDENT``: expand may be launched by now. ``EXPERTS``: a tile is
+    of one adapter and one expert, whose descriptors lie ``experts_stride`` apart; ``choices`` tokens have one row of x.
     """
     if DEPENDENT:
         gdc_launch_dependents()
@@ -90,8 +95,10 @@ def shrink_kernel(
         tile = item % tiles
         split = item // tiles % splits
         lane = item // tiles // splits
-        adapter = tl.load(p_tiles + HEADER + tile)
+        adapter, expert = owner_of(p_tiles, tile, experts, EXPERTS)
         d = p_descriptors + adapter.to(tl.int64) * descriptors_stride
+        if EXPERTS:
+            d += expert * experts_stride
         h_width = tl.load(d)
         a_rows = tl.where(h_width > 0, tl.load(d + 1), 0)
         plane = tl.where(tl.load(d + 2) == 0, p_k, p_v)
@@ -102,7 +109,10 @@ def shrink_kernel(
         slots, first_slot = adapter_rows(p_slots, p_first_slots, adapter, slots_stride)
 
         i_t, m_t = tile_rows(p_tiles, max_tiles, tile, BLOCK_T)
-        p_x_t = p_x + tl.load(p_tokens + i_t, mask=m_t, other=0).to(tl.int64) * x_stride  # [BLOCK_T]
+        row = tl.load(p_tokens + i_t, mask=m_t, other=0)
+        if EXPERTS:
+            row = row // choices
+        p_x_t = p_x + row.to(tl.int64) * x_stride  # [BLOCK_T]
         chunks_per_block = (a_rows + BLOCK_N - 1) // BLOCK_N
         for chunk in range(lane, chunks_per_block * blocks, lanes):
             block = chunk // chunks_per_block

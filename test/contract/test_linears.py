@@ -70,7 +70,7 @@ def as_read(family: str, config: Any, rank: int, size: int, targets: set[str]) -
         model = sglang_model(family, config)
         linears = adaptable_linears(model)
         experts, _ = adaptable_experts(model, linears, uses_triton=False)
-        vocabulary, _ = adaptable_vocabulary(model, linears, uses_triton=False)
+        vocabulary, _ = adaptable_vocabulary(model, linears)
         return build_spec(linears, experts, vocabulary, config, targets, torch.bfloat16, rank, size)
 
 

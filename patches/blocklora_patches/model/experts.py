@@ -15,6 +15,7 @@ from sglang_blocklora.batch.torch_adder import TorchAdder
 from sglang_blocklora.sharding.architectures import EXPERTS, QKV
 from torch.nn import functional as F
 
+from blocklora_patches.model.grouped_experts import why_not_grouped
 from blocklora_patches.model.linears import Linears, is_compared
 
 ACTIVATIONS = {"silu": SiluAndMul, "gelu": GeluAndMul}
@@ -35,8 +36,8 @@ def adaptable_experts(
             if isinstance(module, FusedMoE):
                 found[i] = module
     reasons = {why for module in found.values() if (why := _why_not(module))}
-    if found and uses_triton:
-        reasons.add("they are served on a CPU only so far")
+    if uses_triton:
+        reasons |= {why for module in found.values() if (why := why_not_grouped(module))}
     if found and not is_compared(model):
         reasons.add("this architecture was not compared with PEFT")
     return ({}, ", ".join(sorted(reasons))) if reasons else (found, None)

@@ -35,6 +35,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.model.experts import AdaptedExpertsMethod, adaptable_experts
+from blocklora_patches.model.grouped_experts import GroupedExpertsMethod
 from blocklora_patches.model.linear import AdaptedLinearMethod
 from blocklora_patches.model.linears import adaptable_linears, build_spec, is_compared
 from blocklora_patches.model.self_check import FirstPass, check_linears
@@ -83,7 +84,7 @@ class BlockLoRAManager(release.ManagerBase):
         self._experts, no_experts = adaptable_experts(base_model, linears, uses_triton)
         config = base_hf_config.get_text_config()
         self._model = base_model
-        self._vocabulary, no_vocabulary = adaptable_vocabulary(base_model, linears, uses_triton)
+        self._vocabulary, no_vocabulary = adaptable_vocabulary(base_model, linears)
         spec = build_spec(linears, self._experts, self._vocabulary, config, targets, dtype, tp_rank, tp_size)
         self._spec = dataclasses.replace(spec, no_experts=no_experts, no_vocabulary=no_vocabulary)
         if self._unknown is not None:
@@ -147,22 +148,26 @@ class BlockLoRAManager(release.ManagerBase):
                 settings.adapter_overlap,
                 most_prefill_tokens(),
                 invariant=get_exec().deterministic.enable_deterministic_inference,
+                choices=max((experts.top_k for experts in self._experts.values()), default=0),
             )
             if self.device.type == "cuda":
                 triton.compile()
-            step: DeltaAdder = triton
+            own: TritonAdder | TorchAdder = triton
         else:
-            step = torch_adder = TorchAdder(self._spec, self.pool)
-            if self._vocabulary is not None:
-                adapt_vocabulary(self._model, self._vocabulary, torch_adder)
-        self._step = step
+            own = TorchAdder(self._spec, self.pool)
+        self._step = own
+        if self._vocabulary is not None:
+            adapt_vocabulary(self._model, self._vocabulary, own)
+        step: DeltaAdder = own
         if self._unknown is not None:
             step = self._first_pass = FirstPass(step, self._unknown, self._linears)
         for layer, modules in enumerate(self._linears):
             for index, (_, module) in enumerate(modules):
                 module.quant_method = AdaptedLinearMethod(module.quant_method, step, layer, index)
         for layer, experts in self._experts.items():
-            experts.quant_method = AdaptedExpertsMethod(experts, self._step, layer)
+            grouped = isinstance(self._step, TritonAdder)
+            method = GroupedExpertsMethod if grouped else AdaptedExpertsMethod
+            experts.quant_method = method(experts, self._step, layer)
 
     def bind_kv_pool(self, k_buffers: list[torch.Tensor], v_buffers: list[torch.Tensor], total_slots: int) -> None:
         """Unified memory: adapters live in these buffers, each [slots, KV heads, head dimension], one per layer."""

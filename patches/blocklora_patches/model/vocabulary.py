@@ -13,6 +13,7 @@ from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_exec
 from sglang_blocklora.batch.torch_adder import TorchAdder
+from sglang_blocklora.batch.triton_adder import TritonAdder
 from sglang_blocklora.sharding.architectures import QKV
 from sglang_blocklora.sharding.linears import Interval
 from sglang_blocklora.sharding.vocabulary import EMBEDDING, HEAD, Vocabulary
@@ -23,12 +24,10 @@ from blocklora_patches.model.linears import Linears, is_compared
 STEP = "blocklora_step"  # of the two modules that adapters are on: what adds the deltas
 
 
-def adaptable_vocabulary(
-    model: torch.nn.Module, linears: Linears, uses_triton: bool
-) -> tuple[Vocabulary | None, str | None]:
+def adaptable_vocabulary(model: torch.nn.Module, linears: Linears) -> tuple[Vocabulary | None, str | None]:
     """Embeddings and head that adapters can be on, as this TP rank has them; or None and the reason."""
-    if uses_triton:
-        return None, "they are served on a CPU only so far"
+    if get_exec().deterministic.enable_deterministic_inference:
+        return None, "the head's tiles follow from the batch"
     if not is_compared(model):
         return None, "this architecture was not compared with PEFT"
     if get_exec().features.enable_mis:
@@ -46,7 +45,7 @@ def adaptable_vocabulary(
     return Vocabulary(path, HEAD, ids), None
 
 
-def adapt_vocabulary(model: torch.nn.Module, vocabulary: Vocabulary, step: TorchAdder) -> None:
+def adapt_vocabulary(model: torch.nn.Module, vocabulary: Vocabulary, step: TorchAdder | TritonAdder) -> None:
     """Let ``step`` add to the embeddings and the logits of ``model``."""
     setattr(model.get_submodule(vocabulary.embedding), STEP, step)
     setattr(_logits(model)[0], STEP, step)
@@ -68,7 +67,11 @@ def _prune(original: Any, self: Any, hidden: torch.Tensor, before_norm: Any, oth
     """Whose logits are computed is found by giving the tokens' numbers the same way as their hidden states."""
     pruned = original(self, hidden, before_norm, others, metadata)
     step = getattr(self, STEP, None)
-    if step is not None and step.adapts_head:
+    if step is None or not step.adapts_head:
+        return pruned
+    if pruned[0] is hidden:
+        step.prepare_logits(None)
+    else:
         numbers = torch.arange(len(hidden), device=hidden.device).unsqueeze(1)
         step.prepare_logits(original(self, numbers, None, None, metadata)[0].squeeze(1))
     return pruned

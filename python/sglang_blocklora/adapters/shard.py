@@ -19,12 +19,10 @@ from sglang_blocklora.adapters.config import read_config
 from sglang_blocklora.adapters.notes import notes
 from sglang_blocklora.adapters.tokenizer_files import check_tokens
 from sglang_blocklora.adapters.validate import AdaptedModule, check_modules
-from sglang_blocklora.sharding.architectures import suffix_of
 from sglang_blocklora.sharding.cut import read_a, read_b
 from sglang_blocklora.sharding.layout import place
 from sglang_blocklora.sharding.linears import ModelSpec
 from sglang_blocklora.sharding.plan import LinearPlan, plan_linear
-from sglang_blocklora.sharding.vocabulary import HEAD
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +36,7 @@ class AdapterShard:
 
     rank, nblocks  the largest full LoRA rank and block count among its modules
     invocation     token ids from whose last occurrence in a prompt on the adapter is active; empty: for all tokens
-    on_head        whether the adapter changes logits itself (``lm_head``)
+    on_head        whether the adapter changes logits itself (``lm_head``); on_experts: whether it is on experts
     slots          arena rows that this TP rank's part needs in every layer
     descriptors    [layer][linear], where each factor lies in those rows
     scalings       [layer][linear][slice], alpha / r of the full rank (0 where not adapted)
@@ -50,6 +48,7 @@ class AdapterShard:
     nblocks: int
     invocation: tuple[int, ...] = ()
     on_head: bool = False
+    on_experts: bool = False
     slots: int
     descriptors: tuple[tuple[LinearDescriptor, ...], ...]
     scalings: tuple[tuple[tuple[float, ...], ...], ...]
@@ -92,13 +91,16 @@ def load_shard(
     if not known and spec.tp_rank == 0:
         for note in notes(name, folder, config, modules, spec):
             logger.warning("adapter %r: %s", name, note)
+    positions = spec.find()
+    parts = {spec.layers[layer][index].part for layer, index in map(positions.__getitem__, modules)}
     scalings = tuple(tuple(_scalings(plan, modules) for plan in layer) for layer in plans)
     shard = AdapterShard(
         name=name,
         rank=max(shape.rank for shape in shapes.values()),
         nblocks=max(shape.nblocks for shape in shapes.values()),
         invocation=tuple(config.invocation),
-        on_head=any(suffix_of(path) == HEAD for path in modules),
+        on_head="head" in parts,
+        on_experts="expert" in parts,
         slots=slots,
         descriptors=tuple(descriptors),
         scalings=scalings,

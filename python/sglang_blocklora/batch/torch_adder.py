@@ -109,13 +109,13 @@ class TorchAdder(DeltaAdder):
         """Whether an adapter of the batch is on the head: then ``prepare_logits`` is to be called."""
         return any(factors[i][j] is not None for _, factors in self._segments for i, j, _ in self._head)
 
-    def prepare_logits(self, tokens: torch.Tensor) -> None:
-        """Logits follow, of hidden states of these tokens: int64 [rows], the place of each in the batch."""
+    def prepare_logits(self, tokens: torch.Tensor | None) -> None:
+        """Logits follow of these tokens' hidden states: int64 [rows], the place of each in the batch; None: of all."""
         _, indices, counts = self._batch
         of_tokens = torch.tensor(indices)
         if counts is not None:
             of_tokens = of_tokens.repeat_interleave(torch.tensor(counts))
-        self._logits = of_tokens[tokens].tolist()
+        self._logits = (of_tokens if tokens is None else of_tokens[tokens]).tolist()
 
     def add_to_logits_(self, logits: torch.Tensor, hidden: torch.Tensor) -> None:
         """Add the batch's deltas to the TP rank's part ``logits`` [rows, local vocabulary] of the head's output.

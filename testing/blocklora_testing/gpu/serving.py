@@ -95,7 +95,7 @@ class Serving:
         self.gpu, self.random, self.page, self.ahead = gpu, random.Random(seed), page, ahead
         patch.setattr(scatter, "scatter_kernel", _Scatter(self))
         patch.setattr(LoraLinear, "shrink", lambda linear, x, batch: self._lora(linear, batch, "shrink"))
-        patch.setattr(LoraLinear, "expand_", lambda linear, out, batch: self._lora(linear, batch, "expand"))
+        patch.setattr(LoraLinear, "expand_", lambda linear, out, batch, *_: self._lora(linear, batch, "expand"))
         patch.setattr(transfer, "PART_BYTES", 1600)  # images in many parts
         self.schedule, self.forward, self.results = (gpu.streams.Stream(CUDA) for _ in range(3))
         self.spec = MODEL.spec(0, 1, torch.float16)

@@ -209,15 +209,21 @@ def build(
     arena_slots: int = 512,
     contiguous: bool = False,
     alignment: int = 8,
+    choices: int = 1,
+    weights: np.ndarray | None = None,
 ) -> Case:
     """A case of ``tokens`` [T] (adapter of each token, negative for the base model).
+
+    choices  so many rows that follow one another have the same x
+    weights  float32 [T], what each row's delta is multiplied with
 
     Arena rows and elements that belong to no matrix are NaN, as are the gaps between rows where stride > width.
     """
     rng = np.random.default_rng(seed)
     arena = Arena(rng, width, stride or width, arena_slots, dtype)
     scalings = rng.choice([0.25, 0.5, 1.5, 2.0], (len(adapters), 3)).astype(np.float32)
-    x = draw(rng, (len(tokens), shape.in_features), dtype)
+    x = np.repeat(draw(rng, (len(tokens) // choices, shape.in_features), dtype), choices, axis=0)
+    factor = np.ones((len(tokens), 1)) if weights is None else weights.astype(np.float64)[:, None]
     out = draw(rng, (len(tokens), shape.out_offsets[-1]), dtype)
     expected, budget = out.astype(np.float64), np.zeros(out.shape)
     u, x64 = UNIT_ROUNDOFF[dtype], x.astype(np.float64)
@@ -235,11 +241,11 @@ def build(
                 continue
             a, b, scaling = factors
             columns = slice(shape.out_offsets[s], shape.out_offsets[s + 1])
-            expected[rows, columns] += scaling * (x64[rows] @ a.T) @ b.T
+            expected[rows, columns] += factor[rows] * scaling * (x64[rows] @ a.T) @ b.T
             # float32 sums of products, h rounded to dtype (with underflow), one rounding of the result.
-            size = scaling * (np.abs(x64[rows]) @ np.abs(a.T)) @ np.abs(b.T)
+            size = np.abs(factor[rows]) * scaling * (np.abs(x64[rows]) @ np.abs(a.T)) @ np.abs(b.T)
             steps = a.shape[1] + 2 * b.shape[1] + 16
-            underflow = SMALLEST[dtype] * (1 + scaling * np.abs(b).sum(1))
+            underflow = SMALLEST[dtype] * (1 + np.abs(factor[rows]) * scaling * np.abs(b).sum(1))
             error = (u + steps * 2.0**-24) * size + underflow
             budget[rows, columns] = error * (1 + u) + 2 * u * np.abs(expected[rows, columns])
     return Case(

@@ -147,6 +147,67 @@ def run_case(
     return out.numpy()
 
 
+def run_experts(
+    request: dict[str, Any],
+    experts: int,
+    choices: int,
+    shared_x: bool,
+    weights: np.ndarray | None,
+    captured_rank: int | None,
+) -> np.ndarray:
+    """Run shrink and expand on a case whose adapter ``a * experts + e`` is what adapter a has on expert e.
+
+    shared_x  whether the ``choices`` rows of a token have one row of x, as an expert's first linear has
+    """
+    import torch
+    from blocklora_kernels.batch import BatchMetadata, Captured
+    from blocklora_kernels.descriptor import HEAD_FIELDS, MAX_SLICES, SLICE_FIELDS
+    from blocklora_kernels.experts import ExpertBatch
+    from blocklora_kernels.ops import ExpertDescriptors, LoraLinear
+    from blocklora_kernels.segments import Segments
+    from blocklora_kernels.table import ENTRY_FIELDS, AdapterTable, pack_entry
+
+    use_tiles(small=True)
+    place, packed = torch.device("cpu"), np.array(request["descriptors"], np.int32)
+    adapters = len(request["slots"]) // experts
+    table = AdapterTable(1, experts, adapters, sum(map(len, request["slots"])), place)
+    for a in range(adapters):
+        own, rows = range(a * experts, (a + 1) * experts), 0
+        for number in own:  # an adapter's experts share its rows: each begins behind the one before
+            starts = [3, *(HEAD_FIELDS + s * SLICE_FIELDS + 3 for s in range(MAX_SLICES))]
+            packed[number, starts] += rows
+            rows += len(request["slots"][number])
+        slots = np.concatenate([request["slots"][number] for number in own])
+        entry = pack_entry(packed[own][None], request["scalings"][own][None])
+        table.write(a, torch.from_numpy(slots).long(), entry)
+    linear = LoraLinear(
+        [torch.from_numpy(plane) for plane in request["planes"]],
+        table.slots,
+        table.first_slots,
+        table.descriptors[0, 0],
+        table.scalings[0, 0],
+        request["in_features"],
+        request["out_offsets"],
+        experts=ExpertDescriptors(experts, ENTRY_FIELDS),
+        choices=choices if shared_x else 1,
+    )
+    x, out = (torch.from_numpy(request[name].copy()) for name in ("x", "out"))
+    pairs = torch.from_numpy(request["adapters"]).view(-1, choices)
+    owners = (pairs[:, 0] // experts).numpy()  # rounded down: -1 for none
+    ids = torch.where(pairs >= 0, pairs % experts, torch.arange(choices) % experts)
+    h_width = max(1, int(packed[:, 0].max()))
+    batch = BatchMetadata(len(ids) + 3, adapters, h_width, place, owners=True)
+    of_experts = ExpertBatch(len(ids) + 3, choices, experts, adapters, h_width, place)
+    graph = None if captured_rank is None else Captured(len(ids) + 1, captured_rank)
+    batch.update(Segments.build(owners), len(ids), request["rank"], graph)
+    of_experts.h.fill_(torch.nan)
+    of_experts.update(ids, batch.owners, batch.rank)
+    linear.add_delta_(
+        out, x[::choices] if shared_x else x, of_experts, None if weights is None else torch.from_numpy(weights)
+    )
+    return out.numpy()
+
+
 def refuse_stray_reads() -> None:
     """Make every load of the interpreter fail that takes in a NaN: memory that a case does not own is full of them."""
     from triton.runtime.interpreter import InterpreterBuilder
@@ -182,7 +243,8 @@ def serve() -> None:
         except EOFError:
             return
         try:
-            answer = (run_case(request, **options), None)
+            run = run_experts if "experts" in options else run_case
+            answer = (run(request, **options), None)
         except Exception:
             answer = (None, traceback.format_exc())
         pickle.dump(answer, answers)
