@@ -48,22 +48,25 @@ def make_runtime(argv: Sequence[str]) -> Any:
     return Runtime(**{field.name: getattr(arguments, field.name) for field in record_fields(type(arguments))})
 
 
-def rehearse(argv: Sequence[str]) -> None:
-    """End as ``run_sglang`` does where it refuses ``argv`` before weights are read; otherwise start nothing.
+def rehearse(argv: Sequence[str]) -> tuple[Settings, list[str]]:
+    """The settings of ``argv``; and what speaks against unified memory, where they leave the choice to the server.
 
-    It leaves this process with the configuration that a scheduler would have.
+    Nothing is started. It ends as ``run_sglang`` does where that refuses ``argv`` before weights are read, and leaves
+    this process with the configuration that a scheduler would have.
     """
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.runtime_context import publish
 
-    from blocklora_patches.model.unsupported import refuse_unsupported
+    from blocklora_patches.model.unsupported import against_unified, refuse_unsupported
 
     put_hooks_in_place()
     arguments = _server_args(argv)
     arguments.resolve_once()
     arguments.check_server_args()
     publish(arguments, role="scheduler")
-    refuse_unsupported(ModelConfig.from_server_args(arguments), Settings.required())
+    settings, model_config = Settings.required(), ModelConfig.from_server_args(arguments)
+    refuse_unsupported(model_config, settings)
+    return settings, against_unified(model_config) if settings.adapter_memory == "auto" else []
 
 
 def put_hooks_in_place() -> None:

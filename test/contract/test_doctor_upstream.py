@@ -75,6 +75,16 @@ FLAGS = {
     ("--tokenizer-worker-num", "2"): "--tokenizer-worker-num 2",
     ("--max-loras-per-batch", "0"): "max_loras_per_batch",
 }
+ARENA = "static: an arena of {} MiB on each TP rank"
+# Flags -> which memory adapters would get.
+MEMORY = {
+    (): "unified: the KV cache's slots",
+    ("--adapter-memory", "static", "--disable-radix-cache"): ARENA.format(1024),
+    ("--adapter-memory", "static", "--adapter-memory-mb", "5"): ARENA.format(5),
+    ("--disable-radix-cache",): f"{ARENA.format(1024)}, because the slots cannot hold adapters with "
+    "--disable-radix-cache (adapters live in the radix tree)",
+    ("--adapter-memory", "unified"): "unified: the KV cache's slots",
+}
 
 
 Findings = list[dict[str, str]]
@@ -86,15 +96,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Findings]:
     empty, model = tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("model")
     (model / "config.json").write_text(json.dumps(MODEL))
     starts = {"no model": Asked(), "empty folder": Asked(model=str(empty))}
-    starts |= {" ".join(flags): Asked(model=str(model), tp=2, flags=flags) for flags in FLAGS}
+    starts |= {" ".join(flags): Asked(model=str(model), tp=2, flags=flags) for flags in FLAGS | MEMORY}
     cases = {name: f"{textwrap.dedent(code)}\n{CHECK.format(asked=Asked())}" for name, (code, _) in BROKEN.items()}
     cases |= {name: CHECK.format(asked=asked) for name, asked in starts.items()}
     ended = run_cases({name: ({}, code) for name, code in cases.items()})
     return {name: json.loads(case.text.partition("FINDINGS")[2].splitlines()[0]) for name, case in ended.items()}
 
 
-def flags_of(findings: Findings) -> dict[str, str]:
-    (found,) = [finding for finding in findings if finding["what"] == "flags"]
+def finding_of(findings: Findings, what: str) -> dict[str, str]:
+    (found,) = [finding for finding in findings if finding["what"] == what]
     return found
 
 
@@ -106,6 +116,7 @@ def test_a_release_that_fits(found: dict[str, Findings]) -> None:
         "contract, frontend": "ok",
         "hooks": "ok",
         "flags": "skipped",
+        "adapter memory": "skipped",
     }
     assert findings["SGLang"]["found"] == version("sglang")
 
@@ -120,11 +131,18 @@ def test_what_does_not_fit_is_named(found: dict[str, Findings], name: str) -> No
 
 
 def test_a_folder_without_a_model_is_a_fault(found: dict[str, Findings]) -> None:
-    assert flags_of(found["empty folder"])["result"] == "fault"
+    assert finding_of(found["empty folder"], "flags")["result"] == "fault"
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=" ".join)
 def test_flags_are_refused_as_a_start_refuses_them(found: dict[str, Findings], flags: tuple[str, ...]) -> None:
-    refused, told = FLAGS[flags], flags_of(found[" ".join(flags)])
+    refused, told = FLAGS[flags], finding_of(found[" ".join(flags)], "flags")
     assert told["result"] == ("ok" if refused is None else "fault"), told
     assert refused is None or refused in told["found"]
+    assert (finding_of(found[" ".join(flags)], "adapter memory")["result"] == "skipped") == (refused is not None)
+
+
+@pytest.mark.parametrize("flags", MEMORY, ids=" ".join)
+def test_the_memory_that_adapters_would_get(found: dict[str, Findings], flags: tuple[str, ...]) -> None:
+    """... with the reason where unified memory was left to the server and does not hold."""
+    assert finding_of(found[" ".join(flags)], "adapter memory")["found"] == MEMORY[flags]

@@ -13,17 +13,18 @@ from blocklora_patches.releases.fail_closed import fail_closed
 
 from sglang_blocklora import SGLANG_VERSIONS, cpu_only, launch_server
 from sglang_blocklora.doctor.finding import Asked, Finding, fault, ok, skipped
+from sglang_blocklora.settings import Settings
 
 Part = Literal["server", "frontend"]
 PARTS: tuple[Part, ...] = get_args(Part)
-CONTRACT, HOOKS, FLAGS = "contract", "hooks", "flags"
+CONTRACT, HOOKS, FLAGS, MEMORY = "contract", "hooks", "flags", "adapter memory"
 AGAIN = "Install SGLang again (pip install --force-reinstall --no-deps sglang=={})."
 ACCEPT = "--accept-unknown-sglang"
 MISSING = "not installed"
 
 
 def check(asked: Asked) -> Iterator[Finding]:
-    """The release, both parts of the contract, hooks and flags, in this order; behind a misfit the rest is skipped."""
+    """The release, both parts of the contract, hooks, flags, memory, in this order; after a misfit no more."""
     cpu_flags = cpu_only.prepare(launch_server.rank_count(asked.launch_flags))  # before SGLang is imported
     release = installed(ACCEPT in asked.launch_flags)
     yield release
@@ -38,6 +39,7 @@ def check(asked: Asked) -> Iterator[Finding]:
     if faults:
         yield skipped(HOOKS, "SGLang does not fit")
         yield skipped(FLAGS, "SGLang does not fit")
+        yield skipped(MEMORY, "SGLang does not fit")
         return
     yield from start(asked, cpu_flags)
 
@@ -75,20 +77,33 @@ def start(asked: Asked, cpu_flags: Mapping[str, Sequence[str]]) -> Iterator[Find
     except SystemExit as refusal:
         yield skipped(HOOKS, "flags are refused")
         yield fault(FLAGS, str(refusal), "Drop or change what it names.")
+        yield skipped(MEMORY, "flags are refused")
         return
     with settings.exported():
         advice = "Remove the plugin that it names, or install SGLang and sglang-blocklora again."
         yield attempt(HOOKS, put_hooks_in_place, "in place, and our plugin is called in every process", advice)
         if asked.model is None:
             yield skipped(FLAGS, "of ours they are understood; for the rest name a model (--model FOLDER)")
+            yield skipped(MEMORY, "it is chosen for a model")
             return
+
+        rehearsed: list[tuple[Settings, list[str]]] = []
 
         def rehearse() -> None:
             with fail_closed():
                 from blocklora_patches.launch import rehearse
-            rehearse(launch_server.with_defaults(argv, cpu_flags))
+            rehearsed.append(rehearse(launch_server.with_defaults(argv, cpu_flags)))
 
         yield attempt(FLAGS, rehearse, "nothing is refused before weights are read", "Drop or change what it names.")
+        yield ok(MEMORY, memory(*rehearsed[0])) if rehearsed else skipped(MEMORY, "flags are refused")
+
+
+def memory(settings: Settings, reasons: Sequence[str]) -> str:
+    """Where adapters would live; ``reasons`` are what decides against the KV cache's slots where the choice is ours."""
+    if settings.adapter_memory != "static" and not reasons:
+        return "unified: the KV cache's slots"
+    size = f"static: an arena of {settings.adapter_memory_mb} MiB on each TP rank"
+    return f"{size}, because the slots cannot hold adapters with {', '.join(reasons)}" if reasons else size
 
 
 def put_hooks_in_place() -> None:
