@@ -61,7 +61,7 @@ def scenario(asked: Asked, rate: float) -> Scenario:
 def contenders(scenario: Scenario) -> dict[str, Contender]:
     """SGLang's, and ours by age bound and quantum; 4 steps are first come, first served (``scheduler.py``)."""
     policies = {"lpm": upstream("lpm"), BASELINE: upstream("fcfs")}
-    for steps, chunks in ((16, 16), (32, 16), (64, 16), (256, 16), (16, 4), (64, 64)):
+    for steps, chunks in ((16, 16), (64, 16), (128, 16), (256, 16), (16, 4), (64, 4)):
         policies[f"ours, {steps} steps, {chunks} chunks"] = ours(max_wait_steps=steps, quantum_chunks=chunks)
     return {name: Contender(Unified, policy) for name, policy in policies.items()}
 
