@@ -2,7 +2,7 @@
 
 Every figure of a play follows from decisions and from clocks that are simulated, so that one request admitted
 elsewhere, or one adapter evicted in another's place, changes some. The rows were recorded before the redesign of
-the layout; "no look-ahead" is what has been served since.
+the layout; "no look-ahead" is what has been served since. Figures that were thought of later are not among them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ def recorded(part: str, scenario: str, variant: str) -> dict[str, float]:
 @pytest.mark.parametrize("scenario", scheduler.ABLATED, ids=lambda scenario: scenario.name)
 def test_requests_are_admitted_in_the_recorded_order(scenario: Scenario) -> None:
     found = play(scheduler.contenders, scenario, "adapter-affinity", SEED)
-    assert found == recorded("scheduler_simulated", scenario.name, "ours, no look-ahead")
+    assert recorded("scheduler_simulated", scenario.name, "ours, no look-ahead").items() <= found.items()
 
 
 @pytest.mark.parametrize("variant", ["static", "unified, lru", "unified, kv-first", "unified, cost-aware"])
 @pytest.mark.parametrize("scenario", [memory.SCENARIOS[0], memory.SCENARIOS[4]], ids=lambda scenario: scenario.name)
 def test_adapters_and_kv_give_way_as_recorded(scenario: Scenario, variant: str) -> None:
     contenders: Contenders = memory.contenders
-    assert play(contenders, scenario, variant, SEED) == recorded("memory_simulated", scenario.name, variant)
+    found = play(contenders, scenario, variant, SEED)
+    assert recorded("memory_simulated", scenario.name, variant).items() <= found.items()
