@@ -9,6 +9,7 @@ quantum, in prefill chunks). Every workload comes at about what a server can do,
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -24,7 +25,10 @@ MEMORY_GIB = 16
 SHARED_TOKENS = 512  # of the prompt that begins every request
 CLOSE = 0.97  # of the best counts as the best
 TARGETS = ("goodput_share", "goodput_interactive_share")
+TAIL = "ttft_p99_ms"
+WORST_ADAPTER = "worst_adapter_ttft_p99_ms"
 BASELINE = "fcfs"
+UNBOUNDED = "lpm"
 
 
 class Asked(NamedTuple):
@@ -60,7 +64,7 @@ def scenario(asked: Asked, rate: float) -> Scenario:
 
 def contenders(scenario: Scenario) -> dict[str, Contender]:
     """SGLang's, and ours by age bound and quantum; 4 steps are first come, first served (``scheduler.py``)."""
-    policies = {"lpm": upstream("lpm"), BASELINE: upstream("fcfs")}
+    policies = {UNBOUNDED: upstream("lpm"), BASELINE: upstream("fcfs")}
     for steps, chunks in ((16, 16), (64, 16), (128, 16), (256, 16), (16, 4), (64, 4)):
         policies[f"ours, {steps} steps, {chunks} chunks"] = ours(max_wait_steps=steps, quantum_chunks=chunks)
     return {name: Contender(Unified, policy) for name, policy in policies.items()}
@@ -69,9 +73,11 @@ def contenders(scenario: Scenario) -> dict[str, Contender]:
 def overall(found: Found) -> Found:
     """Over all workloads, seed by seed: how often an order is among the best, how far behind at worst, who waits.
 
+    mean_...             over the workloads
     ..._close            share of workloads whose goodput is within 3 % of the best order's
     ..._least            the least goodput over the best order's
     worst_over_fcfs      the largest P99 TTFT over fcfs's, under which all wait alike
+    adapter_over_lpm     the largest P99 TTFT of a workload's worst adapter over that under lpm, which bounds no wait
     """
     workloads: list[Mapping[str, Mapping[str, list[float]]]] = list(found.values())
     summary: dict[str, dict[str, list[float]]] = {}
@@ -83,8 +89,13 @@ def overall(found: Found) -> Found:
                 over = [orders[name][target][seed] / most for orders, most in zip(workloads, best, strict=True) if most]
                 row[f"{target}_close"] = sum(value >= CLOSE for value in over) / len(over)
                 row[f"{target}_least"] = min(over)
+            for figure in (*TARGETS, TAIL):
+                row[f"mean_{figure}"] = statistics.fmean(orders[name][figure][seed] for orders in workloads)
             row["worst_over_fcfs"] = max(
-                orders[name]["ttft_p99_ms"][seed] / orders[BASELINE]["ttft_p99_ms"][seed] for orders in workloads
+                orders[name][TAIL][seed] / orders[BASELINE][TAIL][seed] for orders in workloads
+            )
+            row["adapter_over_lpm"] = max(
+                orders[name][WORST_ADAPTER][seed] / orders[UNBOUNDED][WORST_ADAPTER][seed] for orders in workloads
             )
             for figure, value in row.items():
                 summary.setdefault(name, {}).setdefault(figure, []).append(value)

@@ -28,11 +28,12 @@ def test_an_answer_of_one_token_has_no_time_between_tokens() -> None:
 
 def test_the_best_of_each_workload_is_what_an_order_is_compared_with() -> None:
     def row(goodput: float, p99: float) -> dict[str, list[float]]:
-        return {"goodput_share": [goodput], "goodput_interactive_share": [0.5], "ttft_p99_ms": [p99]}
+        shares = {"goodput_share": [goodput], "goodput_interactive_share": [0.5]}
+        return shares | {"ttft_p99_ms": [p99], "worst_adapter_ttft_p99_ms": [2 * p99]}
 
     found = {
-        "one": {"fcfs": row(0.5, 100.0), "other": row(1.0, 400.0)},
-        "two": {"fcfs": row(0.80, 100.0), "other": row(0.78, 50.0)},
+        "one": {"fcfs": row(0.5, 100.0), "lpm": row(0.5, 800.0), "other": row(1.0, 400.0)},
+        "two": {"fcfs": row(0.80, 100.0), "lpm": row(0.80, 40.0), "other": row(0.78, 50.0)},
     }
     rows = overall(found)["all workloads"]
     assert rows["fcfs"]["goodput_share_close"] == [0.5]
@@ -40,6 +41,9 @@ def test_the_best_of_each_workload_is_what_an_order_is_compared_with() -> None:
     assert rows["other"]["goodput_share_close"] == [1.0]
     assert rows["other"]["goodput_share_least"] == [pytest.approx(0.975)]
     assert rows["other"]["worst_over_fcfs"] == [4.0]
+    assert rows["other"]["adapter_over_lpm"] == [1.25]
+    assert rows["other"]["mean_goodput_share"] == [0.89]
+    assert rows["other"]["mean_ttft_p99_ms"] == [225.0]
     assert rows["other"]["goodput_interactive_share_close"] == [1.0]
 
 
