@@ -25,13 +25,13 @@ GOODPUT = (
 )
 OVERALL = (
     Column(header="within 2 s and 100 ms, mean %", figure="mean_goodput_share", digits=0, scale=PERCENT),
-    Column(header="among the best, %", figure="goodput_share_close", digits=0, scale=PERCENT),
+    Column(header="2 s, 100 ms: among the best, %", figure="goodput_share_close", digits=0, scale=PERCENT),
     Column(header="at worst, % of the best", figure="goodput_share_least", digits=0, scale=PERCENT),
     Column(header="within 0.5 s and 30 ms, mean %", figure="mean_goodput_interactive_share", digits=0, scale=PERCENT),
-    Column(header="among the best, %", figure="goodput_interactive_share_close", digits=0, scale=PERCENT),
+    Column(header="0.5 s, 30 ms: among the best, %", figure="goodput_interactive_share_close", digits=0, scale=PERCENT),
     Column(header="at worst, % of the best", figure="goodput_interactive_share_least", digits=0, scale=PERCENT),
     Column(header="P99 TTFT, mean ms", figure="mean_ttft_p99_ms", digits=0),
-    Column(header="over fcfs's, at worst", figure="worst_over_fcfs", digits=1),
+    Column(header="P99 TTFT over fcfs's, at worst", figure="worst_over_fcfs", digits=1),
     Column(header="worst adapter's P99 over lpm's, at worst", figure="adapter_over_lpm", digits=1),
 )
 SECTIONS = (
