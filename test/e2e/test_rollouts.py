@@ -255,6 +255,7 @@ def test_an_update_does_not_hold_up_others(server: Server, llama: Case, name: st
         assert asking.result() > 0
 
 
+@pytest.mark.matrix
 def test_constant_load(tmp_path: Path) -> None:
     """``make rollouts-test`` with smaller numbers."""
     result = rollouts(tmp_path, SMALL, seed=1)

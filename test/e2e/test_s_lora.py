@@ -23,10 +23,8 @@ PLAIN = {"plain"}
 
 
 # 3 divides no LoRA rank here that 2 divides; at 4 SGLang's CPU engine pads the 2 KV heads.
-@pytest.mark.parametrize(
-    ("kv_heads", "tp"),
-    [(2, 2), pytest.param(6, 3, marks=pytest.mark.matrix), pytest.param(2, 4, marks=pytest.mark.matrix)],
-)
+@pytest.mark.matrix  # of a benchmark; test/unit/test_s_lora.py has its law
+@pytest.mark.parametrize(("kv_heads", "tp"), [(2, 2), (6, 3), (2, 4)])
 def test_tokens_and_collectives(case, tmp_path: Path, kv_heads: int, tp: int) -> None:
     chosen = case("llama", kv_heads)
     log = tmp_path / "collectives.jsonl"

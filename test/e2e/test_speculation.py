@@ -46,13 +46,8 @@ def check(server: Server, asked: list[Asked]) -> tuple[int, int]:
     return sum(proposed), sum(right)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--tp", "2", "--max-total-tokens", "2048"),
-        pytest.param(("--adapter-memory", "static"), marks=pytest.mark.matrix),
-    ],
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("flags", [("--tp", "2", "--max-total-tokens", "2048"), ("--adapter-memory", "static")])
 def test_drafts_taken_from_any_answer_change_no_token(tmp_path: Path, flags: tuple[str, ...]) -> None:
     """Drafts come from all answers so far: right ones from the same adapter's, wrong ones from the others'."""
     model = build_model(tmp_path / "model", "llama")

@@ -17,7 +17,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Update four adapters again and again while they serve at TP 2.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--small", action="store_true", help="40 updates, as in make test")
+    parser.add_argument("--small", action="store_true", help="40 updates, as in make test-all")
     parser.add_argument("--keep", type=Path, help="an empty folder for the log and all else (default: temporary)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rollouts-") as temporary:
