@@ -123,7 +123,7 @@ def build(folder: Path, config: PreTrainedConfig, family: str, seed: int = 0) ->
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # initialised to zero, which would hide a bias that is lost
                 parameter.normal_(std=0.3)
-            if family == "gemma2" and name.endswith(
+            if family in ("gemma2", "gemma3_text") and name.endswith(
                 ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
             ):
                 parameter.fill_(5.0)  # tied random embeddings would otherwise repeat one token for ever
@@ -154,7 +154,7 @@ def build_adapters(model_folder: Path, folder: Path, choices: Mapping[str, Adapt
         targets = list(choice.targets or (*column, *ROW))
         bd = choice.nblocks and BdLoraConfig(
             target_modules_bd_a=[t for t in ROW if t in targets],
-            target_modules_bd_b=[t for t in column if t in targets],
+            target_modules_bd_b=[t for t in targets if t not in ROW],
             nblocks=choice.nblocks,
         )
         config = LoraConfig(
@@ -183,6 +183,19 @@ def build_adapters(model_folder: Path, folder: Path, choices: Mapping[str, Adapt
             changed = read_config(folder / name) | {"alora_invocation_tokens": list(choice.invocation)}
             (folder / name / "adapter_config.json").write_text(json.dumps(changed))
     return {name: folder / name for name in choices}
+
+
+def random_adapter(model_folder: Path, folder: Path, **config: Any) -> Path:
+    """A random adapter that PEFT makes of ``LoraConfig``'s arguments, and saves."""
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    made = get_peft_model(base, LoraConfig(lora_alpha=8, **config))
+    generator = torch.Generator().manual_seed(sum(map(ord, folder.name)))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(std=0.15, generator=generator)
+    made.save_pretrained(folder)
+    return folder
 
 
 def dense_twin(adapter: Path, folder: Path) -> Path:

@@ -55,6 +55,10 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma3_text": {"query_pre_attn_scalar": 24, "tie_word_embeddings": True, "sliding_window": 512},
     "cohere": {"tie_word_embeddings": True},
     "cohere2": {"tie_word_embeddings": True, "sliding_window": 512},
+    # What SGLang reads and real checkpoints have, and transformers' defaults have not, or have as something else.
+    "exaone4": {"sliding_window_pattern": None, "sliding_window": None, "layer_types": ["full_attention"] * LAYERS},
+    "minimax_m2": {"scoring_func": "sigmoid", "use_routing_bias": True},
+    "exaone_moe": {"is_moe_layer": [False, True]},
 }
 
 
@@ -82,8 +86,18 @@ def config_of(model_type: str, kv_heads: int = 2) -> PreTrainedConfig:
 
 
 def modules_of(model: Path) -> tuple[str, ...]:
-    """Names of the linears that a model's folder has of those that we adapt, o and down last."""
+    """Names of the linears that a model's folder has of those that we adapt, o and down last.
+
+    None of an MLP without a gate, nor a name that shared experts have too: PEFT would put adapters on both.
+    """
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    found = {path.rpartition(".")[2] for path, one in made.named_modules() if isinstance(one, torch.nn.Linear)}
+    parents: dict[str, set[str]] = {}
+    for path, one in made.named_modules():
+        if isinstance(one, torch.nn.Linear):
+            parent, _, name = path.rpartition(".")
+            parents.setdefault(name, set()).add(parent.rpartition(".")[2])
+    found = {name for name, own in parents.items() if own <= {"self_attn", "mlp"}}
+    if not found & {"gate_proj", "gate_up_proj"}:
+        found -= {"up_proj", "down_proj"}
     return tuple(name for name in (*models.COLUMN, *models.PHI3_COLUMN, *models.ROW) if name in found)
