@@ -105,6 +105,10 @@ CASES = {
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
     "pickle": (to_pickle, "unpickling"),
     "truncated": (truncate, "cannot be read"),
+    "another tensor alone": (
+        weights(lambda t: [t.clear(), t.update(x=torch.zeros(2))]),
+        "tensor 'x'",
+    ),
     "empty file": (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), "cannot be read"),
     "not LoRA": (config(peft_type="IA3"), "'IA3'"),
     "DoRA": (config(use_dora=True), "DoRA"),

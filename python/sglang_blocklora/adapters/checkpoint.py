@@ -73,13 +73,13 @@ class Checkpoint:
                     name.module,
                 )
             shapes.setdefault(name.module, {})[name.factor] = self._checked_shape(name, stored)
-        if not shapes:
-            raise AdapterError(self.adapter, f"no tensor in {self.path}", "LoRA weights", "Save the adapter again.")
         for module, factors in shapes.items():
             if len(factors) == 1:
                 missing = "B" if "A" in factors else "A"
                 raise AdapterError(self.adapter, f"no lora_{missing}", "both factors", "Save it again.", module)
         self._check_others(others, shapes)
+        if not shapes:
+            raise AdapterError(self.adapter, f"no tensor in {self.path}", "LoRA weights", "Save the adapter again.")
         return shapes
 
     def _check_others(
