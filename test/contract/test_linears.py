@@ -24,8 +24,11 @@ with warnings.catch_warnings():
     from sglang.srt.configs.update_config import adjust_config_with_unaligned_cpu_tp
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
     from sglang.srt.models import (
+        commandr,
         gemma,
         gemma2,
+        gemma3_causal,
+        glm4,
         granite,
         llama,
         mistral,
@@ -34,6 +37,7 @@ with warnings.catch_warnings():
         qwen2,
         qwen3,
         qwen3_moe,
+        stablelm,
     )
 
 FAMILIES = {
@@ -49,6 +53,11 @@ OTHERS = {
     "gemma": gemma.GemmaForCausalLM,
     "granite": granite.GraniteForCausalLM,
     "olmo2": olmo2.Olmo2ForCausalLM,
+    "glm4": glm4.Glm4ForCausalLM,
+    "stablelm": stablelm.StableLmForCausalLM,
+    "cohere": commandr.CohereForCausalLM,
+    "cohere2": commandr.Cohere2ForCausalLM,
+    "gemma3_text": gemma3_causal.Gemma3ForCausalLM,
     "qwen3_moe": qwen3_moe.Qwen3MoeForCausalLM,
     "mixtral": mixtral.MixtralForCausalLM,
 }
@@ -75,7 +84,8 @@ def as_read(family: str, config: Any, rank: int, size: int, targets: set[str]) -
 
 
 def base_sizes(config: Any) -> BaseSizes:
-    return BaseSizes.of(config.to_dict() | {"vocab_size": VOCAB})
+    architectures = [(FAMILIES | OTHERS)[config.model_type].__name__]
+    return BaseSizes.of(config.to_dict() | {"vocab_size": VOCAB, "architectures": architectures})
 
 
 def test_every_architecture_of_the_table_is_tried() -> None:
@@ -91,11 +101,9 @@ def test_the_tools_know_which_layers_have_experts(family: str, size: int) -> Non
     for rank in range(size):
         found = as_read(family, config, rank, size, {"all"})
         assert found == base.spec(torch.bfloat16, rank, size)
-        assert [len(layer) for layer in found.layers] == {
-            "gemma": [4 + 2] * 2,  # the layer's, and its parts of embeddings and head
-            "granite": [4 + 2] * 2,
-            "olmo2": [4 + 2] * 2,
-        }.get(family, [2 + 2 + 2 * 8] * 2)  # attention, the two parts, and two linears of each expert
+        # Attention, its parts of embeddings and head, and the MLP's two linears or two of each expert.
+        parts = 2 if base.splits_vocabulary else 0
+        assert [len(layer) for layer in found.layers] == [2 + parts + (2 * 8 if base.experts else 2)] * 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

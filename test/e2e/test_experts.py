@@ -26,18 +26,6 @@ ATTENTION = ("q_proj", "o_proj")
 RANK = 4
 
 
-def with_peft(model: Path, folder: Path, **config: Any) -> Path:
-    """A random adapter that PEFT makes and saves."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    peft_model = get_peft_model(base, LoraConfig(lora_alpha=8, **config))
-    _randomise({name: one for name, one in peft_model.named_parameters() if ".lora_" in name})
-    peft_model.save_pretrained(folder)
-    return folder
-
-
 def by_hand(family: str, model: Path, folder: Path, nblocks: int) -> Path:
     """A random adapter with a module for each expert, as older checkpoints hold them."""
     from safetensors.torch import save_file
@@ -54,20 +42,15 @@ def by_hand(family: str, model: Path, folder: Path, nblocks: int) -> Path:
                 cut = (nblocks, 1) if part == down else (1, nblocks)  # PEFT's packed form: block_a or block_b
                 tensors[f"{name}.lora_A.weight"] = torch.empty(RANK, inputs // cut[0])
                 tensors[f"{name}.lora_B.weight"] = torch.empty(outputs, RANK // cut[1])
-    _randomise(tensors)
+    generator = torch.Generator().manual_seed(len(tensors))
+    for _, tensor in sorted(tensors.items()):
+        tensor.normal_(std=0.15, generator=generator)
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     blocks = {"nblocks": nblocks, "target_modules_bd_a": [down], "target_modules_bd_b": [gate, up]}
     raw: dict[str, Any] = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": [gate, up, down]}
     (folder / "adapter_config.json").write_text(json.dumps(raw | ({"use_bdlora": blocks} if nblocks > 1 else {})))
     return folder
-
-
-def _randomise(tensors: Mapping[str, torch.Tensor]) -> None:
-    generator = torch.Generator().manual_seed(len(tensors))
-    with torch.no_grad():
-        for _, tensor in sorted(tensors.items()):
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.15)
 
 
 def merged(family: str, model: Path, adapter: Path, nblocks: int) -> Any:
@@ -123,15 +106,15 @@ def answers(model: Any, prompts: list[list[int]]) -> list[list[int]]:
 
 def make(folder: Path, family: str, kv_heads: int) -> Case:
     """A model with experts, adapters on attention, on experts in each form, and what they must answer."""
-    from blocklora_testing.models import VOCAB, build_model
+    from blocklora_testing.models import VOCAB, build_model, random_adapter
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model = build_model(folder / "model", family, kv_heads=kv_heads)
     adapters = {
-        "attention": with_peft(model, folder / "attention", r=4, target_modules=list(ATTENTION)),
-        "both": with_peft(model, folder / "both", r=4, target_modules=["q_proj"], target_parameters=list(FUSED)),
-        "down": with_peft(
+        "attention": random_adapter(model, folder / "attention", r=4, target_modules=list(ATTENTION)),
+        "both": random_adapter(model, folder / "both", r=4, target_modules=["q_proj"], target_parameters=list(FUSED)),
+        "down": random_adapter(
             model, folder / "down", r=4, target_parameters=["experts.down_proj"], rank_pattern={"experts.down_proj": 6}
         ),
         "split": by_hand(family, model, folder / "split", 1),

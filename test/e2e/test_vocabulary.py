@@ -8,12 +8,20 @@ from typing import TypeVar
 
 import pytest
 import torch
+from blocklora_testing.architectures.tiny import config_of
 from blocklora_testing.case import NEW_TOKENS, Case
-from blocklora_testing.models import COLUMN, ROW, answers_by_adapter, build, family_config, peft_tokens
+from blocklora_testing.models import (
+    COLUMN,
+    CONFIGS,
+    ROW,
+    answers_by_adapter,
+    build,
+    family_config,
+    peft_tokens,
+    random_adapter,
+)
 from blocklora_testing.server import Server, running
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import BdLoraConfig
-from transformers import AutoModelForCausalLM
 
 VOCAB = 300  # no multiple of 64: the last TP rank has padding
 T = TypeVar("T")
@@ -37,21 +45,15 @@ def choices(tied: bool) -> dict[str, dict]:
 
 @pytest.fixture
 def made(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
-    """A model whose embeddings are tied or not, adapters on them, and PEFT's tokens."""
-    tied = request.param
-    config = family_config("llama", layers=3)
+    """A model of a family whose embeddings are tied or not, adapters on them, and PEFT's tokens."""
+    family, tied = request.param
+    config = family_config(family, layers=3) if family in CONFIGS else config_of(family)
     config.vocab_size, config.tie_word_embeddings = VOCAB, tied
-    model, adapters = build(tmp_path / "model", config, "llama"), {}
-    for seed, (name, arguments) in enumerate(choices(tied).items()):
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        adapted = get_peft_model(base, LoraConfig(lora_alpha=8, **arguments))
-        torch.manual_seed(seed + 100)
-        with torch.no_grad():
-            for parameter_name, parameter in adapted.named_parameters():
-                if ".lora_" in parameter_name:
-                    parameter.normal_(std=0.12)
-        adapters[name] = tmp_path / "adapters" / name
-        adapted.save_pretrained(adapters[name])
+    model = build(tmp_path / "model", config, family)
+    adapters = {
+        name: random_adapter(model, tmp_path / "adapters" / name, **arguments)
+        for name, arguments in choices(tied).items()
+    }
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in (5, 23)]
     expected = alone(adapters, lambda some: peft_tokens(model, some, prompts, NEW_TOKENS))
@@ -91,12 +93,19 @@ def check_logprobs(server: Server, made: Case) -> None:
         assert max(expected[-1]) == pytest.approx(max(first.values()), abs=2e-3), name
 
 
+# Llama's; and a family that scales embeddings and caps logits.
+CASES = [
+    *(("llama", tied, tp) for tied in (True, False) for tp in (1, 2, 4)),
+    ("gemma2", True, 2),
+]
 MATRIX = [
     pytest.param(
-        tied, tp, marks=() if (tied, tp) == (True, 2) else pytest.mark.matrix, id=f"{'un' * (not tied)}tied-{tp}"
+        (family, tied),
+        tp,
+        marks=() if (family, tied, tp) == ("llama", True, 2) else pytest.mark.matrix,
+        id=f"{family}-{'un' * (not tied)}tied-{tp}",
     )
-    for tied in (True, False)
-    for tp in (1, 2, 4)
+    for family, tied, tp in CASES
 ]
 
 

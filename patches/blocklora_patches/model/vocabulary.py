@@ -36,7 +36,7 @@ def adaptable_vocabulary(model: torch.nn.Module, linears: Linears) -> tuple[Voca
     path = f"{decoder}{EMBEDDING}"
     embedding = next((module for name, module in model.named_modules() if name == path), None)
     if not isinstance(embedding, VocabParallelEmbedding) or len(_logits(model)) != 1:
-        return None, f"it has no {path}, or not one place where logits are made"
+        return None, f"it has no {path} that is split over TP ranks, or not one place where logits are made"
     indices, size = embedding.shard_indices, embedding.org_vocab_size
     if embedding.num_added_embeddings:
         return None, "it has embeddings beside its vocabulary"

@@ -27,10 +27,17 @@ ARCHITECTURES = (
     "GemmaForCausalLM",
     "GraniteForCausalLM",
     "Olmo2ForCausalLM",
+    "Glm4ForCausalLM",
+    "StableLmForCausalLM",
+    "CohereForCausalLM",
+    "Cohere2ForCausalLM",
+    "Gemma3ForCausalLM",
     # with experts
     "Qwen3MoeForCausalLM",
     "MixtralForCausalLM",
 )
+# Of these, each TP rank holds all embeddings: adapters on them and on the head are refused.
+WHOLE_VOCABULARY = ("Gemma3ForCausalLM",)
 
 Axis = Literal["hidden", "query", "key_value", "intermediate", "expert"]
 # What a TP rank holds of each axis; all of "hidden", which is not split. A layer of experts has "expert", the

@@ -23,6 +23,7 @@ from sglang_blocklora.sharding.architectures import (
     ARCHITECTURES,
     LINEARS,
     MODULES,
+    WHOLE_VOCABULARY,
     Axes,
     Axis,
     kind_of,
@@ -56,6 +57,7 @@ class BaseSizes:
     expert_layers  numbers of layers that have experts in the place of an MLP
     experts        how many each of them has, and expert_width: the intermediate width of one
     compared       whether its architecture was compared with PEFT; a server checks the linears of others at load
+    splits_vocabulary  whether TP ranks have parts of the embeddings, so that adapters can be on them
     """
 
     hidden: int
@@ -69,6 +71,7 @@ class BaseSizes:
     experts: int = 0
     expert_width: int = 0
     compared: bool = True
+    splits_vocabulary: bool = True
 
     @staticmethod
     def read(path: Path) -> BaseSizes:
@@ -93,7 +96,7 @@ class BaseSizes:
         """
         if raw.get("kv_lora_rank"):
             raise ValueError("multi-head latent attention has no k_proj and v_proj, and is not served")
-        heads = raw["num_attention_heads"]
+        heads, architectures = raw["num_attention_heads"], raw.get("architectures") or ()
         return BaseSizes(
             hidden=raw["hidden_size"],
             intermediate=raw.get("intermediate_size") or raw["moe_intermediate_size"],
@@ -105,7 +108,8 @@ class BaseSizes:
             expert_layers=_expert_layers(raw),
             experts=next((raw[key] for key in EXPERT_COUNTS if raw.get(key)), 0),
             expert_width=raw.get("moe_intermediate_size") or raw["intermediate_size"],
-            compared=not set(raw.get("architectures") or ARCHITECTURES).isdisjoint(ARCHITECTURES),
+            compared=not architectures or not set(architectures).isdisjoint(ARCHITECTURES),
+            splits_vocabulary=set(architectures).isdisjoint(WHOLE_VOCABULARY),
         )
 
     @property
@@ -160,7 +164,7 @@ class BaseSizes:
         return model_spec(
             {path: sparse if layer in self.expert_layers else dense for layer, path in enumerate(paths)},
             experts={paths[layer]: self.experts for layer in self.expert_layers},
-            vocabulary=_vocabulary(self.vocab, tp_rank, tp_size),
+            vocabulary=_vocabulary(self.vocab, tp_rank, tp_size) if self.splits_vocabulary else None,
             dtype=dtype,
             vocab_size=self.vocab,
             tp_rank=tp_rank,
