@@ -36,7 +36,8 @@ class AdapterShard:
 
     rank, nblocks  the largest full LoRA rank and block count among its modules
     invocation     token ids from whose last occurrence in a prompt on the adapter is active; empty: for all tokens
-    on_head        whether the adapter changes logits itself (``lm_head``); on_experts: whether it is on experts
+    on_head        whether the adapter changes logits itself (``lm_head``)
+    on_embedding   whether it changes embeddings; on_experts: whether it is on experts
     slots          arena rows that this TP rank's part needs in every layer
     descriptors    [layer][linear], where each factor lies in those rows
     scalings       [layer][linear][slice], alpha / r of the full rank (0 where not adapted)
@@ -48,6 +49,7 @@ class AdapterShard:
     nblocks: int
     invocation: tuple[int, ...] = ()
     on_head: bool = False
+    on_embedding: bool = False
     on_experts: bool = False
     slots: int
     descriptors: tuple[tuple[LinearDescriptor, ...], ...]
@@ -100,6 +102,7 @@ def load_shard(
         nblocks=max(shape.nblocks for shape in shapes.values()),
         invocation=tuple(config.invocation),
         on_head="head" in parts,
+        on_embedding="embedding" in parts,
         on_experts="expert" in parts,
         slots=slots,
         descriptors=tuple(descriptors),

@@ -72,7 +72,7 @@ class TritonAdder(DeltaAdder):
         self._on_experts = False
         self._embedding, self._head = self._embedding_of(), self._head_of()
         self._row_batches: dict[BatchMetadata, ExpertBatch] = {}
-        self._on_head = False
+        self._on_head = self._on_embedding = False
         self._logits: torch.Tensor | None = None  # owners of the rows of logits that are to come; None: of all tokens
         self._graphs: dict[BatchKind, Graphs] = {}
         self._eager = self._new_metadata(max_tokens)
@@ -94,7 +94,7 @@ class TritonAdder(DeltaAdder):
             raise IntegrityError("init_graphs comes before the capture")
         self._graphs[kind].prepare_capture(tokens)
         self._batch, self._on_experts = self._graphs[kind].batch, bool(self._experts)
-        self._on_head = bool(self._head)
+        self._on_head, self._on_embedding = bool(self._head), self._embedding is not None
 
     def prepare(self, keys: Sequence[str | None], token_counts: Sequence[int] | None) -> None:
         self._batch = None
@@ -106,6 +106,7 @@ class TritonAdder(DeltaAdder):
         rank = max((resident[key].adapter.shard.local_rank for key in entries), default=1)
         self._on_experts = any(resident[key].adapter.shard.on_experts for key in entries)
         self._on_head = any(resident[key].adapter.shard.on_head for key in entries)
+        self._on_embedding = any(resident[key].adapter.shard.on_embedding for key in entries)
         segments = group_by_adapter([entries.get(key, -1) if key else -1 for key in keys], token_counts)
         tokens = len(keys) if token_counts is None else int(sum(token_counts))
         graphs = self._graphs.get(kind)
@@ -196,7 +197,7 @@ class TritonAdder(DeltaAdder):
 
         Ids that the rank does not have get none, and tokens of images, whose ids no vocabulary has.
         """
-        if self._batch is not None and self._embedding is not None:
+        if self._batch is not None and self._on_embedding and self._embedding is not None:
             self._embedding.add_delta_(out, ids, self._batch)
 
     @property
