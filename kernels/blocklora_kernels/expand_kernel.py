@@ -137,6 +137,7 @@ def expand_kernel(
                 plane = tl.where(tl.load(d + 2) == 0, p_k, p_v)
                 start = tl.load(d + 3) * WIDTH + tl.load(d + 4)
                 block_rank = tl.load(d + 5)
+                blocks = tl.load(d + 6)
                 size = tl.load(d + 7)
                 offset = tl.load(d + 8)
                 scaling = tl.load(p_scaling + s)
@@ -147,7 +148,8 @@ def expand_kernel(
                 i_g = o_start + tl.arange(0, BLOCK_O // VECTOR) * VECTOR
                 last = tl.minimum(o_start + BLOCK_O, width) - 1
                 acc = tl.full((BLOCK_T, BLOCK_O), 0.0, tl.float32)
-                for block in range((offset + o_start) // size, (offset + last) // size + 1):
+                # Padding of a TP rank's share lies behind the last block: it has no columns of h.
+                for block in range((offset + o_start) // size, tl.minimum((offset + last) // size + 1, blocks)):
                     h_from = h_start + block * block_rank
                     part = _sum_over_ranks(
                         p_h_t, m_t, h_split_stride, splits, h_from, h_from + block_rank, plane, slots, first_slot,

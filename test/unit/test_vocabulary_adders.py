@@ -89,10 +89,16 @@ BATCHES: list[tuple[list[str | None], list[int] | None]] = [
 
 
 def check(adder, spec: ModelSpec, deltas: Deltas) -> None:
-    """Embeddings, and logits of all tokens, of the last of each request, and of some in two parts."""
+    """Embeddings, and logits of all tokens, of the last of each request, and of some in two parts.
+
+    What the step keeps between launches begins as no number: nothing may be read before it is written.
+    """
     ids_of_rank = spec.layers[0][2].inputs.start
     for keys, counts in BATCHES:
         adder.prepare(keys, counts)
+        if not isinstance(adder, TorchAdder):
+            for batch in (*adder._row_batches, *adder._row_batches.values()):
+                batch.h.fill_(torch.nan)
         per_token = [key for key, n in zip(keys, counts or [1] * len(keys), strict=True) for _ in range(n)]
         generator = torch.Generator().manual_seed(len(per_token))
         ids = torch.randint(0, VOCAB, (len(per_token),), generator=generator)
