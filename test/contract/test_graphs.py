@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang_blocklora.batch.triton_adder import TritonAdder
 from sglang_blocklora.requests.activation import ActivatedId
 
 with warnings.catch_warnings():
@@ -49,6 +50,18 @@ def batch(mode: ForwardMode, ids: list[str | None], counts: list[int] | None = N
         extend_seq_lens_cpu=counts,
         extend_num_tokens=counts and sum(counts),
     )
+
+
+def test_an_adapter_on_what_no_graph_has_is_refused(manager: Any) -> None:
+    """Its deltas would be left out in silence by every replay."""
+    manager._step = object.__new__(TritonAdder)
+    manager._step._captured = frozenset({"layer"})
+    manager.lora_refs = {}
+    local = SimpleNamespace(shard=SimpleNamespace(parts=frozenset({"layer", "expert"})))
+    ref, agreed = SimpleNamespace(lora_name="late", pinned=False), SimpleNamespace(error=None, slots=1)
+    answer = manager._take(ref, agreed, local)
+    assert not answer.success
+    assert "'late': found weights on expert; expected none, since CUDA graphs" in answer.error_message
 
 
 def test_decode_graphs_are_recorded_without_adapters_too():

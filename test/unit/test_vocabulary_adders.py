@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -63,19 +64,19 @@ def write(folder: Path, names: tuple[str, ...], rank: int, seed: int) -> dict[st
     return deltas
 
 
-def pool_of(folder: Path, spec: ModelSpec) -> tuple[StaticPool, Deltas]:
-    """A pool in which all adapters are resident, and their deltas."""
+def pool_of(folder: Path, spec: ModelSpec, own: Sequence[str] = tuple(ADAPTERS)) -> tuple[StaticPool, Deltas]:
+    """A pool in which the adapters ``own`` are resident, and their deltas."""
     arena = StaticArena(LAYERS, 256, spec.row_width, spec.dtype, torch.device("cpu"))
     arena._rows.fill_(float("nan"))
     pool = StaticPool(arena, len(ADAPTERS), host_only_images(), DecisionLog(None, 0), LRU())
     deltas = {}
-    for seed, (name, names) in enumerate(ADAPTERS.items()):
+    for seed, (name, names) in enumerate((name, ADAPTERS[name]) for name in own):
         deltas[name] = write(folder / name, names, 3 + seed, seed)
         shard, image = load_shard(name, folder / name, spec, 64)
-        own = {"path": "", "pinned": False, "content_hash": "", "image_digest": ""}
-        pool.add(name, LoadedAdapter(name=name, shard=shard, slots=shard.slots, **own), image)
-    assert pool.bring_in(ADAPTERS)
-    pool.begin_step(ADAPTERS)
+        rest = {"path": "", "pinned": False, "content_hash": "", "image_digest": ""}
+        pool.add(name, LoadedAdapter(name=name, shard=shard, slots=shard.slots, **rest), image)
+    assert pool.bring_in(own)
+    pool.begin_step(own)
     return pool, deltas
 
 
@@ -149,7 +150,15 @@ def check_triton(folder: Path) -> None:
         adder.init_graphs("decode", 8)
         adder.prepare_capture("decode", 5)
         assert adder.adapts_head, "a graph holds the head's deltas, whichever adapters it is replayed with"
+        assert not adder.not_captured(frozenset({"layer", "embedding", "head"}))
         check(adder, spec, deltas)
+        few, _ = pool_of(folder / f"{rank}-few", spec, ("neither",))
+        adder = TritonAdder(spec, few, 16, torch.device("cpu"), max_tokens=8)
+        assert not adder.not_captured(frozenset({"head"})), "without graphs nothing has to be captured"
+        adder.init_graphs("decode", 8)
+        adder.prepare_capture("decode", 5)
+        assert not adder.adapts_head, "what no adapter is on costs a graph nothing"
+        assert adder.not_captured(frozenset({"layer", "head"})) == {"head"}
 
 
 def test_triton_adder_in_the_interpreter(tmp_path: Path) -> None:

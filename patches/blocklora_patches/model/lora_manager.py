@@ -74,6 +74,7 @@ class BlockLoRAManager(release.ManagerBase):
         settings, tp_rank, tp_size = Settings.required(), get_parallel().tp_rank, get_parallel().tp_size
         self._max_rank = max_lora_rank or 256
         self._prefill_graph_tokens = 0  # of the largest prefill graph
+        self._step: TritonAdder | TorchAdder | None = None
         self.device = next(base_model.parameters()).device
         self.lora_refs: dict[str, LoRARef] = {}
         self._linears = linears = adaptable_linears(base_model)
@@ -214,6 +215,11 @@ class BlockLoRAManager(release.ManagerBase):
         name, pinned = ref.lora_name, bool(ref.pinned)
         if agreed.error is not None or local is None:
             return self._refuse(agreed.error or f"adapter {name!r}: nothing was read")
+        if isinstance(self._step, TritonAdder) and (parts := self._step.not_captured(local.shard.parts)):
+            return self._refuse(
+                f"adapter {name!r}: found weights on {' and '.join(sorted(parts))}; expected none, since CUDA graphs "
+                "were captured without such an adapter. Give one with --lora-paths, or start with --disable-cuda-graph."
+            )
         if reason := self.pool.reason_not_to_add(agreed.slots, pinned):
             advice = "Start the server with a larger --adapter-memory-mb, or unload or unpin others."
             return self._refuse(f"adapter {name!r}: {reason}. {advice}")

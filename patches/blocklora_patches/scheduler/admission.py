@@ -69,7 +69,7 @@ def _refuse(req: Any, message: str) -> None:
 
 def _is_on_head(scheduler: Any, req: Any) -> bool:
     pool = pool_of(scheduler)
-    return pool is not None and req.lora_id in pool.loaded and pool.loaded[req.lora_id].shard.on_head
+    return pool is not None and req.lora_id in pool.loaded and "head" in pool.loaded[req.lora_id].shard.parts
 
 
 def _has_room(scheduler: Any, req: Any) -> bool:

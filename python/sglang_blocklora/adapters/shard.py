@@ -21,7 +21,7 @@ from sglang_blocklora.adapters.tokenizer_files import check_tokens
 from sglang_blocklora.adapters.validate import AdaptedModule, check_modules
 from sglang_blocklora.sharding.cut import read_a, read_b
 from sglang_blocklora.sharding.layout import place
-from sglang_blocklora.sharding.linears import ModelSpec
+from sglang_blocklora.sharding.linears import ModelSpec, Part
 from sglang_blocklora.sharding.plan import LinearPlan, plan_linear
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,7 @@ class AdapterShard:
 
     rank, nblocks  the largest full LoRA rank and block count among its modules
     invocation     token ids from whose last occurrence in a prompt on the adapter is active; empty: for all tokens
-    on_head        whether the adapter changes logits itself (``lm_head``)
-    on_embedding   whether it changes embeddings; on_experts: whether it is on experts
+    parts          what the adapter is on, whatever of that this TP rank holds
     slots          arena rows that this TP rank's part needs in every layer
     descriptors    [layer][linear], where each factor lies in those rows
     scalings       [layer][linear][slice], alpha / r of the full rank (0 where not adapted)
@@ -48,9 +47,7 @@ class AdapterShard:
     rank: int
     nblocks: int
     invocation: tuple[int, ...] = ()
-    on_head: bool = False
-    on_embedding: bool = False
-    on_experts: bool = False
+    parts: frozenset[Part] = frozenset()
     slots: int
     descriptors: tuple[tuple[LinearDescriptor, ...], ...]
     scalings: tuple[tuple[tuple[float, ...], ...], ...]
@@ -94,16 +91,14 @@ def load_shard(
         for note in notes(name, folder, config, modules, spec):
             logger.warning("adapter %r: %s", name, note)
     positions = spec.find()
-    parts = {spec.layers[layer][index].part for layer, index in map(positions.__getitem__, modules)}
+    parts = frozenset(spec.layers[layer][index].part for layer, index in map(positions.__getitem__, modules))
     scalings = tuple(tuple(_scalings(plan, modules) for plan in layer) for layer in plans)
     shard = AdapterShard(
         name=name,
         rank=max(shape.rank for shape in shapes.values()),
         nblocks=max(shape.nblocks for shape in shapes.values()),
         invocation=tuple(config.invocation),
-        on_head="head" in parts,
-        on_embedding="embedding" in parts,
-        on_experts="expert" in parts,
+        parts=parts,
         slots=slots,
         descriptors=tuple(descriptors),
         scalings=scalings,

@@ -69,10 +69,10 @@ class TritonAdder(DeltaAdder):
         ]
         self._experts = {i: self._experts_of(i) for i, layer in enumerate(spec.layers) if layer[-1].part == "expert"}
         self._expert_batches: dict[BatchMetadata, ExpertBatch] = {}
-        self._on_experts = False
         self._embedding, self._head = self._embedding_of(), self._head_of()
         self._row_batches: dict[BatchMetadata, ExpertBatch] = {}
-        self._on_head = self._on_embedding = False
+        self._used: frozenset[Part] = frozenset()  # what the batch's adapters are on
+        self._captured: frozenset[Part] | None = None  # what graphs have the deltas of; None: there are no graphs
         self._logits: torch.Tensor | None = None  # owners of the rows of logits that are to come; None: of all tokens
         self._graphs: dict[BatchKind, Graphs] = {}
         self._eager = self._new_metadata(max_tokens)
@@ -82,9 +82,12 @@ class TritonAdder(DeltaAdder):
     def init_graphs(self, kind: BatchKind, max_tokens: int) -> None:
         """Graphs are captured for the largest local rank of the adapters that are loaded by now.
 
-        Without any they are captured for that of the largest adapter with a block for each TP rank.
+        Without any they are captured for that of the largest adapter with a block for each TP rank. They have deltas of
+        experts, embeddings and head only where one of those adapters is on them: others would pay for it at each step.
         """
-        ranks = [adapter.shard.local_rank for adapter in self._pool.loaded.values()]
+        shards = [adapter.shard for adapter in self._pool.loaded.values()]
+        self._captured = frozenset[Part]({"layer"}).union(*(shard.parts for shard in shards))
+        ranks = [shard.local_rank for shard in shards]
         rank = max(ranks, default=-(-self._max_rank // self._spec.tp_size))
         shared = kind == "prefill" and max_tokens <= self._eager.max_tokens
         self._graphs[kind] = Graphs(self._eager if shared else self._new_metadata(max_tokens), rank)
@@ -93,8 +96,11 @@ class TritonAdder(DeltaAdder):
         if kind not in self._graphs:
             raise IntegrityError("init_graphs comes before the capture")
         self._graphs[kind].prepare_capture(tokens)
-        self._batch, self._on_experts = self._graphs[kind].batch, bool(self._experts)
-        self._on_head, self._on_embedding = bool(self._head), self._embedding is not None
+        self._batch, self._used = self._graphs[kind].batch, self._captured or frozenset()
+
+    def not_captured(self, parts: frozenset[Part]) -> frozenset[Part]:
+        """Those of ``parts`` that the graphs have no deltas of: an adapter on them would be left out in silence."""
+        return parts - self._captured if self._captured is not None else frozenset()
 
     def prepare(self, keys: Sequence[str | None], token_counts: Sequence[int] | None) -> None:
         self._batch = None
@@ -104,9 +110,7 @@ class TritonAdder(DeltaAdder):
         resident = self._pool.resident
         entries = self._entries.of({key for key in keys if key is not None and key in resident}, resident)
         rank = max((resident[key].adapter.shard.local_rank for key in entries), default=1)
-        self._on_experts = any(resident[key].adapter.shard.on_experts for key in entries)
-        self._on_head = any(resident[key].adapter.shard.on_head for key in entries)
-        self._on_embedding = any(resident[key].adapter.shard.on_embedding for key in entries)
+        self._used = frozenset[Part]().union(*(resident[key].adapter.shard.parts for key in entries))
         segments = group_by_adapter([entries.get(key, -1) if key else -1 for key in keys], token_counts)
         tokens = len(keys) if token_counts is None else int(sum(token_counts))
         graphs = self._graphs.get(kind)
@@ -172,7 +176,7 @@ class TritonAdder(DeltaAdder):
 
     def joins_experts(self, layer: int) -> bool:
         """Whether the batch has adapters on experts, and ``layer`` has experts that they can be on."""
-        return self._batch is not None and self._on_experts and layer in self._experts
+        return self._batch is not None and "expert" in self._used and layer in self._experts
 
     def add_to_gate_up_(self, layer: int, out: torch.Tensor, x: torch.Tensor, ids: torch.Tensor) -> None:
         """Add the batch's deltas to the output of gate and up of the experts ``ids``, before the activation.
@@ -197,13 +201,13 @@ class TritonAdder(DeltaAdder):
 
         Ids that the rank does not have get none, and tokens of images, whose ids no vocabulary has.
         """
-        if self._batch is not None and self._on_embedding and self._embedding is not None:
+        if self._batch is not None and "embedding" in self._used and self._embedding is not None:
             self._embedding.add_delta_(out, ids, self._batch)
 
     @property
     def adapts_head(self) -> bool:
         """Whether an adapter of the batch is on the head: then ``prepare_logits`` is to be called."""
-        return self._batch is not None and self._on_head and bool(self._head)
+        return self._batch is not None and "head" in self._used and bool(self._head)
 
     def prepare_logits(self, tokens: torch.Tensor | None) -> None:
         """Logits follow of these tokens' hidden states: int64 [rows], the place of each in the batch; None: of all."""
