@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from blocklora_testing.toy import ToyModel, host_only_images, write_adapter
+from blocklora_testing.kernels.in_interpreter import in_interpreter
+from blocklora_testing.pools import loaded_pool
+from blocklora_testing.toy import ToyModel, write_adapter
 from sglang_blocklora.adapters.shard import load_shard
 from sglang_blocklora.batch import torch_adder
 from sglang_blocklora.batch.delta_adder import DeltaAdder
 from sglang_blocklora.batch.torch_adder import TorchAdder
-from sglang_blocklora.memory.decisions import DecisionLog
-from sglang_blocklora.memory.eviction import LRU
 from sglang_blocklora.memory.loaded import LoadedAdapter
-from sglang_blocklora.memory.static_arena import StaticArena
-from sglang_blocklora.memory.static_pool import StaticPool
 
 MODEL = ToyModel(layers=2)
 CHOICES = {
@@ -31,20 +26,11 @@ CHOICES = {
 def make(folder: Path, rank: int, size: int, step_class: type, slots: int):
     """A pool with the three adapters on a TP rank, its step, and the adapters' dense deltas."""
     spec = MODEL.spec(rank, size, torch.float32)
-    arena = StaticArena(MODEL.layers, slots, spec.row_width, spec.dtype, torch.device("cpu"))
-    arena._rows.fill_(float("nan"))
-    pool = StaticPool(arena, 3, host_only_images(), DecisionLog(None, 0), LRU())
-    deltas = {}
-    for seed, (name, options) in enumerate(CHOICES.items()):
-        deltas[name] = write_adapter(folder / name, MODEL, seed=seed, **options)
-        shard, image = load_shard(name, folder / name, spec, 64)
-        pool.add(
-            name,
-            LoadedAdapter(
-                name=name, path="", shard=shard, slots=shard.slots, pinned=False, content_hash="", image_digest=""
-            ),
-            image,
-        )
+    deltas = {
+        name: write_adapter(folder / name, MODEL, seed=seed, **options)
+        for seed, (name, options) in enumerate(CHOICES.items())
+    }
+    pool = loaded_pool(spec, {name: folder / name for name in CHOICES}, slots)
     options = () if step_class is TorchAdder else (16, torch.device("cpu"), "stream" if rank == 1 else "off")
     step = step_class(spec, pool, *options)
     return spec, pool, step, deltas
@@ -176,20 +162,16 @@ def test_an_adapter_that_overflows_changes_nothing_of_others(tmp_path: Path) -> 
 
 
 def test_triton_adder_in_the_interpreter(tmp_path: Path) -> None:
-    """In a process of its own: the interpreter is chosen before triton is imported."""
-    code = (
-        "import sys; sys.path[:0] = sys.argv[2:]\n"
-        "from pathlib import Path\n"
-        "import unit_adders\n"
-        "from sglang_blocklora.batch.triton_adder import TritonAdder\n"
-        "unit_adders.check_batches(Path(sys.argv[1]), TritonAdder)\n"
-        "unit_adders.check_graph_metadata(Path(sys.argv[1]) / 'graph', TritonAdder)\n"
-        "unit_adders.check_invariance(Path(sys.argv[1]) / 'invariance', TritonAdder)\n"
-    )
-    (tmp_path / "unit_adders.py").write_text(Path(__file__).read_text())
-    paths = [str(tmp_path), str(Path(__file__).parents[1])]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path), *paths], env=environment, check=True)
+    in_interpreter(__file__, tmp_path, "check_triton")
+
+
+def check_triton(folder: Path) -> None:
+    """Run where the interpreter is on."""
+    from sglang_blocklora.batch.triton_adder import TritonAdder
+
+    check_batches(folder, TritonAdder)
+    check_graph_metadata(folder / "graph", TritonAdder)
+    check_invariance(folder / "invariance", TritonAdder)
 
 
 def check_invariance(folder: Path, step_class: type) -> None:

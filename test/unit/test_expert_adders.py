@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
-from blocklora_testing.toy import host_only_images
+from blocklora_testing.kernels.in_interpreter import in_interpreter
+from blocklora_testing.pools import resident_pool
 from safetensors.torch import save_file
-from sglang_blocklora.adapters.shard import load_shard
-from sglang_blocklora.memory.decisions import DecisionLog
-from sglang_blocklora.memory.eviction import LRU
-from sglang_blocklora.memory.loaded import LoadedAdapter
-from sglang_blocklora.memory.static_arena import StaticArena
-from sglang_blocklora.memory.static_pool import StaticPool
 from sglang_blocklora.sharding.architectures import Axes, model_spec
 from sglang_blocklora.sharding.linears import Interval, ModelSpec
 
@@ -56,19 +48,14 @@ def check(folder: Path) -> None:
 
     for rank in (0, 1):
         spec = spec_of(rank)
-        arena = StaticArena(1, 256, spec.row_width, spec.dtype, torch.device("cpu"))
-        arena._rows.fill_(float("nan"))
-        pool = StaticPool(arena, len(ADAPTERS), host_only_images(), DecisionLog(None, 0), LRU())
-        deltas = {}
-        for seed, (name, experts) in enumerate(ADAPTERS.items()):
-            place = folder / str(rank) / name
-            deltas[name] = write(place, experts, rank=3 + seed, seed=seed)
-            shard, image = load_shard(name, place, spec, 64)
-            assert ("expert" in shard.parts) == bool(experts)
-            own = {"path": "", "pinned": False, "content_hash": "", "image_digest": ""}
-            pool.add(name, LoadedAdapter(name=name, shard=shard, slots=shard.slots, **own), image)
-        assert pool.bring_in(ADAPTERS)
-        pool.begin_step(ADAPTERS)
+        places = {name: folder / str(rank) / name for name in ADAPTERS}
+        deltas = {
+            name: write(places[name], experts, rank=3 + seed, seed=seed)
+            for seed, (name, experts) in enumerate(ADAPTERS.items())
+        }
+        pool = resident_pool(spec, places)
+        for name, experts in ADAPTERS.items():
+            assert ("expert" in pool.loaded[name].shard.parts) == bool(experts)
         adder = TritonAdder(spec, pool, 16, torch.device("cpu"), max_tokens=8, choices=CHOICES)
         adder.init_graphs("decode", 8)
         adder.prepare_capture("decode", 8)
@@ -113,13 +100,4 @@ def check_layer(adder, spec: ModelSpec, deltas, per_token: list[str | None], see
 
 
 def test_in_the_interpreter(tmp_path: Path) -> None:
-    """In a process of its own: the interpreter is chosen before triton is imported."""
-    (tmp_path / "expert_adders.py").write_text(Path(__file__).read_text())
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path\n"
-        "import expert_adders\n"
-        "expert_adders.check(Path(sys.argv[1]) / 'adapters')\n"
-    )
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=True)
+    in_interpreter(__file__, tmp_path, "check")

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from blocklora_testing.toy import host_only_images
+from blocklora_testing.kernels.in_interpreter import in_interpreter
+from blocklora_testing.pools import resident_pool
 from safetensors.torch import save_file
-from sglang_blocklora.adapters.shard import load_shard
 from sglang_blocklora.batch.torch_adder import TorchAdder
-from sglang_blocklora.memory.decisions import DecisionLog
-from sglang_blocklora.memory.eviction import LRU
-from sglang_blocklora.memory.loaded import LoadedAdapter
-from sglang_blocklora.memory.static_arena import StaticArena
 from sglang_blocklora.memory.static_pool import StaticPool
 from sglang_blocklora.sharding.architectures import Axes, model_spec
 from sglang_blocklora.sharding.linears import Interval, ModelSpec
@@ -66,18 +59,8 @@ def write(folder: Path, names: tuple[str, ...], rank: int, seed: int) -> dict[st
 
 def pool_of(folder: Path, spec: ModelSpec, own: Sequence[str] = tuple(ADAPTERS)) -> tuple[StaticPool, Deltas]:
     """A pool in which the adapters ``own`` are resident, and their deltas."""
-    arena = StaticArena(LAYERS, 256, spec.row_width, spec.dtype, torch.device("cpu"))
-    arena._rows.fill_(float("nan"))
-    pool = StaticPool(arena, len(ADAPTERS), host_only_images(), DecisionLog(None, 0), LRU())
-    deltas = {}
-    for seed, (name, names) in enumerate((name, ADAPTERS[name]) for name in own):
-        deltas[name] = write(folder / name, names, 3 + seed, seed)
-        shard, image = load_shard(name, folder / name, spec, 64)
-        rest = {"path": "", "pinned": False, "content_hash": "", "image_digest": ""}
-        pool.add(name, LoadedAdapter(name=name, shard=shard, slots=shard.slots, **rest), image)
-    assert pool.bring_in(own)
-    pool.begin_step(own)
-    return pool, deltas
+    deltas = {name: write(folder / name, ADAPTERS[name], 3 + seed, seed) for seed, name in enumerate(own)}
+    return resident_pool(spec, {name: folder / name for name in own}), deltas
 
 
 BATCHES: list[tuple[list[str | None], list[int] | None]] = [
@@ -162,13 +145,4 @@ def check_triton(folder: Path) -> None:
 
 
 def test_triton_adder_in_the_interpreter(tmp_path: Path) -> None:
-    """In a process of its own: the interpreter is chosen before triton is imported."""
-    (tmp_path / "vocabulary_adders.py").write_text(Path(__file__).read_text())
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path\n"
-        "import vocabulary_adders\n"
-        "vocabulary_adders.check_triton(Path(sys.argv[1]) / 'adapters')\n"
-    )
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=True)
+    in_interpreter(__file__, tmp_path, "check_triton")
