@@ -18,9 +18,12 @@ from pathlib import Path
 
 import pytest
 from blocklora_testing.case import NEW_TOKENS, Case
-from blocklora_testing.server import Server, free_port, running, stop
+from blocklora_testing.server import Server, free_port, running, stop, stopped_at_the_end
 from sglang_blocklora.scheduling.replicas import ALWAYS_ROOM, preference
 
+# Its launcher imports SGLang where there is one, for a mode that is not asked for here.
+ROUTER = "import sys; sys.modules['sglang'] = None; from sglang_router.launch_router import main; main()"
+GREEDY = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
 LATE = "late"  # is loaded through the front; the others are in --adapter-dir
 
 
@@ -115,6 +118,32 @@ def test_each_adapter_is_answered_by_one_replica_as_peft(fleet: Fleet, llama: Ca
         assert fleet.asked(server) == expected
     status, answer = fleet.front.call("/v1/completions", {"model": "nobody", "prompt": "a"})
     assert status == 404, answer
+
+
+def test_sglangs_own_router_keeps_an_adapter_on_one_replica_for_clients_that_send_its_header(
+    fleet: Fleet, llama: Case, tmp_path: Path
+) -> None:
+    """It knows no adapters: without the header a request goes anywhere, and loads are not its business."""
+    port, log = free_port(), tmp_path / "router.log"
+    command = [sys.executable, "-c", ROUTER, "--host", "127.0.0.1", "--port", str(port), "--policy", "manual"]
+    command += ["--prometheus-port", str(free_port()), "--worker-urls", *(server.url for server in fleet.servers)]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+    with stopped_at_the_end(Server(port, log, process), "/readiness") as router:
+        for name in (name for name in llama.expected if name):
+            before = [fleet.asked(server).get(name, 0) for server in fleet.servers]
+            for prompt, tokens in zip(llama.prompts * 2, llama.expected[name] * 2, strict=True):
+                body = {"input_ids": prompt, "lora_path": name, "sampling_params": GREEDY}
+                request = urllib.request.Request(f"{router.url}/generate", json.dumps(body).encode())
+                request.add_header("Content-Type", "application/json")
+                request.add_header("X-SMG-Routing-Key", name)
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    assert json.loads(answer.read())["output_ids"] == tokens, name
+            after = [fleet.asked(server).get(name, 0) for server in fleet.servers]
+            assert sorted(now - was for now, was in zip(after, before, strict=True)) == [0, 2 * len(llama.prompts)]
+        load = {"lora_name": "new", "lora_path": str(llama.adapters["n8"])}
+        assert router.call("/v1/load_lora_adapter", load)[0] == 404
+        assert router.call("/adapters")[0] == 404
 
 
 def test_a_replica_is_killed_under_load_and_comes_back(fleet: Fleet, llama: Case) -> None:

@@ -174,14 +174,24 @@ def running(
                 start_new_session=True,
                 env=os.environ | variables,
             )
-    server = Server(port, log, process)
-    try:
-        _wait(server, waiting)
+    with stopped_at_the_end(Server(port, log, process), waiting=waiting) as server:
         yield server
         if sound:
             server.check_log()
+
+
+@contextlib.contextmanager
+def stopped_at_the_end(
+    server: Server,
+    ready: str = "/health_generate",
+    waiting: Callable[[float, Server], None] = lambda seconds, server: None,
+) -> Iterator[Server]:
+    """A server that is starting, once it answers at ``ready``; its processes end with the block."""
+    try:
+        _wait(server, ready, waiting)
+        yield server
     finally:
-        stop(process)
+        stop(server.process)
 
 
 def same_decisions(log: Path, ranks: int = 2) -> str:
@@ -191,12 +201,12 @@ def same_decisions(log: Path, ranks: int = 2) -> str:
     return texts.pop()
 
 
-def _wait(server: Server, waiting: Callable[[float, Server], None]) -> None:
+def _wait(server: Server, ready: str, waiting: Callable[[float, Server], None]) -> None:
     started = time.monotonic()
     while time.monotonic() < started + START_TIMEOUT_S:
         server.check_running()
         with contextlib.suppress(OSError):
-            if server.call("/health_generate", timeout=60)[0] == 200:
+            if server.call(ready, timeout=60)[0] == 200:
                 return
         waiting(time.monotonic() - started, server)
         time.sleep(POLL_S)
