@@ -59,6 +59,7 @@ class BlockLoRAManager(release.ManagerBase):
     """
 
     memory_pool = None  # upstream's gauges of its slot pool are left out
+    _step: TritonAdder | TorchAdder | None = None  # until the arena exists
 
     def start(
         self,
@@ -74,7 +75,6 @@ class BlockLoRAManager(release.ManagerBase):
         settings, tp_rank, tp_size = Settings.required(), get_parallel().tp_rank, get_parallel().tp_size
         self._max_rank = max_lora_rank or 256
         self._prefill_graph_tokens = 0  # of the largest prefill graph
-        self._step: TritonAdder | TorchAdder | None = None
         self.device = next(base_model.parameters()).device
         self.lora_refs: dict[str, LoRARef] = {}
         self._linears = linears = adaptable_linears(base_model)
