@@ -31,6 +31,7 @@ with warnings.catch_warnings():
         glm4,
         granite,
         llama,
+        ministral3,
         mistral,
         mixtral,
         olmo2,
@@ -58,6 +59,7 @@ OTHERS = {
     "cohere": commandr.CohereForCausalLM,
     "cohere2": commandr.Cohere2ForCausalLM,
     "gemma3_text": gemma3_causal.Gemma3ForCausalLM,
+    "ministral3": ministral3.Ministral3ForCausalLM,
     "qwen3_moe": qwen3_moe.Qwen3MoeForCausalLM,
     "mixtral": mixtral.MixtralForCausalLM,
 }

@@ -32,6 +32,7 @@ ARCHITECTURES = (
     "CohereForCausalLM",
     "Cohere2ForCausalLM",
     "Gemma3ForCausalLM",
+    "Ministral3ForCausalLM",
     # with experts
     "Qwen3MoeForCausalLM",
     "MixtralForCausalLM",

@@ -53,6 +53,12 @@ OWN: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "gemma3_text": {"query_pre_attn_scalar": 24, "tie_word_embeddings": True, "sliding_window": 512},
+    "granite": {
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 4.0,
+    },
     "cohere": {"tie_word_embeddings": True},
     "cohere2": {"tie_word_embeddings": True, "sliding_window": 512},
     # What SGLang reads and real checkpoints have, and transformers' defaults have not, or have as something else.
