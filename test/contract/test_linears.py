@@ -24,6 +24,8 @@ with warnings.catch_warnings():
     from sglang.srt.configs.update_config import adjust_config_with_unaligned_cpu_tp
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
     from sglang.srt.models import (
+        apertus,
+        arcee,
         commandr,
         gemma,
         gemma2,
@@ -60,6 +62,8 @@ OTHERS = {
     "cohere2": commandr.Cohere2ForCausalLM,
     "gemma3_text": gemma3_causal.Gemma3ForCausalLM,
     "ministral3": ministral3.Ministral3ForCausalLM,
+    "arcee": arcee.ArceeForCausalLM,
+    "apertus": apertus.ApertusForCausalLM,
     "qwen3_moe": qwen3_moe.Qwen3MoeForCausalLM,
     "mixtral": mixtral.MixtralForCausalLM,
 }

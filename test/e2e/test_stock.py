@@ -12,7 +12,7 @@ from blocklora_testing.server import Server, running
 from benchmark.serving import stock_server
 
 COMPARED = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "gemma", "granite", "olmo2", "glm4", "stablelm")
-COMPARED += ("cohere", "cohere2", "gemma3_text", "ministral3", "qwen3_moe", "mixtral")
+COMPARED += ("cohere", "cohere2", "gemma3_text", "ministral3", "arcee", "apertus", "qwen3_moe", "mixtral")
 # 40 seconds each, so ``make test-all`` runs them.
 MATRIX = [pytest.param(one, marks=pytest.mark.matrix) for one in COMPARED]
 

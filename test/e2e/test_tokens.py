@@ -14,7 +14,7 @@ from blocklora_testing.server import running
 REPRESENTATIVE = [("qwen2", 2, 4), ("qwen3", 6, 3), ("qwen3_moe", 2, 2)]
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3")
 OTHERS = ("gemma", "granite", "olmo2", "glm4", "stablelm", "cohere", "cohere2", "gemma3_text", "ministral3")
-OTHERS += ("qwen3_moe", "mixtral")
+OTHERS += ("arcee", "apertus", "qwen3_moe", "mixtral")
 REST = [
     *((family, 6 if tp == 3 else 2, tp) for family in FAMILIES for tp in (1, 2, 3, 4)),
     *((family, 4 if tp == 4 else 2, tp) for family in OTHERS for tp in (1, 2, 4)),

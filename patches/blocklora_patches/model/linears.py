@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.utils import get_layer_id
 from sglang_blocklora.sharding.architectures import (
     ARCHITECTURES,
-    DOWN,
-    GATE_UP,
-    LINEARS,
+    MLPS,
     QKV,
     Axis,
     O,
@@ -39,7 +37,7 @@ def adaptable_linears(model: torch.nn.Module) -> Linears:
         layer = get_layer_id(path)
         if layer is None or (wanted is not None and not wanted(path)):
             continue
-        if isinstance(module, QKVParallelLinear | MergedColumnParallelLinear | RowParallelLinear):
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
             layers.setdefault(layer, {})[path] = module
     if not layers:
         raise ValueError(f"{type(model).__name__} has no decoder layers with linears that adapters can be on")
@@ -58,15 +56,12 @@ def is_compared(model: torch.nn.Module) -> bool:
 
 
 def _known(linears: dict[str, torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
-    """Those of a decoder layer that the table has, in its order. Others, as experts' own, are not adapted.
-
-    An MLP without a gate has ``down_proj`` alone of the table's two: it is not adapted either.
-    """
+    """Those of a decoder layer that the table has, in its order. Others, as experts' own, are not adapted."""
     layer = next((path.removesuffix(f".{QKV.path}") for path in linears if path.endswith(f".{QKV.path}")), None)
     if f"{layer}.{O.path}" not in linears:
         raise ValueError(f"SGLang's layer with {', '.join(linears)} has not both {QKV.path} and {O.path}")
-    mlp = {f"{layer}.{GATE_UP.path}", f"{layer}.{DOWN.path}"} <= linears.keys()
-    served = LINEARS if mlp else (QKV, O)
+    has = [mlp for mlp in MLPS if {f"{layer}.{one.path}" for one in mlp} <= linears.keys()]
+    served = (QKV, O, *(has[0] if has else ()))
     return [(path := f"{layer}.{one.path}", linears[path]) for one in served]
 
 
@@ -126,10 +121,11 @@ def _layer(linears: list[tuple[str, torch.nn.Module]], config: Any) -> tuple[str
         "key_value": _share(qkv.kv_proj_shard_size, rank // qkv.num_kv_head_replicas, kv_heads * qkv.head_size),
     }
     rows: dict[Axis, torch.nn.Module] = {"query": modules[f"{layer}.{O.path}"]}
-    if (gate_up := modules.get(f"{layer}.{GATE_UP.path}")) is not None:
-        width = getattr(config, "original_intermediate_size", gate_up.output_sizes[0])
-        axes["intermediate"] = _share(gate_up.output_partition_sizes[0], release.tp_rank_of(gate_up), width)
-        rows["intermediate"] = modules[f"{layer}.{DOWN.path}"]
+    for first, down in MLPS:
+        if (column := modules.get(f"{layer}.{first.path}")) is not None:
+            width = getattr(config, "original_intermediate_size", column.output_size // len(first.parts))
+            axes[down.inputs] = _share(column.output_partition_sizes[0], release.tp_rank_of(column), width)
+            rows[down.inputs] = modules[f"{layer}.{down.path}"]
     for axis, row in rows.items():
         cut, expected = (row.input_size_per_partition, row.output_size), (axes[axis].length, qkv.input_size)
         if cut != expected:

@@ -10,7 +10,6 @@ import torch
 
 from sglang_blocklora import cpu_only, launch_server
 from sglang_blocklora.doctor.finding import Asked, Finding, fault, ok, skipped
-from sglang_blocklora.sharding.architectures import LINEARS
 from sglang_blocklora.tools.base_model import BaseSizes
 from sglang_blocklora.tools.inspect_adapter import cost_per_rank
 from sglang_blocklora.tools.sizing import shapes, undivided
@@ -34,7 +33,7 @@ def check(asked: Asked) -> Iterator[Finding]:
         )
         return
     unsure = "" if base.compared else "; not compared with PEFT, so a server checks them when it loads the model"
-    yield ok("adapted linears", f"{', '.join(one.name for one in LINEARS)} of {base.layers} layers{unsure}")
+    yield ok("adapted linears", f"{', '.join(one.name for one in base.linears)} of {base.layers} layers{unsure}")
     yield from cost(base, asked, on_gpu=not cpu_only.is_cpu_only())
 
 

@@ -15,6 +15,8 @@ from sglang_blocklora.sharding.layout import ALIGNMENT_ELEMENTS
 from sglang_blocklora.sharding.linears import Interval, LinearSpec, ModelSpec, Source
 from sglang_blocklora.sharding.vocabulary import KINDS, Vocabulary, cut_vocabulary
 
+# Architectures whose MLPs have no gate.
+UNGATED = ("ArceeForCausalLM", "ApertusForCausalLM")
 # Architectures whose linears were compared with PEFT token by token (test/e2e). Another one may order or gate its
 # fused outputs differently, and would then answer wrongly in silence.
 ARCHITECTURES = (
@@ -33,6 +35,7 @@ ARCHITECTURES = (
     "Cohere2ForCausalLM",
     "Gemma3ForCausalLM",
     "Ministral3ForCausalLM",
+    *UNGATED,
     # with experts
     "Qwen3MoeForCausalLM",
     "MixtralForCausalLM",
@@ -40,9 +43,9 @@ ARCHITECTURES = (
 # Of these, each TP rank holds all embeddings: adapters on them and on the head are refused.
 WHOLE_VOCABULARY = ("Gemma3ForCausalLM",)
 
-Axis = Literal["hidden", "query", "key_value", "intermediate", "expert"]
+Axis = Literal["hidden", "query", "key_value", "intermediate", "ungated", "expert"]
 # What a TP rank holds of each axis; all of "hidden", which is not split. A layer of experts has "expert", the
-# intermediate width of one, in the place of "intermediate".
+# intermediate width of one, in the place of "intermediate", and one whose MLP has no gate has "ungated".
 Axes = Mapping[Axis, Interval]
 
 
@@ -86,8 +89,12 @@ QKV = Linear(
 O = Linear("self_attn.o_proj", "row", "query", {"o_proj": "hidden"})  # noqa: E741  as everybody calls it
 GATE_UP = Linear("mlp.gate_up_proj", "column", "hidden", {"gate_proj": "intermediate", "up_proj": "intermediate"})
 DOWN = Linear("mlp.down_proj", "row", "intermediate", {"down_proj": "hidden"})
-# In the order in which a layer runs them.
-LINEARS = (QKV, O, GATE_UP, DOWN)
+# Of an MLP without a gate.
+UP = Linear("mlp.up_proj", "column", "hidden", {"up_proj": "ungated"})
+UNGATED_DOWN = Linear("mlp.down_proj", "row", "ungated", {"down_proj": "hidden"})
+# In the order in which a layer runs them; it has an MLP of one kind or none.
+MLPS = ((GATE_UP, DOWN), (UP, UNGATED_DOWN))
+LINEARS = (QKV, O, *(linear for mlp in MLPS for linear in mlp))
 EXPERTS = (
     Experts("mlp.experts", ("gate_proj", "up_proj", "down_proj")),
     Experts("block_sparse_moe.experts", ("w1", "w3", "w2")),  # Mixtral's, before transformers 5
@@ -97,9 +104,9 @@ EXPERTS = (
 FUSED_EXPERTS = "mlp.experts"
 FUSED_PARTS = ("gate_up_proj", "down_proj")
 # Names of the modules that an adapter may have: as most checkpoints split them, and all.
-SPLIT_MODULES = tuple(part for linear in LINEARS for part in linear.parts)
+SPLIT_MODULES = tuple(dict.fromkeys(part for linear in LINEARS for part in linear.parts))
 MODULES: Mapping[str, Linear] = {
-    **{part: linear for linear in LINEARS for part in (*linear.parts, linear.name)},
+    **{part: linear for linear in reversed(LINEARS) for part in (*linear.parts, linear.name)},  # gated ones count
     **{part: linear for _, parts in EXPERTS for part, linear in zip(parts, (GATE_UP, GATE_UP, DOWN), strict=True)},
 }
 

@@ -145,8 +145,7 @@ def _add_match_rank_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--targets",
         nargs="+",
-        default=list(SPLIT_MODULES),
-        help="with --base-model: adapted modules",
+        help="with --base-model: adapted modules (default: all linears)",
     )
     one.add_argument("--parameters", type=positive, help="budget, instead of the plain adapter's parameters")
 
@@ -201,10 +200,11 @@ def _measure(
     if base is None or not (arguments.rank or arguments.parameters):
         parser.error("match-rank needs PATH, or --base-model with --rank or --parameters")
     features = base.features()
-    unknown = sorted(set(arguments.targets) - set(features))
+    targets = arguments.targets or [module for module in SPLIT_MODULES if module in features]
+    unknown = sorted(set(targets) - set(features))
     if unknown:
         parser.error(f"--targets {' '.join(unknown)}: not among {', '.join(features)}")
-    modules = [(target, *features[target]) for target in arguments.targets] * base.layers
+    modules = [(target, *features[target]) for target in targets] * base.layers
     return modules, plain_parameters(modules, arguments.rank or 0)
 
 

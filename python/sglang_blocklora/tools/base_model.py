@@ -23,9 +23,11 @@ from sglang_blocklora.sharding.architectures import (
     ARCHITECTURES,
     LINEARS,
     MODULES,
+    UNGATED,
     WHOLE_VOCABULARY,
     Axes,
     Axis,
+    Linear,
     kind_of,
     model_spec,
     suffix_of,
@@ -56,6 +58,7 @@ class BaseSizes:
 
     expert_layers  numbers of layers that have experts in the place of an MLP
     experts        how many each of them has, and expert_width: the intermediate width of one
+    gated          whether its MLPs have a gate
     compared       whether its architecture was compared with PEFT; a server checks the linears of others at load
     splits_vocabulary  whether TP ranks have parts of the embeddings, so that adapters can be on them
     """
@@ -70,6 +73,7 @@ class BaseSizes:
     expert_layers: frozenset[int] = frozenset()
     experts: int = 0
     expert_width: int = 0
+    gated: bool = True
     compared: bool = True
     splits_vocabulary: bool = True
 
@@ -108,9 +112,20 @@ class BaseSizes:
             expert_layers=_expert_layers(raw),
             experts=next((raw[key] for key in EXPERT_COUNTS if raw.get(key)), 0),
             expert_width=raw.get("moe_intermediate_size") or raw["intermediate_size"],
+            gated=set(architectures).isdisjoint(UNGATED),
             compared=not architectures or not set(architectures).isdisjoint(ARCHITECTURES),
             splits_vocabulary=set(architectures).isdisjoint(WHOLE_VOCABULARY),
         )
+
+    @property
+    def mlp_axis(self) -> Axis:
+        return "intermediate" if self.gated else "ungated"
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Those that a layer with an MLP has."""
+        widths = self.widths
+        return tuple(one for one in LINEARS if {one.inputs, *one.parts.values()} <= widths.keys())
 
     @property
     def widths(self) -> dict[Axis, int]:
@@ -118,14 +133,14 @@ class BaseSizes:
             "hidden": self.hidden,
             "query": self.heads * self.head_dim,
             "key_value": self.kv_heads * self.head_dim,
-            "intermediate": self.intermediate,
+            self.mlp_axis: self.intermediate,
         }
 
     def features(self) -> dict[str, tuple[int, int]]:
         """Module name -> (in, out) of every linear that an adapter can have."""
         widths = self.widths
-        sizes = {part: (widths[one.inputs], widths[one.parts[part]]) for one in LINEARS for part in one.parts}
-        for linear in LINEARS:
+        sizes = {part: (widths[one.inputs], widths[one.parts[part]]) for one in self.linears for part in one.parts}
+        for linear in self.linears:
             sizes[linear.name] = (widths[linear.inputs], sum(widths[axis] for axis in linear.parts.values()))
         return sizes
 
@@ -146,7 +161,7 @@ class BaseSizes:
             "hidden": Interval(0, self.hidden, self.hidden),
             "query": _part(heads * self.head_dim, tp_rank, widths["query"]),
             "key_value": _part(kv_heads * self.head_dim, tp_rank // replicas, widths["key_value"]),
-            "intermediate": _part(-(-self.intermediate // (unit * tp_size)) * unit, tp_rank, self.intermediate),
+            self.mlp_axis: _part(-(-self.intermediate // (unit * tp_size)) * unit, tp_rank, self.intermediate),
             "expert": _part(-(-self.expert_width // (unit * tp_size)) * unit, tp_rank, self.expert_width),
         }
 
@@ -159,7 +174,7 @@ class BaseSizes:
         """All linears of the base model as one TP rank holds them."""
         axes = self.axes(tp_rank, tp_size, self.engine_for(tp_size))
         dense: Axes = {axis: part for axis, part in axes.items() if axis != "expert"}
-        sparse: Axes = {axis: part for axis, part in axes.items() if axis != "intermediate"}
+        sparse: Axes = {axis: part for axis, part in axes.items() if axis != self.mlp_axis}
         paths = [f"model.layers.{layer}" for layer in range(self.layers)]
         return model_spec(
             {path: sparse if layer in self.expert_layers else dense for layer, path in enumerate(paths)},

@@ -94,7 +94,7 @@ def config_of(model_type: str, kv_heads: int = 2) -> PreTrainedConfig:
 def modules_of(model: Path) -> tuple[str, ...]:
     """Names of the linears that a model's folder has of those that we adapt, o and down last.
 
-    None of an MLP without a gate, nor a name that shared experts have too: PEFT would put adapters on both.
+    No name that shared experts have too: PEFT would put adapters on both.
     """
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
@@ -104,6 +104,4 @@ def modules_of(model: Path) -> tuple[str, ...]:
             parent, _, name = path.rpartition(".")
             parents.setdefault(name, set()).add(parent.rpartition(".")[2])
     found = {name for name, own in parents.items() if own <= {"self_attn", "mlp"}}
-    if not found & {"gate_proj", "gate_up_proj"}:
-        found -= {"up_proj", "down_proj"}
     return tuple(name for name in (*models.COLUMN, *models.PHI3_COLUMN, *models.ROW) if name in found)
