@@ -106,7 +106,8 @@ FUSED_PARTS = ("gate_up_proj", "down_proj")
 # Names of the modules that an adapter may have: as most checkpoints split them, and all.
 SPLIT_MODULES = tuple(dict.fromkeys(part for linear in LINEARS for part in linear.parts))
 MODULES: Mapping[str, Linear] = {
-    **{part: linear for linear in reversed(LINEARS) for part in (*linear.parts, linear.name)},  # gated ones count
+    # An MLP without a gate has no names of its own.
+    **{part: linear for linear in (QKV, O, *MLPS[0]) for part in (*linear.parts, linear.name)},
     **{part: linear for _, parts in EXPERTS for part, linear in zip(parts, (GATE_UP, GATE_UP, DOWN), strict=True)},
 }
 
