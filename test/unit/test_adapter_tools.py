@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from blocklora_testing import models  # noqa: F401  makes transformers importable
 from blocklora_testing.toy import LLAMA_8B, ToyModel, write_adapter
+from peft import BdLoraConfig, LoraConfig, get_peft_model  # noqa: F401  what is told names them
 from safetensors.torch import load_file, save_file
 from sglang_blocklora.adapters.content_hash import content_hash
 from sglang_blocklora.adapters.errors import AdapterError
@@ -20,6 +22,7 @@ from sglang_blocklora.tools.__main__ import main
 from sglang_blocklora.tools.base_model import BaseSizes
 from sglang_blocklora.tools.match_rank import match_rank
 from sglang_blocklora.tools.verify import verify
+from transformers import LlamaConfig, LlamaForCausalLM
 
 MODEL = ToyModel()
 BASE = ToyModel(kv_heads=2)  # what ``config_json`` describes
@@ -140,6 +143,19 @@ def test_match_rank_takes_the_largest_multiple_that_fits(tmp_path: Path, capsys)
     one_more = found["parameters"] // found["rank"] * (found["rank"] + 4)
     assert found["rank"] % 4 == 0
     assert found["parameters"] <= found["budget"] < one_more
+
+
+def test_match_rank_says_what_to_train_with(tmp_path: Path, capsys) -> None:
+    """PEFT makes of it an adapter with as many parameters as were told."""
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2
+    )
+    (tmp_path / "config.json").write_text(config.to_json_string())
+    asked = ["match-rank", "--base-model", str(tmp_path), "--rank", "8", "--nblocks", "2"]
+    assert main(asked) == 0
+    chosen = eval("LoraConfig" + capsys.readouterr().out.partition("LoraConfig")[2])
+    trained = get_peft_model(LlamaForCausalLM(config), chosen).get_nb_trainable_parameters()[0]
+    assert trained == run(capsys, *asked)[1]["parameters"]
 
 
 def test_match_rank_refuses_blocks_that_do_not_divide_and_budgets_that_are_too_small() -> None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sglang_blocklora.sharding.architectures import kind_of
+from sglang_blocklora.sharding.architectures import kind_of, suffix_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatchedRank:
-    """The rank found; ``block_rank`` is that of one block, ``rank / nblocks``."""
+    """The rank found, for modules of these names; ``block_rank`` is that of one block, ``rank / nblocks``."""
 
     rank: int
     nblocks: int
     block_rank: int
     parameters: int
     budget: int
+    modules: tuple[str, ...]
 
 
 def plain_parameters(modules: Sequence[tuple[str, int, int]], rank: int) -> int:
@@ -46,5 +47,10 @@ def match_rank(modules: Sequence[tuple[str, int, int]], nblocks: int, budget: in
             f"{budget} parameters are too few: rank {nblocks} needs {nblocks * per_rank}. Choose a smaller n."
         )
     return MatchedRank(
-        rank=rank, nblocks=nblocks, block_rank=rank // nblocks, parameters=rank * per_rank, budget=budget
+        rank=rank,
+        nblocks=nblocks,
+        block_rank=rank // nblocks,
+        parameters=rank * per_rank,
+        budget=budget,
+        modules=tuple(dict.fromkeys(suffix_of(module) for module, _, _ in modules)),
     )

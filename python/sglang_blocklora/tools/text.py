@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from sglang_blocklora.sharding.architectures import kind_of
 from sglang_blocklora.tools.convert import Conversion
 from sglang_blocklora.tools.inspect_adapter import Inspection
 from sglang_blocklora.tools.match_rank import MatchedRank
@@ -50,9 +51,16 @@ def inspection_text(found: Inspection) -> str:
 
 
 def match_text(matched: MatchedRank) -> str:
+    """The rank, and what to train with: an expression of PEFT's classes."""
+    row = [module for module in matched.modules if kind_of(module) == "row"]
+    column = [module for module in matched.modules if kind_of(module) == "column"]
     return (
         f"rank {matched.rank} (nblocks {matched.nblocks}, {matched.block_rank} a block): {matched.parameters:,} of "
-        f"{matched.budget:,} parameters ({matched.parameters / matched.budget:.1%})"
+        f"{matched.budget:,} parameters ({matched.parameters / matched.budget:.1%})\n\n"
+        f"LoraConfig(\n    r={matched.rank},\n    lora_alpha={2 * matched.rank},\n"
+        f"    target_modules={[*column, *row]},\n    use_bdlora=BdLoraConfig(\n"
+        f"        target_modules_bd_a={row},\n        target_modules_bd_b={column},\n"
+        f"        nblocks={matched.nblocks},\n    ),\n)"
     )
 
 
