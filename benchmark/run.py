@@ -39,6 +39,9 @@ PARTS = {
     "activated": Part("benchmark.activated.serve", 900, quick=False),
     "activated_base_cost": Part("benchmark.activated.base_cost", 420, quick=False),
     "added_time": Part("benchmark.decode.added_time", 600, quick=False),
+    "peers_decode_tp1": Part("benchmark.peers.decode --tp 1", 1500, quick=False),
+    "peers_decode_tp2": Part("benchmark.peers.decode --tp 2", 1500, quick=False),
+    "peers_scarce_tp2": Part("benchmark.peers.scarce", 1800, quick=False),
     "scheduler_host_time": Part("benchmark.scheduler.host_time", 120, quick=False),
     "counts": Part("benchmark.paper.counts --tp", 60, quick=False),
     "counts_ranks": Part("benchmark.paper.ranks", 60, quick=False),
@@ -74,10 +77,21 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def chosen(asked: list[str]) -> list[str]:
-    """The parts to run: those named, ``all``, or the quick ones when none is. ``SystemExit`` for unknown names."""
-    if unknown := set(asked) - {*PARTS, "all"}:
-        raise SystemExit(f"unknown parts {sorted(unknown)}; known: {', '.join(PARTS)}, all")
-    return [name for name, part in PARTS.items() if name in asked or "all" in asked or (part.quick and not asked)]
+    """The parts to run: those named, those of a group (``peers``), ``all``, or the quick ones when none is.
+
+    ``SystemExit`` for unknown names.
+    """
+    named = {part for name in asked for part in members(name)}
+    return [name for name, part in PARTS.items() if name in named or (part.quick and not asked)]
+
+
+def members(name: str) -> list[str]:
+    """The part of that name, or the parts that begin with it."""
+    found = [part for part in PARTS if name in ("all", part)]
+    found = found or [part for part in PARTS if part.startswith(f"{name}_")]
+    if not found:
+        raise SystemExit(f"unknown part {name}; known: {', '.join(PARTS)}, all")
+    return found
 
 
 def main() -> None:

@@ -183,6 +183,15 @@ SECTIONS = (
     ),
     Section(part="activated_base_cost", baseline="stock SGLang, no LoRA", columns=(STEP, FIRST_TOKEN)),
     Section(part="added_time", baseline="base model", columns=(STEP, FIRST_TOKEN)),
+    *(
+        Section(
+            part=f"peers_decode_tp{tp}",
+            baseline="ours, plain",
+            columns=(Column(header="ms a step", figure="step_ms"),),
+        )
+        for tp in (1, 2)
+    ),
+    Section(part="peers_scarce_tp2", baseline="ours, plain", columns=(*LATENCIES, SLO, HITS)),
     Section(part="memory", baseline="stock slots", columns=(*LATENCIES, *CACHES), brief=MEMORY_BRIEF),
     Section(
         part="scheduler",

@@ -9,10 +9,14 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from blocklora_testing.server import Server, running
+
+from benchmark.serving.client import SGLANG, Dialect, at_once
 
 OURS = ("-m", "sglang_blocklora.launch_server")
 STOCK_FILE = Path(__file__).with_name("stock_server.py")
@@ -28,6 +32,21 @@ class Launch:
     stock: bool
     flags: tuple[str, ...]
     module: tuple[str, ...] = OURS
+    dialect: ClassVar[Dialect] = SGLANG
+
+    def start(self, model: Path, log: Path, loads: Path) -> AbstractContextManager[Server]:
+        """The server, for the length of the block. loads: the file for adapters that are copied, where it has one."""
+        module = (str(STOCK_FILE),) if self.stock else self.module
+        environment = {LOADS_VARIABLE: str(loads)}
+        return running(model, *self.flags, log=log, environment=environment, module=module, sound=not self.stock)
+
+    def adapter_loads(self, server: Server, loads: Path) -> Counter[str]:
+        """How often each adapter was copied to where the model reads it, since the start."""
+        if self.stock:
+            return Counter(loads.read_text().split() if loads.exists() else ())
+        status, answer = server.call("/adapters?limit=1000")
+        assert status == 200, answer
+        return Counter({adapter["name"]: adapter["loads"] for adapter in answer["data"]})
 
 
 @dataclass(frozen=True)
@@ -56,15 +75,11 @@ class Member:
 
     def adapter_loads(self) -> Counter[str]:
         """How often each adapter was copied to where the model reads it, since the start."""
-        if self.launch.stock:
-            return Counter(self.loads_file.read_text().split() if self.loads_file.exists() else ())
-        status, answer = self.server.call("/adapters?limit=1000")
-        assert status == 200, answer
-        return Counter({adapter["name"]: adapter["loads"] for adapter in answer["data"]})
+        return self.launch.adapter_loads(self.server, self.loads_file)
 
     def flush(self) -> None:
         """Drop cached KV, so that each pass starts from the same state."""
-        status, answer = self.server.call("/flush_cache", {})
+        status, answer = self.server.call(self.launch.dialect.flush_path, {})
         assert status == 200, f"{self.name}: {answer}"
 
 
@@ -82,11 +97,7 @@ def fleet(model: Path, launches: Mapping[str, Launch], folder: Path) -> Iterator
         for name, launch in launches.items():
             print(f"starting {name}", flush=True)
             loads = folder / f"{name}.loads"
-            module = (str(STOCK_FILE),) if launch.stock else launch.module
-            log, environment = folder / f"{name}.log", {LOADS_VARIABLE: str(loads)}
-            server = stack.enter_context(
-                running(model, *launch.flags, log=log, environment=environment, module=module, sound=not launch.stock)
-            )
+            server = stack.enter_context(launch.start(model, folder / f"{name}.log", loads))
             members[name] = Member(name, launch, server, loads)
             stack.callback(members[name].signal, signal.SIGCONT)  # a stopped process would not end politely
             members[name].signal(signal.SIGSTOP)
@@ -104,6 +115,8 @@ def check_tokens(
         with members[name].awake() as server:
             requests = [(prompt, adapter) for adapter in adapters for prompt in prompts]
             wanted = [tokens for adapter in adapters for tokens in expected[adapter]]
-            for (_, adapter), found, right in zip(requests, server.many(requests, len(wanted[0])), wanted, strict=True):
-                if found != right:
-                    raise SystemExit(f"{name}: wrong tokens under {adapter}: {json.dumps(found)}, PEFT {right}")
+            answers = at_once(server.url, requests, len(wanted[0]), members[name].launch.dialect)
+            for (_, adapter), found, right in zip(requests, answers, wanted, strict=True):
+                if found.tokens != right:
+                    told = found.error or json.dumps(found.tokens)
+                    raise SystemExit(f"{name}: wrong tokens under {adapter}: {told}, PEFT {right}")

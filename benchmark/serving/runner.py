@@ -6,6 +6,7 @@ Rounds run forth and back (A B B A), each pass under the same workload, every fi
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ def interleave(
     *,
     rounds: int,
     slo_ttft_s: float,
+    slo_tpot_s: float = math.inf,
     adapter_bytes: Callable[[str], int] = lambda name: 0,
     warm_up: bool = True,
 ) -> None:
@@ -50,7 +52,9 @@ def interleave(
                     before = member.adapter_loads()
                     sessions = dataclasses.replace(workload, seed=workload.seed + max(number, 0)).generate()
                     label = f"round {number + 1} of {rounds}, {scenario}, {variant}"
-                    figures = client.summary(*client.play(server.url, sessions, names, label), slo_ttft_s)
+                    figures = client.summary(
+                        *client.play(server.url, sessions, names, label, member.launch.dialect), slo_ttft_s, slo_tpot_s
+                    )
                     loads = member.adapter_loads() - before
                     figures["adapter_loads"] = loads.total()
                     figures["adapter_loads_per_request"] = loads.total() / figures["requests"]

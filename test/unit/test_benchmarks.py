@@ -13,6 +13,7 @@ from safetensors import safe_open
 from benchmark.memory.serve import RANKS, STOCK_SLOTS, TP, EqualMemory
 from benchmark.run import PARTS, Part, chosen, run
 from benchmark.serving import client, runner, tiny
+from benchmark.serving.fleet import Launch
 from benchmark.serving.runner import Variant, interleave
 from benchmark.serving.workload import Workload
 
@@ -41,7 +42,7 @@ class Fake:
     """A member of the fleet that counts one adapter load for each pass."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.loads = name, 0
+        self.name, self.loads, self.launch = name, 0, Launch(False, ())
 
     @contextlib.contextmanager
     def awake(self):
@@ -58,7 +59,7 @@ def test_rounds_run_forth_and_back_with_the_same_sessions_for_all(monkeypatch):
     members = {name: Fake(name) for name in ("x", "y")}
     played, recorded = [], []
 
-    def play(url, sessions, names, label):
+    def play(url, sessions, names, label, dialect):
         members[url].loads += 1
         played.append((url, sessions[0].turns[0].tokens.tolist()))
         return [client.Answer(0, 2, ttft_s=1.0, last_s=2.0, tokens=[1, 2], itl_s=[1.0], prompt_tokens=1)], 1.0
@@ -82,7 +83,9 @@ def test_what_went_wrong_with_a_part_is_told(command, problem, capfd):
 
 def test_parts_are_chosen():
     assert chosen(["quality", "memory"]) == ["memory", "quality"]
+    assert chosen(["activated"]) == ["activated"]
+    assert chosen(["peers"]) == ["peers_decode_tp1", "peers_decode_tp2", "peers_scarce_tp2"]
     assert chosen(["all"]) == list(PARTS)
     assert set(chosen([])) < set(PARTS)
-    with pytest.raises(SystemExit, match="unknown parts"):
+    with pytest.raises(SystemExit, match="unknown part decod"):
         chosen(["decod"])
