@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmark.record import REPOSITORY, Run, newest
-from benchmark.sections import PERCENT, SECTIONS, Brief, Column, Section, Variants, ratio
+from benchmark.sections import PERCENT, SECTIONS, Brief, Column, Mean, Section, Variants, ratio
 
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "benchmark/results/README.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/training.md", "benchmark/results/README.md")
 IMAGES = "docs/images"
 
 
@@ -49,8 +49,10 @@ def conditions(section: Section, run: Run, root: str) -> str:
     facts, versions = run.conditions, run.conditions["versions"]
     settings = ". ".join(f"{name[0].upper()}{name[1:]}: {value}" for name, value in facts["settings"].items())
     pins = ", ".join(f"{name} {version}" for name, version in versions.items())
+    sampled = any(isinstance(column, Mean) for column in section.columns)
+    spread = "Mean ± its 95 % confidence interval" if sampled else "Median (min to max)"
     return (
-        f"{settings}. Median (min to max) over the rounds, compared round by round. "
+        f"{settings}. {spread} over the rounds, compared round by round. "
         f"Seed {facts['seed']}, {facts['machine']}, {pins}; "
         f"commit {facts['commit']}, {facts['date']}: `{facts['command']}` "
         f"([raw]({root}{section.folder}/{section.part}.jsonl))."

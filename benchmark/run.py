@@ -35,7 +35,7 @@ PARTS = {
     "end_to_end_tp2": Part("benchmark.paper.end_to_end --tp 2", 420),
     "memory": Part("benchmark.memory.serve", 480),
     "scheduler": Part("benchmark.scheduler.serve", 600),
-    "quality": Part("benchmark.quality.train", 600),
+    "quality": Part("benchmark.quality.train", 2400, quick=False),
     "activated": Part("benchmark.activated.serve", 900, quick=False),
     "activated_base_cost": Part("benchmark.activated.base_cost", 420, quick=False),
     "added_time": Part("benchmark.decode.added_time", 600, quick=False),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import scipy.stats
 
 PERCENT = 100.0
 MIB = 2.0**-20
@@ -31,6 +34,19 @@ class Column:
         points = (statistics.median(values), min(values), max(values))
         median, low, high = (f"{value * self.scale:.{self.digits}f}" for value in points)
         return median if low == high else f"{median} ({low} to {high})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean(Column):
+    """A figure of rounds that are samples: its mean, and the 95 % confidence interval of that by Student's t."""
+
+    def text(self, values: Sequence[float]) -> str:
+        count, mean = len(values), statistics.mean(values)
+        shown = f"{mean * self.scale:.{self.digits}f}"
+        if count == 1 or min(values) == max(values):
+            return shown
+        half = scipy.stats.t.ppf(0.975, count - 1) * statistics.stdev(values) / math.sqrt(count)
+        return f"{shown} ± {half * self.scale:.{self.digits}f}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +111,14 @@ CACHES = (
     Column(header="loads per 100 requests", figure="adapter_loads_per_request", digits=0, scale=PERCENT),
     Column(header="MiB copied", figure="copied_mib", digits=0),
     Column(header="failed", figure="failed_requests", digits=0),
+)
+
+PLAIN_ADAPTER = "plain, r = 16"
+LOSSES = (
+    Mean(header="held-out loss", figure="eval_loss", digits=3),
+    Mean(header="over plain's", figure="loss_over_plain", digits=3),
+    Column(header="learning rate", figure="learning_rate", digits=3),
+    Column(header="parameters", figure="parameters", digits=0),
 )
 
 COUNTS_BRIEF = Brief(
@@ -215,11 +239,27 @@ SECTIONS = (
     ),
     Section(
         part="quality",
-        baseline="plain, r = 16",
+        baseline=PLAIN_ADAPTER,
         columns=(
-            Column(header="held-out loss", figure="eval_loss", digits=3),
-            Column(header="training loss", figure="train_loss", digits=3),
-            Column(header="parameters", figure="parameters", digits=0),
+            *LOSSES,
+            *(Column(header=f"at {rate:g}", figure=f"loss_{rate:g}", digits=3) for rate in (2e-3, 4e-3, 8e-3, 16e-3)),
+        ),
+        brief=Brief(
+            scenario="held-out loss",
+            rows={
+                name: name
+                for name in (
+                    PLAIN_ADAPTER,
+                    "block-diagonal, r = 16 (equal rank)",
+                    "block-diagonal, r = 32 (no more parameters)",
+                    "block-diagonal, r = 128 (equal bytes on each of 8 TP ranks)",
+                    "blocks on the MLP only, r = 16",
+                    "converted, r = 32",
+                    "converted, r = 32, 24 steps more",
+                )
+            },
+            columns=LOSSES,
+            baseline=PLAIN_ADAPTER,
         ),
     ),
     *(
