@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from benchmark.serving.client import Answer, play, summary
+from benchmark.serving.client import SGLANG, Answer, play, summary
 from benchmark.serving.workload import Session, Turn
 
 BROKEN = 99  # a prompt that begins with it is refused
@@ -90,7 +90,7 @@ def test_a_chunk_of_several_tokens_shares_its_gap():
     answer = Answer(0, 4)
     for at_s, count in ((0.2, 1), (0.8, 4)):
         meta = {"prompt_tokens": 1, "cached_tokens": 0}
-        answer.receive(at_s, {"output_ids": list(range(count)), "meta_info": meta})
+        SGLANG.receive(answer, at_s, {"output_ids": list(range(count)), "meta_info": meta})
     assert answer.ttft_s == 0.2
     assert answer.itl_s == pytest.approx([0.2, 0.2, 0.2])
     assert answer.tpot_s == pytest.approx(0.2)
