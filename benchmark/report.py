@@ -71,6 +71,8 @@ def details(section: Section, run: Run, root: str) -> str:
 def renamed(brief: Brief, run: Run) -> Variants:
     """Shown name -> figures of the brief's rows that the run has."""
     variants = run.figures[brief.scenario]
+    if brief.rows is None:
+        return variants
     return {name: variants[variant] for variant, name in brief.rows.items() if variant in variants}
 
 

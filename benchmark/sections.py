@@ -53,15 +53,15 @@ class Mean(Column):
 class Brief:
     """What a reader in a hurry is shown of a section: one scenario, some rows under plain names, some columns.
 
-    rows      variant -> the name it is shown under
+    rows      variant -> the name it is shown under; None: all, under their own
     baseline  the shown name that the first column is compared with; None: nothing is compared
     ours      shown names that are this project, what others are compared with in a plot first
     plotted   columns that make the plot's panels, the lower the better; none: no plot
     """
 
     scenario: str
-    rows: Mapping[str, str]
     columns: tuple[Column, ...]
+    rows: Mapping[str, str] | None = None
     baseline: str | None = None
     ours: tuple[str, ...] = ()
     plotted: tuple[Column, ...] = ()
@@ -246,18 +246,6 @@ SECTIONS = (
         ),
         brief=Brief(
             scenario="held-out loss",
-            rows={
-                name: name
-                for name in (
-                    PLAIN_ADAPTER,
-                    "block-diagonal, r = 16 (equal rank)",
-                    "block-diagonal, r = 32 (no more parameters)",
-                    "block-diagonal, r = 128 (equal bytes on each of 8 TP ranks)",
-                    "blocks on the MLP only, r = 16",
-                    "converted, r = 32",
-                    "converted, r = 32, 24 steps more",
-                )
-            },
             columns=LOSSES,
             baseline=PLAIN_ADAPTER,
         ),

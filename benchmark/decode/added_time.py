@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmark.record import Recorder, newest
@@ -23,6 +24,7 @@ from benchmark.serving.runner import Variant, interleave
 from benchmark.serving.tiny import AdapterChoice
 
 PART = "added_time"
+MODEL = "Llama, 8 layers, hidden 512, FFN 1024, 8 + 8 heads, bfloat16"
 SIZES = {"layers": 8, "hidden_size": 512, "intermediate_size": 1024, "heads": 8, "kv_heads": 8, "head_dim": 64}
 PROMPT_TOKENS, CHECKED_TOKENS = 16, 8
 STEP = "itl_ms_p50"
@@ -62,16 +64,24 @@ def measure(recorder: Recorder, options: argparse.Namespace, folder: Path) -> No
         interleave(recorder, members, VARIANTS, scenarios, rounds=options.rounds, slo_ttft_s=1.0)
 
 
-def report() -> None:
-    """Milliseconds that adapters add to the base model's step on the same server, median over the rounds."""
-    run = newest(PART)
+def base_of(variant: str) -> str:
+    """The base model on the same server."""
+    return "one by one, base model" if variant.startswith("one by one") else "base model"
+
+
+def print_added(part: str, step: str, base_of: Callable[[str], str]) -> None:
+    """Milliseconds that adapters add to the base model's step, median and range over the rounds of the newest run.
+
+    step     the figure that is a step's time, in milliseconds
+    base_of  variant -> the variant that it is set against, round by round
+    """
+    run = newest(part)
     assert run is not None
     for scenario, variants in run.figures.items():
-        print(f"\n{scenario}\n{'':30} {'ms per token':>12} {'added':>7} {'min':>7} {'max':>7}")
+        print(f"\n{scenario}\n{'':32} {'ms a step':>10} {'added':>7} {'min':>7} {'max':>7}")
         for name, figures in variants.items():
-            base = variants["one by one, base model" if name.startswith("one by one") else "base model"][STEP]
-            added = [step - own for step, own in zip(figures[STEP], base, strict=True)]
-            line = f"{name:30} {statistics.median(figures[STEP]):12.2f} {statistics.median(added):7.2f}"
+            added = [own - base for own, base in zip(figures[step], variants[base_of(name)][step], strict=True)]
+            line = f"{name:32} {statistics.median(figures[step]):10.2f} {statistics.median(added):7.2f}"
             print(f"{line} {min(added):7.2f} {max(added):7.2f}")
 
 
@@ -83,7 +93,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of a request")
     options = parser.parse_args()
     settings = {
-        "model": "Llama, 8 layers, hidden 512, FFN 1024, 8 + 8 heads, bfloat16",
+        "model": MODEL,
         "TP size": options.tp,
         "LoRA ranks": "plain 16, block-diagonal 22 (n = 2)",
         "workload": f"all requests at once, prompts of {PROMPT_TOKENS} random tokens, {options.tokens} new tokens",
@@ -93,7 +103,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         measure(recorder, options, Path(folder))
     recorder.finish()
-    report()
+    print_added(PART, STEP, base_of)
 
 
 if __name__ == "__main__":

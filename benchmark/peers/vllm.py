@@ -11,6 +11,7 @@ import os
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +19,6 @@ from blocklora_testing.server import Server, free_port, stopped_at_the_end
 
 from benchmark.record import REPOSITORY
 from benchmark.serving.client import Answer, Dialect
-from benchmark.serving.fleet import Launch
 
 VENV = REPOSITORY / ".venv-vllm"
 BASE = "base"
@@ -31,10 +31,10 @@ class Completions(Dialect):
     flush_path = "/reset_prefix_cache"
     end = ("usage", "completion_tokens")
 
-    def body(self, prompt: list[int], adapter: str | None, new_tokens: int) -> dict[str, Any]:
+    def body(self, prompt: list[int], adapter: str | None, new_tokens: int, stream: bool) -> dict[str, Any]:
         body = {"model": adapter or BASE, "prompt": prompt, "max_tokens": new_tokens, "min_tokens": new_tokens}
-        options = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-        return body | options | {"temperature": 0, "ignore_eos": True, "stream": True, "return_token_ids": True}
+        body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True, "stream": stream}
+        return body | ({"stream_options": {"include_usage": True, "continuous_usage_stats": True}} if stream else {})
 
     def receive(self, answer: Answer, at_s: float, chunk: Mapping[str, Any]) -> None:
         """Take one chunk of the stream, which carries the tokens that came since the last one."""
@@ -50,28 +50,29 @@ class Completions(Dialect):
             answer.receive(at_s, answer.tokens + fresh)
 
 
-class VLLM(Launch):
-    """A vLLM server at ``--tensor-parallel-size tp`` with the flags given; ``stock`` has no meaning."""
+@dataclass(frozen=True)
+class VLLM:
+    """How a vLLM server is started (an ``Engine``): TP size and flags."""
 
+    tp: int
+    flags: tuple[str, ...]
     dialect: ClassVar[Dialect] = Completions()
-
-    def __init__(self, tp: int, *flags: str) -> None:
-        super().__init__(True, (*("--tensor-parallel-size", str(tp)), *flags))
 
     @contextlib.contextmanager
     def start(self, model: Path, log: Path, loads: Path) -> Iterator[Server]:
         port, python = free_port(), VENV / "bin/python"
         if not python.exists():
             raise SystemExit(f"{python} is missing: make {VENV.name}/.installed")
-        tp = int(self.flags[1])
         command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", BASE, "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--distributed-executor-backend", "mp", "--enable-prompt-tokens-details", *self.flags]
+        command += ["--distributed-executor-backend", "mp", "--enable-prompt-tokens-details"]
+        command += ["--tensor-parallel-size", str(self.tp), *self.flags]
+        cores = [range(rank, os.cpu_count() or 1, self.tp) for rank in range(self.tp)]  # dealt out over the ranks
         own = {
             "PATH": f"{VENV / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1" if tp > 1 else str(os.cpu_count()),
-            "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(tp))) if tp > 1 else f"0-{(os.cpu_count() or 1) - 1}",
+            "OMP_NUM_THREADS": str(len(cores[0])),
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, of_rank)) for of_rank in cores),
             "LD_PRELOAD": str(VENV / "lib/libiomp5.so"),
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",

@@ -65,10 +65,10 @@ class Dialect:
     flush_path = "/flush_cache"
     end: tuple[str, ...] = ("meta_info", "completion_tokens")  # where an answer that is not streamed says its length
 
-    def body(self, prompt: list[int], adapter: str | None, new_tokens: int) -> dict[str, Any]:
-        """A request for exactly ``new_tokens`` greedy tokens, streamed."""
+    def body(self, prompt: list[int], adapter: str | None, new_tokens: int, stream: bool) -> dict[str, Any]:
+        """A request for exactly ``new_tokens`` greedy tokens."""
         sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-        return {"input_ids": prompt, "lora_path": adapter, "stream": True, "sampling_params": sampling}
+        return {"input_ids": prompt, "lora_path": adapter, "stream": stream, "sampling_params": sampling}
 
     def receive(self, answer: Answer, at_s: float, chunk: Mapping[str, Any]) -> None:
         """Take one chunk of the stream, which carries all tokens so far."""
@@ -92,7 +92,7 @@ async def ask(
     dialect: Dialect = SGLANG,
 ) -> None:
     """Send one request and fill ``answer`` as its tokens arrive."""
-    body = dialect.body(prompt, adapter, answer.wanted_tokens)
+    body = dialect.body(prompt, adapter, answer.wanted_tokens, stream=True)
     sent = time.perf_counter()
     try:
         async with http.post(f"{url}{dialect.path}", json=body) as response:
@@ -160,8 +160,7 @@ def whole(url: str, requests: Sequence[tuple[list[int], str | None]], tokens: in
     """
 
     async def one(http: aiohttp.ClientSession, prompt: list[int], adapter: str | None) -> None:
-        body = {**dialect.body(prompt, adapter, tokens), "stream": False}
-        body.pop("stream_options", None)
+        body = dialect.body(prompt, adapter, tokens, stream=False)
         async with http.post(f"{url}{dialect.path}", json=body) as response:
             answer = await response.json()
             length = functools.reduce(lambda found, key: found[key], dialect.end, answer)

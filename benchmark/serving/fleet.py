@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from blocklora_testing.server import Server, running
 
@@ -25,6 +25,19 @@ LOADS_VARIABLE = "STOCK_ADAPTER_LOADS"
 SETTLE_S = 0.2
 
 
+class Engine(Protocol):
+    """How a server is started and asked."""
+
+    @property
+    def dialect(self) -> Dialect: ...
+
+    def start(self, model: Path, log: Path, loads: Path) -> AbstractContextManager[Server]:
+        """The server, for the length of the block. loads: the file for adapters that are copied, where it has one."""
+
+    def adapter_loads(self, server: Server, loads: Path) -> Counter[str]:
+        """How often each adapter was copied to where the model reads it, since the start."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """How a server is started: stock SGLang or ours, its flags, and what Python runs for ours."""
@@ -35,13 +48,11 @@ class Launch:
     dialect: ClassVar[Dialect] = SGLANG
 
     def start(self, model: Path, log: Path, loads: Path) -> AbstractContextManager[Server]:
-        """The server, for the length of the block. loads: the file for adapters that are copied, where it has one."""
         module = (str(STOCK_FILE),) if self.stock else self.module
         environment = {LOADS_VARIABLE: str(loads)}
         return running(model, *self.flags, log=log, environment=environment, module=module, sound=not self.stock)
 
     def adapter_loads(self, server: Server, loads: Path) -> Counter[str]:
-        """How often each adapter was copied to where the model reads it, since the start."""
         if self.stock:
             return Counter(loads.read_text().split() if loads.exists() else ())
         status, answer = server.call("/adapters?limit=1000")
@@ -54,7 +65,7 @@ class Member:
     """A server of the fleet."""
 
     name: str
-    launch: Launch
+    launch: Engine
     server: Server
     loads_file: Path
 
@@ -89,7 +100,7 @@ def stop_cleanly(*_: object) -> None:
 
 
 @contextlib.contextmanager
-def fleet(model: Path, launches: Mapping[str, Launch], folder: Path) -> Iterator[dict[str, Member]]:
+def fleet(model: Path, launches: Mapping[str, Engine], folder: Path) -> Iterator[dict[str, Member]]:
     """Start a server for each launch, one after another; all are asleep when the block begins."""
     signal.signal(signal.SIGTERM, stop_cleanly)
     members: dict[str, Member] = {}

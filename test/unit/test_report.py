@@ -38,8 +38,9 @@ def test_a_brief_names_what_was_measured():
     for section in SECTIONS:
         run = newest(section.part)
         if section.brief and run:
-            assert set(renamed(section.brief, run)) == set(section.brief.rows.values())
-            assert {*section.brief.ours, *filter(None, [section.brief.baseline])} <= set(section.brief.rows.values())
+            shown = set(renamed(section.brief, run))
+            assert section.brief.rows is None or shown == set(section.brief.rows.values())
+            assert {*section.brief.ours, *filter(None, [section.brief.baseline])} <= shown
 
 
 def test_every_section_can_be_measured_by_the_command_it_names():
