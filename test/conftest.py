@@ -48,8 +48,9 @@ def _make(folder: Path, family: str, kv_heads: int) -> Case:
         "n8": AdapterChoice(8, rank=16, targets=targets),
     }
     if family != "phi3":  # q and v alone do not exist there: q, k and v are one module
-        choices["partial"] = AdapterChoice(2, rank=4, targets=("q_proj", "v_proj", "o_proj"))
-        choices["mixed"] = AdapterChoice(2, rank=8, rank_pattern={"q_proj": 4, targets[-1]: 10}, targets=targets)
+        some = {"v_proj", targets[0], "o_proj"} & {*targets}
+        choices["partial"] = AdapterChoice(2, rank=4, targets=tuple(sorted(some)))
+        choices["mixed"] = AdapterChoice(2, rank=8, rank_pattern={targets[0]: 4, targets[-1]: 10}, targets=targets)
     adapters = build_adapters(model, folder / "adapters", choices)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in (5, 23)]

@@ -126,7 +126,8 @@ def modules_of(base: BaseSizes) -> list[tuple[str, int, int]]:
     """(module, in, out) of the linears of one layer: seven, or attention's and three of every expert."""
     mlp = dataclasses.replace(base, intermediate=base.expert_width) if base.experts else base
     features = mlp.features()
-    attention, one_mlp = SPLIT_MODULES[:4], SPLIT_MODULES[4:]
+    modules = [module for module in SPLIT_MODULES if module in features]
+    attention, one_mlp = modules[:4], modules[4:]
     return [(suffix, *features[suffix]) for suffix in (*attention, *one_mlp * max(1, base.experts))]
 
 

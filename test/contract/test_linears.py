@@ -27,10 +27,12 @@ with warnings.catch_warnings():
         apertus,
         arcee,
         commandr,
+        deepseek_v2,
         gemma,
         gemma2,
         gemma3_causal,
         glm4,
+        glm4_moe_lite,
         granite,
         llama,
         ministral3,
@@ -66,6 +68,9 @@ OTHERS = {
     "apertus": apertus.ApertusForCausalLM,
     "qwen3_moe": qwen3_moe.Qwen3MoeForCausalLM,
     "mixtral": mixtral.MixtralForCausalLM,
+    "deepseek_v2": deepseek_v2.DeepseekV2ForCausalLM,
+    "deepseek_v3": deepseek_v2.DeepseekV3ForCausalLM,
+    "glm4_moe_lite": glm4_moe_lite.Glm4MoeLiteForCausalLM,
 }
 LLAMA_8B = {"heads": 32, "kv_heads": 8, "head_dim": 128, "hidden_size": 4096, "intermediate_size": 14336}
 SMALL = {"heads": 12, "kv_heads": 2, "head_dim": 24, "hidden_size": 288, "intermediate_size": 192}
@@ -109,8 +114,9 @@ def test_the_tools_know_which_layers_have_experts(family: str, size: int) -> Non
         found = as_read(family, config, rank, size, {"all"})
         assert found == base.spec(torch.bfloat16, rank, size)
         # Attention, its parts of embeddings and head, and the MLP's two linears or two of each expert.
-        parts = 2 if base.splits_vocabulary else 0
-        assert [len(layer) for layer in found.layers] == [2 + parts + (2 * 8 if base.experts else 2)] * 2
+        parts = (3 if base.latents else 2) + (2 if base.splits_vocabulary else 0)
+        mlps = [2 * base.experts if layer in base.expert_layers else 2 for layer in range(base.layers)]
+        assert [len(layer) for layer in found.layers] == [parts + mlp for mlp in mlps]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -174,7 +180,7 @@ def test_a_layer_that_is_cut_in_another_way_stops_the_server() -> None:
         with pytest.raises(ValueError, match=r"cuts intermediate of model\.layers\.0 in another way"):
             build_spec(adaptable_linears(model), {}, None, config, {"all"}, torch.bfloat16, 0, 1)
         del model.model.layers[0].self_attn.o_proj
-        with pytest.raises(ValueError, match=r"not both self_attn\.qkv_proj and self_attn\.o_proj"):
+        with pytest.raises(ValueError, match=r"no attention of self_attn\.qkv_proj, self_attn\.o_proj"):
             adaptable_linears(model)
 
 
@@ -190,6 +196,24 @@ def test_no_kernel_computes_an_adapted_linear_past_its_quant_method(hook: Any) -
     assert original(kernel, tokens, joined), "it would be left out"
     assert hook.handler(original, kernel, tokens, plain)
     assert not hook.handler(original, kernel, tokens, joined)
+
+
+def test_a_kernel_of_few_tokens_lets_adapted_linears_compute_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream's for latents reads the weights directly, for up to 16 tokens, and asks ``set_lora`` before."""
+    fused_a_gemm = pkgutil.resolve_name("sglang.kernels.ops.gemm.fused_a_gemm")
+    monkeypatch.setattr(fused_a_gemm, "dsv3_fused_a_gemm", lambda *_, **__: "past its quant method")
+
+    class Latents(torch.nn.Module):
+        weight, quant_method = torch.zeros(8, 8), UnquantizedLinearMethod()
+
+        def forward(self, x: torch.Tensor) -> tuple[str, None]:
+            return "computed", None
+
+    layer, tokens = Latents(), torch.zeros(1, 8)
+    assert fused_a_gemm.linear_with_fused_a_gemm(layer, tokens) == "past its quant method"
+    adapted.adapt_linear(layer, None, 0, 0)
+    assert fused_a_gemm.linear_with_fused_a_gemm(layer, tokens) == "computed"
+    assert isinstance(layer.quant_method, adapted.AdaptedLinearMethod)
 
 
 class Method(UnquantizedLinearMethod):

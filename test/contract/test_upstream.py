@@ -289,13 +289,14 @@ REFUSED = [
     (
         "unified",
         {
-            "attention_arch": "MLA",
             "is_hybrid_swa": True,
             "uses_ssm_state": True,
             "v_head_dim": 32,
         },
-        ["(MLA)", "sliding-window", "(Mamba)", "V rows of another width", STATIC, STOCK],
+        ["sliding-window", "(Mamba)", "V rows of another width", STATIC],
     ),
+    ("unified", {"attention_arch": "MLA", "v_head_dim": 12}, ["(MLA)", STATIC]),
+    ("static", {"attention_arch": "MLA", "v_head_dim": 12}, []),
 ]
 
 

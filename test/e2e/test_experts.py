@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from blocklora_testing.case import NEW_TOKENS, Case
+from blocklora_testing.latent_attention import use_latents
 from blocklora_testing.server import running
 
 FUSED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -21,6 +22,7 @@ FUSED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 NAMES = {
     "qwen3_moe": ("mlp.experts", ("gate_proj", "up_proj", "down_proj")),
     "mixtral": ("block_sparse_moe.experts", ("w1", "w3", "w2")),
+    "deepseek_v2": ("mlp.experts", ("gate_proj", "up_proj", "down_proj")),
 }
 ATTENTION = ("q_proj", "o_proj")
 RANK = 4
@@ -35,8 +37,9 @@ def by_hand(family: str, model: Path, folder: Path, nblocks: int) -> Path:
     path, (gate, up, down) = NAMES[family]
     sizes = {gate: (hidden, width), up: (hidden, width), down: (width, hidden)}
     tensors = {}
-    for layer in range(config["num_hidden_layers"]):
-        for expert in range(config.get("num_experts") or config["num_local_experts"]):
+    count = next(config[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key))
+    for layer in range(config.get("first_k_dense_replace", 0), config["num_hidden_layers"]):
+        for expert in range(count):
             for part, (inputs, outputs) in sizes.items():
                 name = f"base_model.model.model.layers.{layer}.{path}.{expert}.{part}"
                 cut = (nblocks, 1) if part == down else (1, nblocks)  # PEFT's packed form: block_a or block_b
@@ -62,8 +65,8 @@ def merged(family: str, model: Path, adapter: Path, nblocks: int) -> Any:
     tensors = load_file(adapter / "adapter_model.safetensors")
     path, (gate, up, down) = NAMES[family]
     for i, layer in enumerate(base.model.layers):
-        experts = layer.mlp.experts
-        for expert in range(len(experts.down_proj)):
+        experts = getattr(layer.mlp, "experts", None)
+        for expert in range(0 if experts is None else len(experts.down_proj)):
             name = f"base_model.model.model.layers.{i}.{path}.{expert}"
             deltas = {part: _delta(tensors, f"{name}.{part}", nblocks, part == down) for part in (gate, up, down)}
             _add(experts.gate_up_proj.data[expert], torch.cat([deltas[gate], deltas[up]]))
@@ -146,7 +149,8 @@ MATRIX = [
 def test_tokens_of_adapters_on_experts(tmp_path: Path, family: str, tp: int) -> None:
     chosen = make(tmp_path, family, kv_heads=4 if tp == 4 else 2)
     flags = ["--tp", str(tp), "--max-total-tokens", "16384"]
-    with running(chosen.model, *flags, *chosen.lora_paths, log=tmp_path / "log", warm=True) as server:
+    change = use_latents if family == "deepseek_v2" else None
+    with running(chosen.model, *flags, *chosen.lora_paths, log=tmp_path / "log", warm=True, change=change) as server:
         for warmth in ("cold", "warm prefix cache"):
             found = server.many(chosen.requests(), NEW_TOKENS)
             assert found == chosen.answers(), warmth

@@ -32,6 +32,7 @@ from transformers import (  # noqa: E402
 COLUMN = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
 ROW = ["o_proj", "down_proj"]
 PHI3_COLUMN = ["qkv_proj", "gate_up_proj"]
+LATENT_COLUMN = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa"]
 CONFIGS = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,

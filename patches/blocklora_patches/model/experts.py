@@ -12,11 +12,11 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang_blocklora.batch.torch_adder import TorchAdder
-from sglang_blocklora.sharding.architectures import EXPERTS, QKV
+from sglang_blocklora.sharding.architectures import EXPERTS
 from torch.nn import functional as F
 
 from blocklora_patches.model.grouped_experts import why_not_grouped
-from blocklora_patches.model.linears import Linears, is_compared
+from blocklora_patches.model.linears import Linears, is_compared, layer_path
 
 ACTIVATIONS = {"silu": SiluAndMul, "gelu": GeluAndMul}
 
@@ -29,8 +29,8 @@ def adaptable_experts(
     Empty, and the reason, where a base model's cannot have adapters.
     """
     found = {}
-    for i, ((path, _), *_) in enumerate(linears):
-        layer = model.get_submodule(path.removesuffix(f".{QKV.path}"))
+    for i, modules in enumerate(linears):
+        layer = model.get_submodule(layer_path(modules))
         for below, _ in EXPERTS:
             module = next((one for name, one in layer.named_modules() if name == below), None)
             if isinstance(module, FusedMoE):
@@ -51,6 +51,7 @@ def _why_not(experts: FusedMoE) -> str | None:
         (experts.num_fused_shared_experts > 0, "shared experts are fused with them"),
         (config.activation not in ACTIVATIONS or config.gemm1_alpha is not None, "their activation is another"),
         (config.apply_router_weight_on_input, "the router's weights are applied to their inputs"),
+        (config.routed_scaling_factor not in (None, 1.0), "what they put out is scaled"),
         (getattr(experts, "w13_weight_bias", None) is not None, "they have biases"),
     )
     return next((why for on, why in table if on), None)

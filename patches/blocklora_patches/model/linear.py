@@ -68,6 +68,12 @@ class AdaptedLinearMethod(LinearMethodBase):
         return getattr(self.base, name)
 
 
+def adapt_linear(module: torch.nn.Module, step: DeltaAdder, layer: int, linear: int) -> None:
+    """Let ``step`` add to what ``module`` computes, whoever computes it."""
+    module.quant_method = AdaptedLinearMethod(module.quant_method, step, layer, linear)
+    module.set_lora = True  # upstream asks it where a kernel would read the weights of few tokens' linears directly
+
+
 def _can_run(original: Any, self: Any, x: Any, linear: Any) -> bool:
     return not isinstance(linear.quant_method, AdaptedLinearMethod) and bool(original(self, x, linear))
 

@@ -6,14 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
+from sglang.srt.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.utils import get_layer_id
 from sglang_blocklora.sharding.architectures import (
     ARCHITECTURES,
+    ATTENTIONS,
+    LATENT,
+    LATENT_QUERY,
+    LATENTS,
     MLPS,
     QKV,
+    QUERY,
     Axis,
+    Linear,
     O,
     model_spec,
 )
@@ -22,7 +28,9 @@ from sglang_blocklora.sharding.vocabulary import Vocabulary
 
 from blocklora_patches.releases.current import release
 
-Linears = list[list[tuple[str, torch.nn.Module]]]
+Layer = list[tuple[str, torch.nn.Module]]
+Linears = list[Layer]
+REPLICATED = tuple(f".{linear.path}" for linear in (LATENT, LATENTS))  # each TP rank has all of them
 
 
 def adaptable_linears(model: torch.nn.Module) -> Linears:
@@ -37,7 +45,8 @@ def adaptable_linears(model: torch.nn.Module) -> Linears:
         layer = get_layer_id(path)
         if layer is None or (wanted is not None and not wanted(path)):
             continue
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+        replicated = isinstance(module, ReplicatedLinear) and path.endswith(REPLICATED)
+        if replicated or isinstance(module, ColumnParallelLinear | RowParallelLinear):
             layers.setdefault(layer, {})[path] = module
     if not layers:
         raise ValueError(f"{type(model).__name__} has no decoder layers with linears that adapters can be on")
@@ -55,14 +64,22 @@ def is_compared(model: torch.nn.Module) -> bool:
     return type(model).__name__ in ARCHITECTURES
 
 
-def _known(linears: dict[str, torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
+def layer_path(layer: Layer) -> str:
+    """The path of a decoder layer, of its linears as ``adaptable_linears`` has them."""
+    return layer[0][0].rpartition(f".{O.parent}.")[0]
+
+
+def _known(linears: dict[str, torch.nn.Module]) -> Layer:
     """Those of a decoder layer that the table has, in its order. Others, as experts' own, are not adapted."""
-    layer = next((path.removesuffix(f".{QKV.path}") for path in linears if path.endswith(f".{QKV.path}")), None)
-    if f"{layer}.{O.path}" not in linears:
-        raise ValueError(f"SGLang's layer with {', '.join(linears)} has not both {QKV.path} and {O.path}")
-    has = [mlp for mlp in MLPS if {f"{layer}.{one.path}" for one in mlp} <= linears.keys()]
-    served = (QKV, O, *(has[0] if has else ()))
-    return [(path := f"{layer}.{one.path}", linears[path]) for one in served]
+    layer = next((path.removesuffix(f".{O.path}") for path in linears if path.endswith(f".{O.path}")), None)
+
+    def first(groups: tuple[tuple[Linear, ...], ...]) -> tuple[Linear, ...]:
+        return next((group for group in groups if {f"{layer}.{one.path}" for one in group} <= linears.keys()), ())
+
+    if not (attention := first(ATTENTIONS)):
+        known = "; or ".join(", ".join(one.path for one in group) for group in ATTENTIONS)
+        raise ValueError(f"SGLang's layer with {', '.join(linears)} has no attention of {known}")
+    return [(path := f"{layer}.{one.path}", linears[path]) for one in (*attention, *first(MLPS))]
 
 
 def build_spec(
@@ -103,34 +120,62 @@ def _experts(module: FusedMoE, config: Any) -> Interval:
     return _share(module.intermediate_size_per_partition, module.moe_tp_rank, width)
 
 
-def _layer(linears: list[tuple[str, torch.nn.Module]], config: Any) -> tuple[str, dict[Axis, Interval]]:
+def _layer(linears: Layer, config: Any) -> tuple[str, dict[Axis, Interval]]:
     """Path of a decoder layer, and what this TP rank holds of its axes: SGLang's modules know how they are cut.
 
     Their widths may be padded: SGLang's CPU engine makes them divide by the TP size, and keeps what the checkpoint has
     as ``original_...`` in the config.
     """
-    layer, modules = linears[0][0].removesuffix(f".{QKV.path}"), dict(linears)
-    qkv = modules[f"{layer}.{QKV.path}"]
+    layer = layer_path(linears)
+    modules = {path.removeprefix(f"{layer}."): module for path, module in linears}
+    attention = _multi_head if QKV.path in modules else _latent
+    axes = attention(modules, config)
+    rows: dict[Axis, torch.nn.Module] = {"value" if "value" in axes else "query": modules[O.path]}
+    for first, down in MLPS:
+        if (column := modules.get(first.path)) is not None:
+            width = getattr(config, "original_intermediate_size", column.output_size // len(first.parts))
+            axes[down.inputs] = _share(column.output_partition_sizes[0], release.tp_rank_of(column), width)
+            rows[down.inputs] = modules[down.path]
+    for axis, row in rows.items():
+        cut, expected = (row.input_size_per_partition, row.output_size), (axes[axis].length, axes["hidden"].size)
+        if cut != expected:
+            raise ValueError(f"SGLang cuts {axis} of {layer} in another way than it is known to: {cut}, not {expected}")
+    return layer, axes
+
+
+def _multi_head(modules: Mapping[str, Any], config: Any) -> dict[Axis, Interval]:
+    """The axes of attention with keys and values; ``modules`` by their paths below the layer."""
+    qkv = modules[QKV.path]
     rank = release.tp_rank_of(qkv)
     heads = getattr(config, "original_num_attention_heads", qkv.total_num_heads)
     kv_heads = getattr(config, "original_total_num_kv_heads", qkv.total_num_kv_heads)
-    axes: dict[Axis, Interval] = {
+    return {
         "hidden": Interval(0, qkv.input_size, qkv.input_size),
         "query": _share(qkv.q_proj_shard_size, rank, heads * qkv.head_size),
         # KV heads are dealt out, or replicated where there are more TP ranks than heads
         "key_value": _share(qkv.kv_proj_shard_size, rank // qkv.num_kv_head_replicas, kv_heads * qkv.head_size),
     }
-    rows: dict[Axis, torch.nn.Module] = {"query": modules[f"{layer}.{O.path}"]}
-    for first, down in MLPS:
-        if (column := modules.get(f"{layer}.{first.path}")) is not None:
-            width = getattr(config, "original_intermediate_size", column.output_size // len(first.parts))
-            axes[down.inputs] = _share(column.output_partition_sizes[0], release.tp_rank_of(column), width)
-            rows[down.inputs] = modules[f"{layer}.{down.path}"]
-    for axis, row in rows.items():
-        cut, expected = (row.input_size_per_partition, row.output_size), (axes[axis].length, qkv.input_size)
-        if cut != expected:
-            raise ValueError(f"SGLang cuts {axis} of {layer} in another way than it is known to: {cut}, not {expected}")
-    return layer, axes
+
+
+def _latent(modules: Mapping[str, Any], config: Any) -> dict[Axis, Interval]:
+    """The axes of multi-head latent attention: heads are dealt out, and each TP rank has all of the latents."""
+    latents, o = modules.get(LATENTS.path) or modules[LATENT.path], modules[O.path]
+    query = modules.get(QUERY.path) or modules[LATENT_QUERY.path]
+    rank, heads = release.tp_rank_of(query), config.num_attention_heads
+    real_heads = getattr(config, "original_num_attention_heads", heads)
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    axes: dict[Axis, Interval] = {
+        "hidden": Interval(0, latents.input_size, latents.input_size),
+        "query": _share(query.output_size_per_partition, rank, query.output_size // heads * real_heads),
+        "latent": Interval(0, width, width),
+        "value": _share(o.input_size_per_partition, rank, config.v_head_dim * real_heads),
+    }
+    if QUERY.path in modules:
+        axes["query_latent"] = Interval(0, query.input_size, query.input_size)
+        width += query.input_size
+    if latents.output_size != width:
+        raise ValueError(f"SGLang's latents have {latents.output_size} columns, not {width} as the model's config says")
+    return axes
 
 
 def _share(length: int, index: int, size: int) -> Interval:

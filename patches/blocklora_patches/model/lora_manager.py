@@ -36,7 +36,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from blocklora_patches.hooks.hook import Hook, Process
 from blocklora_patches.model.experts import AdaptedExpertsMethod, adaptable_experts
 from blocklora_patches.model.grouped_experts import GroupedExpertsMethod
-from blocklora_patches.model.linear import AdaptedLinearMethod
+from blocklora_patches.model.linear import adapt_linear
 from blocklora_patches.model.linears import adaptable_linears, build_spec, is_compared
 from blocklora_patches.model.self_check import FirstPass, check_linears
 from blocklora_patches.model.vocabulary import adapt_vocabulary, adaptable_vocabulary
@@ -164,7 +164,7 @@ class BlockLoRAManager(release.ManagerBase):
             step = self._first_pass = FirstPass(step, self._unknown, self._linears)
         for layer, modules in enumerate(self._linears):
             for index, (_, module) in enumerate(modules):
-                module.quant_method = AdaptedLinearMethod(module.quant_method, step, layer, index)
+                adapt_linear(module, step, layer, index)
         for layer, experts in self._experts.items():
             grouped = isinstance(self._step, TritonAdder)
             method = GroupedExpertsMethod if grouped else AdaptedExpertsMethod

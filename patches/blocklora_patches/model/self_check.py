@@ -25,11 +25,11 @@ from sglang_blocklora.adapters.checkpoint import WEIGHTS_NAME
 from sglang_blocklora.adapters.config import CONFIG_NAME
 from sglang_blocklora.adapters.shard import load_shard
 from sglang_blocklora.batch.delta_adder import DeltaAdder
-from sglang_blocklora.sharding.architectures import QKV, suffix_of
+from sglang_blocklora.sharding.architectures import suffix_of
 from sglang_blocklora.sharding.linears import LinearSpec, ModelSpec
 from torch.utils.hooks import RemovableHandle
 
-from blocklora_patches.model.linears import Linears
+from blocklora_patches.model.linears import Linears, layer_path
 
 RANK = 2
 LARGEST = 7  # of a probe's values: sums of RANK products stay below 2**7, whole numbers that bfloat16 has too
@@ -147,8 +147,7 @@ class FirstPass(DeltaAdder):
         self._left = {(i, j): path for i, layer in enumerate(linears) for j, (path, _) in enumerate(layer)}
         self._architecture = _not_compared(model)
         self._passes = 0
-        first_path = linears[-1][0][0]
-        last_layer = model.get_submodule(first_path.removesuffix(f".{QKV.path}"))
+        last_layer = model.get_submodule(layer_path(linears[-1]))
         self._handle: RemovableHandle | None = last_layer.register_forward_hook(self._end)
 
     def begin(self) -> None:

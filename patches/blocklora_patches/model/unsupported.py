@@ -66,7 +66,6 @@ def _everywhere(model_config: Any, settings: Settings) -> Table:
     drafts = get_spec().speculative_algorithm
     part_of_batch = "a forward would see only some of the tokens that were grouped by adapter"
     return (
-        ("multi-head latent attention (MLA)", model_config.attention_arch == AttentionArch.MLA, "it has no K and V"),
         ("--pp-size", parallel.pp_size > 1, "a TP rank would hold only some layers of an adapter"),
         ("--enable-dp-attention", release.uses_dp_attention(parallel), "tokens of one batch differ between ranks"),
         ("--attn-cp-size", parallel.attn_cp_size > 1, part_of_batch),
@@ -94,18 +93,24 @@ def _everywhere(model_config: Any, settings: Settings) -> Table:
 def _unified(model_config: Any) -> Table:
     memory, kv_dtype = get_memory(), get_model().kv_cache_dtype
     own = ("auto", "bf16", "bfloat16") if model_config.dtype == torch.bfloat16 else ("auto",)
+    latent = model_config.attention_arch == AttentionArch.MLA
     row = model_config.get_num_kv_heads(get_parallel().tp_size) * model_config.head_dim
     other_cache, elsewhere = "adapters live in a radix cache of their own", "KV would be moved without its adapter"
     split, drafts = "its KV pool is split", get_spec().speculative_algorithm
     return (
+        ("multi-head latent attention (MLA)", latent, "a slot of its KV cache is one row, not K and V"),
         ("sliding-window layers with a KV pool of their own", model_config.is_hybrid_swa, split),
         ("state-space (Mamba) or linear-attention layers", uses_ssm_state(model_config), split),
         (
             f"a K row of {row} elements",
-            row % ALIGNMENT_ELEMENTS != 0,
+            row % ALIGNMENT_ELEMENTS != 0 and not latent,
             f"KV heads of a TP rank times head dimension must be a multiple of {ALIGNMENT_ELEMENTS}",
         ),
-        ("V rows of another width than K's", model_config.v_head_dim != model_config.head_dim, "rows must be alike"),
+        (
+            "V rows of another width than K's",
+            model_config.v_head_dim != model_config.head_dim and not latent,
+            "rows must be alike",
+        ),
         (f"--kv-cache-dtype {kv_dtype}", kv_dtype not in own, "adapters are kept in the model's own data type"),
         (
             f"--speculative-algorithm {drafts}",

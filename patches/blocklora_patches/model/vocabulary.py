@@ -14,12 +14,11 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_exec
 from sglang_blocklora.batch.torch_adder import TorchAdder
 from sglang_blocklora.batch.triton_adder import TritonAdder
-from sglang_blocklora.sharding.architectures import QKV
 from sglang_blocklora.sharding.linears import Interval
 from sglang_blocklora.sharding.vocabulary import EMBEDDING, HEAD, Vocabulary
 
 from blocklora_patches.hooks.hook import Hook, Process
-from blocklora_patches.model.linears import Linears, is_compared
+from blocklora_patches.model.linears import Linears, is_compared, layer_path
 
 STEP = "blocklora_step"  # of the two modules that adapters are on: what adds the deltas
 
@@ -32,7 +31,7 @@ def adaptable_vocabulary(model: torch.nn.Module, linears: Linears) -> tuple[Voca
         return None, "this architecture was not compared with PEFT"
     if get_exec().features.enable_mis:
         return None, "--enable-mis takes logits in another way"
-    decoder = linears[0][0][0].removesuffix(f".{QKV.path}").rpartition("layers.")[0]
+    decoder = layer_path(linears[0]).rpartition("layers.")[0]
     path = f"{decoder}{EMBEDDING}"
     embedding = next((module for name, module in model.named_modules() if name == path), None)
     if not isinstance(embedding, VocabParallelEmbedding) or len(_logits(model)) != 1:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sglang_blocklora.adapters.config import AdapterConfig
 from sglang_blocklora.adapters.errors import AdapterError, brief
 from sglang_blocklora.adapters.tensor_names import Places
-from sglang_blocklora.sharding.architectures import MODULES, suffix_of
+from sglang_blocklora.sharding.architectures import ABSORBED, MODULES, suffix_of
 from sglang_blocklora.sharding.cut import Factor, ModuleShape
 from sglang_blocklora.sharding.linears import LinearSpec, ModelSpec
 from sglang_blocklora.sharding.vocabulary import KINDS
@@ -159,6 +159,8 @@ def _unknown_module(adapter: str, module: str, spec: ModelSpec, places: Collecti
         )
     elif any(part in module for part in ("vision", "visual", "audio")):
         why = "Only the language model's decoder layers are served: train without the other towers in target_modules"
+    elif suffix_of(module) == ABSORBED:
+        why = f"SGLang multiplies {ABSORBED} into attention, where no adapter joins: train without it in target_modules"
     else:
         why = (
             "This base model has no such linear (too few layers, another architecture), or it is not served: train "

@@ -39,13 +39,20 @@ ARCHITECTURES = (
     # with experts
     "Qwen3MoeForCausalLM",
     "MixtralForCausalLM",
+    # with multi-head latent attention
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "Glm4MoeLiteForCausalLM",
 )
 # Of these, each TP rank holds all embeddings: adapters on them and on the head are refused.
 WHOLE_VOCABULARY = ("Gemma3ForCausalLM",)
 
-Axis = Literal["hidden", "query", "key_value", "intermediate", "ungated", "expert"]
+Axis = Literal["hidden", "query", "key_value", "query_latent", "latent", "value", "intermediate", "ungated", "expert"]
 # What a TP rank holds of each axis; all of "hidden", which is not split. A layer of experts has "expert", the
-# intermediate width of one, in the place of "intermediate", and one whose MLP has no gate has "ungated".
+# intermediate width of one, in the place of "intermediate", and one whose MLP has no gate has "ungated". Multi-head
+# latent attention has "latent", a token's row in the KV cache (kv_lora_rank and the part with positions), and "value",
+# what its heads put out, in the place of "key_value"; "query_latent" where queries have a latent too. Latents are not
+# split.
 Axes = Mapping[Axis, Interval]
 
 
@@ -87,6 +94,21 @@ QKV = Linear(
     "self_attn.qkv_proj", "column", "hidden", {"q_proj": "query", "k_proj": "key_value", "v_proj": "key_value"}
 )
 O = Linear("self_attn.o_proj", "row", "query", {"o_proj": "hidden"})  # noqa: E741  as everybody calls it
+# Of multi-head latent attention.
+LATENT_QUERY = Linear("self_attn.q_proj", "column", "hidden", {"q_proj": "query"})
+LATENT = Linear("self_attn.kv_a_proj_with_mqa", "column", "hidden", {"kv_a_proj_with_mqa": "latent"})
+LATENTS = Linear(
+    "self_attn.fused_qkv_a_proj_with_mqa",
+    "column",
+    "hidden",
+    {"q_a_proj": "query_latent", "kv_a_proj_with_mqa": "latent"},
+)
+QUERY = Linear("self_attn.q_b_proj", "column", "query_latent", {"q_b_proj": "query"})
+LATENT_O = Linear("self_attn.o_proj", "row", "value", {"o_proj": "hidden"})
+# Its linear from latents to keys and values is not adapted: SGLang multiplies its weights into queries and outputs.
+ABSORBED = "kv_b_proj"
+# In the order in which a layer runs them; a layer's attention is the first of these whose linears, or axes, it has.
+ATTENTIONS = ((QKV, O), (LATENTS, QUERY, LATENT_O), (LATENT_QUERY, LATENT, LATENT_O))
 GATE_UP = Linear("mlp.gate_up_proj", "column", "hidden", {"gate_proj": "intermediate", "up_proj": "intermediate"})
 DOWN = Linear("mlp.down_proj", "row", "intermediate", {"down_proj": "hidden"})
 # Of an MLP without a gate.
@@ -94,7 +116,7 @@ UP = Linear("mlp.up_proj", "column", "hidden", {"up_proj": "ungated"})
 UNGATED_DOWN = Linear("mlp.down_proj", "row", "ungated", {"down_proj": "hidden"})
 # In the order in which a layer runs them; it has an MLP of one kind or none.
 MLPS = ((GATE_UP, DOWN), (UP, UNGATED_DOWN))
-LINEARS = (QKV, O, *(linear for mlp in MLPS for linear in mlp))
+LINEARS = tuple(linear for group in (ATTENTIONS[0], *MLPS, *ATTENTIONS[1:]) for linear in group)
 EXPERTS = (
     Experts("mlp.experts", ("gate_proj", "up_proj", "down_proj")),
     Experts("block_sparse_moe.experts", ("w1", "w3", "w2")),  # Mixtral's, before transformers 5
@@ -107,7 +129,7 @@ FUSED_PARTS = ("gate_up_proj", "down_proj")
 SPLIT_MODULES = tuple(dict.fromkeys(part for linear in LINEARS for part in linear.parts))
 MODULES: Mapping[str, Linear] = {
     # An MLP without a gate has no names of its own.
-    **{part: linear for linear in (QKV, O, *MLPS[0]) for part in (*linear.parts, linear.name)},
+    **{part: linear for linear in (QKV, O, *MLPS[0], LATENTS, QUERY) for part in (*linear.parts, linear.name)},
     **{part: linear for _, parts in EXPERTS for part, linear in zip(parts, (GATE_UP, GATE_UP, DOWN), strict=True)},
 }
 
@@ -128,12 +150,20 @@ def names_of_kind(kind: Literal["column", "row"]) -> str:
     return ", ".join(part for part in SPLIT_MODULES if kind_of(part) == kind)
 
 
+def served(axes: Collection[Axis]) -> tuple[Linear, ...]:
+    """The linears of a decoder layer that has these axes, in the order in which it runs them."""
+
+    def first(groups: Sequence[tuple[Linear, ...]]) -> tuple[Linear, ...]:
+        wanted = ({axis for one in group for axis in (one.inputs, *one.parts.values())} for group in groups)
+        return next((group for group, found in zip(groups, wanted, strict=True) if found <= {*axes}), ())
+
+    return (*first(ATTENTIONS), *first(MLPS))
+
+
 def linears_of(layer: str, axes: Axes) -> tuple[LinearSpec, ...]:
     """The linears of the decoder layer at path ``layer`` on the TP rank that holds ``axes``, which the layer has."""
     specs = []
-    for linear in LINEARS:
-        if not {linear.inputs, *linear.parts.values()} <= axes.keys():
-            continue
+    for linear in served(axes):
         parent = f"{layer}.{linear.parent}"
         outputs = tuple(axes[axis] for axis in linear.parts.values())
         offsets = tuple(sum(one.size for one in outputs[:i]) for i in range(len(outputs)))
@@ -220,7 +250,7 @@ def model_spec(
     ]
     modules = {module for layer in whole for linear in layer for module in linear.sources}
     kept = {module for module in modules if "all" in targets or suffix_of(module) in targets}
-    kv_width = max((axes["key_value"].length for axes in layers.values()), default=0)
+    kv_width = max(((axes.get("key_value") or axes["latent"]).length for axes in layers.values()), default=0)
     return ModelSpec(
         layers=tuple(tuple(_only(linear, kept) for linear in layer) for layer in whole),
         row_width=-(-kv_width // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS,

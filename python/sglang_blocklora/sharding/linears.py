@@ -57,7 +57,7 @@ class Source:
 class LinearSpec:
     """One (possibly fused) linear of a decoder layer on this TP rank.
 
-    kind      "column": the output is split over TP ranks; "row": the input is
+    kind      "column": the output is split over TP ranks, or whole on each (latents); "row": the input is split
     inputs    the rank's interval of the input axis (all of it for "column")
     outputs   per slice, the rank's interval of that slice's output axis (all of it for "row")
     sources   checkpoint module path -> what it feeds
@@ -86,7 +86,7 @@ class ModelSpec:
     """Linears of every layer on one TP rank, and the arena's geometry.
 
     layers         per decoder layer: its linears in order, its parts of embeddings and head, those of its experts
-    row_width      W, elements of an arena row (KV heads of the rank times head dimension)
+    row_width      W, elements of an arena row (KV heads of the rank times head dimension, or a latent's width)
     dtype          of the weights in the arena
     left_out       checkpoint modules that the base model has, and that the server was told not to adapt
     no_experts     why no adapter can be on the base model's experts; None where it has none, or adapters can

@@ -21,8 +21,9 @@ from sglang_blocklora.adapters.config import AdapterConfig
 from sglang_blocklora.adapters.errors import AdapterError
 from sglang_blocklora.sharding.architectures import (
     ARCHITECTURES,
-    LINEARS,
+    LATENTS,
     MODULES,
+    QUERY,
     UNGATED,
     WHOLE_VOCABULARY,
     Axes,
@@ -30,6 +31,7 @@ from sglang_blocklora.sharding.architectures import (
     Linear,
     kind_of,
     model_spec,
+    served,
     suffix_of,
 )
 from sglang_blocklora.sharding.cut import Factor
@@ -53,14 +55,55 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Latents:
+    """Sizes of multi-head latent attention.
+
+    query       width of the queries' latent; 0 where they have none
+    key_value   width of a token's row in the KV cache
+    query_head  of a head of queries, and value_head: of one of values
+    """
+
+    query: int
+    key_value: int
+    query_head: int
+    value_head: int
+
+    @staticmethod
+    def of(raw: Mapping[str, Any]) -> Latents:
+        """From what a ``config.json`` holds. ``KeyError`` or ``TypeError`` where it lacks a size."""
+        positions = raw["qk_rope_head_dim"]
+        return Latents(
+            query=raw.get("q_lora_rank") or 0,
+            key_value=raw["kv_lora_rank"] + positions,
+            query_head=raw["qk_nope_head_dim"] + positions,
+            value_head=raw["v_head_dim"],
+        )
+
+    def widths(self, heads: int) -> dict[Axis, int]:
+        """Those of the attention's axes."""
+        widths: dict[Axis, int] = {"query": heads * self.query_head, "value": heads * self.value_head}
+        widths["latent"] = self.key_value
+        return widths | ({"query_latent": self.query} if self.query else {})
+
+    def axes(self, heads: int, own: int, tp_rank: int) -> Axes:
+        """What a TP rank holds of them, which has ``own`` of the heads."""
+        whole = self.widths(heads)
+        axes: dict[Axis, Interval] = {axis: Interval(0, width, width) for axis, width in whole.items()}
+        axes["query"] = _part(own * self.query_head, tp_rank, whole["query"])
+        axes["value"] = _part(own * self.value_head, tp_rank, whole["value"])
+        return axes
+
+
+@dataclass(frozen=True, kw_only=True)
 class BaseSizes:
     """Sizes of a base model, as its Hugging Face ``config.json`` names them.
 
     expert_layers  numbers of layers that have experts in the place of an MLP
-    experts        how many each of them has, and expert_width: the intermediate width of one
+    experts        how many each of them has that adapters can be on, and expert_width: the intermediate width of one
     gated          whether its MLPs have a gate
     compared       whether its architecture was compared with PEFT; a server checks the linears of others at load
     splits_vocabulary  whether TP ranks have parts of the embeddings, so that adapters can be on them
+    latents        where its attention has latents in the place of keys and values
     """
 
     hidden: int
@@ -76,6 +119,7 @@ class BaseSizes:
     gated: bool = True
     compared: bool = True
     splits_vocabulary: bool = True
+    latents: Latents | None = None
 
     @staticmethod
     def read(path: Path) -> BaseSizes:
@@ -94,12 +138,7 @@ class BaseSizes:
 
     @staticmethod
     def of(raw: Mapping[str, Any]) -> BaseSizes:
-        """From what a ``config.json`` holds. ``KeyError`` or ``TypeError`` where it lacks a size.
-
-        ``ValueError`` where its attention has no K and V.
-        """
-        if raw.get("kv_lora_rank"):
-            raise ValueError("multi-head latent attention has no k_proj and v_proj, and is not served")
+        """From what a ``config.json`` holds. ``KeyError`` or ``TypeError`` where it lacks a size."""
         heads, architectures = raw["num_attention_heads"], raw.get("architectures") or ()
         return BaseSizes(
             hidden=raw["hidden_size"],
@@ -110,11 +149,12 @@ class BaseSizes:
             layers=raw["num_hidden_layers"],
             vocab=raw["vocab_size"],
             expert_layers=_expert_layers(raw),
-            experts=next((raw[key] for key in EXPERT_COUNTS if raw.get(key)), 0),
+            experts=next((raw[key] for key in EXPERT_COUNTS if raw.get(key)), 0) if _unscaled(raw) else 0,
             expert_width=raw.get("moe_intermediate_size") or raw["intermediate_size"],
             gated=set(architectures).isdisjoint(UNGATED),
             compared=not architectures or not set(architectures).isdisjoint(ARCHITECTURES),
             splits_vocabulary=set(architectures).isdisjoint(WHOLE_VOCABULARY),
+            latents=Latents.of(raw) if raw.get("kv_lora_rank") else None,
         )
 
     @property
@@ -124,17 +164,14 @@ class BaseSizes:
     @property
     def linears(self) -> tuple[Linear, ...]:
         """Those that a layer with an MLP has."""
-        widths = self.widths
-        return tuple(one for one in LINEARS if {one.inputs, *one.parts.values()} <= widths.keys())
+        return served(self.widths)
 
     @property
     def widths(self) -> dict[Axis, int]:
-        return {
-            "hidden": self.hidden,
-            "query": self.heads * self.head_dim,
-            "key_value": self.kv_heads * self.head_dim,
-            self.mlp_axis: self.intermediate,
-        }
+        widths: dict[Axis, int] = {"hidden": self.hidden, self.mlp_axis: self.intermediate}
+        if self.latents is None:
+            return widths | {"query": self.heads * self.head_dim, "key_value": self.kv_heads * self.head_dim}
+        return widths | self.latents.widths(self.heads)
 
     def features(self) -> dict[str, tuple[int, int]]:
         """Module name -> (in, out) of every linear that an adapter can have."""
@@ -157,10 +194,16 @@ class BaseSizes:
                 heads = kv_heads * (self.heads // self.kv_heads)
             unit = CPU_INTERMEDIATE
         widths = self.widths
+        if self.latents is None:
+            attention: Axes = {
+                "query": _part(heads * self.head_dim, tp_rank, widths["query"]),
+                "key_value": _part(kv_heads * self.head_dim, tp_rank // replicas, widths["key_value"]),
+            }
+        else:
+            attention = self.latents.axes(self.heads, heads, tp_rank)
         return {
             "hidden": Interval(0, self.hidden, self.hidden),
-            "query": _part(heads * self.head_dim, tp_rank, widths["query"]),
-            "key_value": _part(kv_heads * self.head_dim, tp_rank // replicas, widths["key_value"]),
+            **attention,
             self.mlp_axis: _part(-(-self.intermediate // (unit * tp_size)) * unit, tp_rank, self.intermediate),
             "expert": _part(-(-self.expert_width // (unit * tp_size)) * unit, tp_rank, self.expert_width),
         }
@@ -217,6 +260,10 @@ class KnownSizes:
             match, linear = LAYER_NUMBER.fullmatch(module), MODULES.get(suffix_of(module))
             if match is None or linear is None:
                 continue  # refused when it finds no place
+            if linear in (LATENTS, QUERY):
+                raise AdapterError(
+                    name, "weights on latents", "the base model's sizes of them", "Give --base-model.", module
+                )
             layers.add(match["number"])
             n = config.nblocks if config.structure_of(name, module) == "block_a" else 1
             _measure(name, module, widths, linear.inputs, factors["A"][1] * n)
@@ -259,6 +306,11 @@ class KnownSizes:
             tp_size=tp_size,
         )
         return dataclasses.replace(spec, row_width=ANY_ROW_WIDTH)
+
+
+def _unscaled(raw: Mapping[str, Any]) -> bool:
+    """Whether experts' outputs are added up as they are: adapters can be on such ones only."""
+    return raw.get("routed_scaling_factor") in (None, 1.0)
 
 
 def _expert_layers(raw: Mapping[str, Any]) -> frozenset[int]:

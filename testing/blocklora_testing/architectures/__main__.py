@@ -22,6 +22,7 @@ import torch
 from blocklora_testing import warm_imports  # noqa: F401  makes SGLang importable on a CPU, so it comes first
 from blocklora_testing.architectures.tiny import config_of, model_types, modules_of
 from blocklora_testing.case import Case
+from blocklora_testing.latent_attention import use_latents
 from blocklora_testing.models import VOCAB, AdapterChoice, build, build_adapters, peft_tokens
 from blocklora_testing.server import ServerFailed, running
 
@@ -69,7 +70,7 @@ def serve(case: Case, tp: int, log: Path) -> str:
     flags = ("--tp", str(tp), "--adapter-memory", "static", "--adapter-memory-mb", "64")
     requests = case.requests()
     try:
-        with running(case.model, *flags, *case.lora_paths, log=log, warm=True) as server:
+        with running(case.model, *flags, *case.lora_paths, log=log, warm=True, change=use_latents) as server:
             found = server.many(requests, NEW_TOKENS)
     except ServerFailed:
         return f"SGLang: {_cause(log.read_text())}"

@@ -54,8 +54,9 @@ def build(architecture: type[torch.nn.Module], config: Any, device: str) -> torc
     modules = {sys.modules[one.__module__] for one in architecture.__mro__}
     with ExitStack() as stack:
         for module in modules:
-            if hasattr(module, "get_rope"):
-                stack.enter_context(mock.patch.object(module, "get_rope", return_value=rope))
+            for name in ("get_rope", "get_rope_wrapper"):
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, return_value=rope))
         stack.enter_context(torch.device(device))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # upstream's, about quantisation methods that this machine cannot use

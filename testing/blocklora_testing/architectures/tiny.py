@@ -43,6 +43,29 @@ SIZES: dict[str, Any] = {
     "moe_layer_start_index": 1,
     "num_shared_experts": 1,
 }
+# Multi-head latent attention: heads of 16 numbers and 8 with positions, values of 24. SGLang's CPU engine has positions
+# of this kind alone; the factor makes them plain ones.
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 12,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "qk_head_dim": 24,
+    "head_dim": 8,
+    "v_head_dim": 24,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 1.0,
+        "original_max_position_embeddings": 512,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+}
 # What cannot be had from sizes. Logit caps so high that they do nothing: torch_native attention ignores them.
 OWN: dict[str, dict[str, Any]] = {
     "gemma": {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
@@ -65,6 +88,9 @@ OWN: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window_pattern": None, "sliding_window": None, "layer_types": ["full_attention"] * LAYERS},
     "minimax_m2": {"scoring_func": "sigmoid", "use_routing_bias": True},
     "exaone_moe": {"is_moe_layer": [False, True]},
+    "deepseek_v2": LATENT | {"q_lora_rank": None, "scoring_func": "softmax", "topk_method": "greedy"},
+    "deepseek_v3": LATENT | {"q_lora_rank": 48, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    "glm4_moe_lite": LATENT | {"q_lora_rank": 48, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
 }
 
 
@@ -104,4 +130,6 @@ def modules_of(model: Path) -> tuple[str, ...]:
             parent, _, name = path.rpartition(".")
             parents.setdefault(name, set()).add(parent.rpartition(".")[2])
     found = {name for name, own in parents.items() if own <= {"self_attn", "mlp"}}
-    return tuple(name for name in (*models.COLUMN, *models.PHI3_COLUMN, *models.ROW) if name in found)
+    return tuple(
+        name for name in (*models.COLUMN, *models.PHI3_COLUMN, *models.LATENT_COLUMN, *models.ROW) if name in found
+    )
