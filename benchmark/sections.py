@@ -195,6 +195,19 @@ SCHEDULER_BRIEF = Brief(
     plotted=(FIRST_TOKEN, FIRST_TOKEN_TAIL),
 )
 
+SCARCE_BRIEF = Brief(
+    scenario="zipf:1.0, 3 sessions/s",
+    rows={
+        **{f"vLLM, {slots} slots": f"vLLM, {slots} slots" for slots in (2, 4, 8, 12)},
+        "stock SGLang": "SGLang's LoRA, 4 slots",
+        "ours, plain": "plain (ours)",
+        "ours, block-diagonal": "block-diagonal (ours)",
+    },
+    columns=(FIRST_TOKEN, FIRST_TOKEN_TAIL, LATENCIES[2], LATENCIES[3], SLO),
+    ours=("block-diagonal (ours)", "plain (ours)"),
+    plotted=(FIRST_TOKEN_TAIL, LATENCIES[2]),
+)
+
 SECTIONS = (
     Section(
         part="activated",
@@ -215,7 +228,7 @@ SECTIONS = (
         )
         for tp in (1, 2)
     ),
-    Section(part="peers_scarce_tp2", baseline="ours, plain", columns=(*LATENCIES, SLO, HITS)),
+    Section(part="peers_scarce_tp2", baseline="ours, plain", columns=(*LATENCIES, SLO, HITS), brief=SCARCE_BRIEF),
     Section(part="memory", baseline="stock slots", columns=(*LATENCIES, *CACHES), brief=MEMORY_BRIEF),
     Section(
         part="scheduler",
