@@ -65,6 +65,16 @@ def test_blocks_and_tp_make_room(folder: Path) -> None:
     assert sized(folder, rank=8, tp=4, slots=100_000).resident >= 2 * plain.resident
 
 
+def test_latents_share_no_memory_with_adapters(folder: Path) -> None:
+    """Their rows hold a latent of 512 and 64 numbers, two planes of it."""
+    sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B | sizes))
+    assert sized(folder).slot_bytes == 32 * 2 * 576 * 2
+    for given in ({"kv_tokens": 1}, {"slots": None}):
+        with pytest.raises(ValueError, match=r"--adapter-memory-mb over 73728 bytes"):
+            sized(folder, **given)
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

@@ -58,7 +58,8 @@ def size(
 
     slots       of a server's arena; None: as many as ``free_bytes`` hold, which a GPU has beside the weights
     host_bytes  of --adapter-host-memory-gb; pinned, so each adapter takes a power of two
-    ``ValueError`` where no adapter can have these sizes, or where there is no room for ``kv_tokens``.
+    ``ValueError`` where no adapter can have these sizes, where there is no room for ``kv_tokens``, or where adapters
+    share no memory with KV and room for some is asked for.
     """
     if wrong := undivided(base, rank, nblocks):
         raise ValueError(f"{wrong} is no multiple of nblocks {nblocks}: choose another --nblocks or --rank")
@@ -66,6 +67,11 @@ def size(
         raise ValueError(f"TP size {tp_size} does not divide the model's heads and widths: choose another --tp")
     _, per_adapter, bytes_per_adapter = cost_per_rank(base, shapes(base, rank, nblocks), tp_size, dtype)
     slot_bytes = bytes_per_adapter // per_adapter
+    if base.latents is not None and (slots is None or kv_tokens):
+        raise ValueError(
+            "adapters of a model with multi-head latent attention have static memory beside the KV cache: give --slots "
+            f"(--adapter-memory-mb over {slot_bytes} bytes), and no --kv-tokens"
+        )
     total = free_bytes // slot_bytes if slots is None else slots
     if total <= kv_tokens:
         raise ValueError(

@@ -25,7 +25,7 @@ def tp_rank(rank: int, size: int) -> Iterator[None]:
     alone = SimpleNamespace(world_size=1, rank_in_group=0, is_first_rank=True, is_last_rank=True)
     group = SimpleNamespace(world_size=size, rank_in_group=rank, cpu_group=None, device_group=None)
     with (
-        get_context().override_server_args(device="cpu", tp_size=size),
+        get_context().override_server_args(device="cpu", tp_size=size, disable_shared_experts_fusion=True),
         get_parallel().override(
             tp_size=size,
             tp_rank=rank,
