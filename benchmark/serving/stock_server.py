@@ -3,7 +3,8 @@
 Stock LoRA asks for pinned memory, which a machine without a GPU refuses. The argument is dropped in SGLang's own LoRA
 modules only: they see a stand-in for the name ``torch`` whose factories ignore it. Each spawned process runs this
 file again as its main module, so it holds there too. With STOCK_ADAPTER_LOADS set, the first TP rank appends the
-folder's name of each adapter it copies into a slot to that file, because stock SGLang does not count them.
+folder's name of each adapter it copies into a slot to that file, because stock SGLang does not count them. STOCK_CHANGE
+names a function (``package.module:name``) that each process calls before it starts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import pkgutil
 import sys
 import types
 from pathlib import Path
@@ -22,6 +24,7 @@ from sglang_blocklora.launch_server import rank_count, with_defaults
 
 LORA_MODULES = ("layers", "mem_pool", "lora", "lora_manager", "backend.torch_backend", "backend.base_backend")
 LOADS_VARIABLE = "STOCK_ADAPTER_LOADS"
+CHANGE_VARIABLE = "STOCK_CHANGE"
 FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "empty_like", "zeros_like")
 
 
@@ -71,6 +74,8 @@ if __name__ in ("__main__", "__mp_main__"):
         drop_pinning()
         if LOADS_VARIABLE in os.environ:
             log_loads(os.environ[LOADS_VARIABLE])
+    if CHANGE_VARIABLE in os.environ:
+        pkgutil.resolve_name(os.environ[CHANGE_VARIABLE])()
 if __name__ == "__main__":
     from blocklora_patches.launch import run_sglang
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from blocklora_testing.case import NEW_TOKENS, Case
-from blocklora_testing.latent_attention import use_latents
+from blocklora_testing.latent_attention import change_for
 from blocklora_testing.server import running
 
 FUSED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -149,8 +149,8 @@ MATRIX = [
 def test_tokens_of_adapters_on_experts(tmp_path: Path, family: str, tp: int) -> None:
     chosen = make(tmp_path, family, kv_heads=4 if tp == 4 else 2)
     flags = ["--tp", str(tp), "--max-total-tokens", "16384"]
-    change = use_latents if family == "deepseek_v2" else None
-    with running(chosen.model, *flags, *chosen.lora_paths, log=tmp_path / "log", warm=True, change=change) as server:
+    flags += ["--disable-shared-experts-fusion", *chosen.lora_paths]
+    with running(chosen.model, *flags, log=tmp_path / "log", warm=True, change=change_for(family)) as server:
         for warmth in ("cold", "warm prefix cache"):
             found = server.many(chosen.requests(), NEW_TOKENS)
             assert found == chosen.answers(), warmth

@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blocklora_testing import latent_attention
 from blocklora_testing.case import NEW_TOKENS, Case
+from blocklora_testing.latent_attention import FAMILIES, change_for
 from blocklora_testing.server import Server, running
 
 from benchmark.serving import stock_server
 
 COMPARED = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "gemma", "granite", "olmo2", "glm4", "stablelm")
 COMPARED += ("cohere", "cohere2", "gemma3_text", "ministral3", "arcee", "apertus", "qwen3_moe", "mixtral")
-LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 # 40 seconds each, so ``make test-all`` runs them.
-MATRIX = [pytest.param(one, marks=pytest.mark.matrix) for one in (*COMPARED, *LATENT)]
+MATRIX = [pytest.param(one, marks=pytest.mark.matrix) for one in (*COMPARED, *FAMILIES)]
 
 
 def answers(server: Server, case: Case) -> list[Any]:
@@ -43,12 +42,10 @@ def answers(server: Server, case: Case) -> list[Any]:
 @pytest.mark.parametrize("family", MATRIX)
 def test_the_base_model_is_stock_to_the_last_bit(case: Any, tmp_path: Path, family: str) -> None:
     chosen = case(family, 2)
-    latent = family in LATENT
-    module = (latent_attention.__file__ if latent else stock_server.__file__,)
-    variables = {latent_attention.RUNS: stock_server.__file__}
+    module, change = (stock_server.__file__,), change_for(family)
+    variables = {stock_server.CHANGE_VARIABLE: f"{change.__module__}:{change.__name__}"} if change else {}
     with running(chosen.model, "--tp", "2", log=tmp_path / "stock", module=module, environment=variables) as server:
         expected = answers(server, chosen)
-    change = latent_attention.use_latents if latent else None
     flags = ("--tp", "2", *chosen.lora_paths)
     with running(chosen.model, *flags, log=tmp_path / "log", warm=True, change=change) as server:
         assert answers(server, chosen) == expected

@@ -284,36 +284,6 @@ def test_a_base_model_that_is_not_served_is_told(tmp_path: Path, config_json: Pa
     assert "is not the config of a decoder (KeyError('qk_rope_head_dim'))" in found["error"]
 
 
-def test_inspect_of_latents_needs_the_base_model(tmp_path: Path, config_json: Path, capsys) -> None:
-    """Each TP rank has all of the latents (8 and 4 + 2 wide), and its heads of 3 + 2 and of 4 numbers."""
-    sizes = {"q_lora_rank": 8, "kv_lora_rank": 4, "qk_rope_head_dim": 2, "qk_nope_head_dim": 3, "v_head_dim": 4}
-    path = config_json / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | sizes | {"num_attention_heads": 4}))
-    widths = {"q_a_proj": (24, 8), "q_b_proj": (8, 20), "kv_a_proj_with_mqa": (24, 6), "o_proj": (16, 24)}
-
-    def write(modules: dict[str, tuple[int, int]]) -> Path:
-        tensors = {}
-        for module, (inputs, outputs) in modules.items():
-            name = f"base_model.model.model.layers.0.self_attn.{module}"
-            tensors |= {f"{name}.lora_A.weight": torch.ones(2, inputs), f"{name}.lora_B.weight": torch.ones(outputs, 2)}
-        save_file(tensors, tmp_path / "adapter_model.safetensors")
-        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": list(modules)}
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-        return tmp_path
-
-    code, found = run(capsys, "inspect", write(widths))
-    assert code == 1
-    assert "weights on latents" in found["error"]
-    asked = ("--base-model", config_json, "--tp", 2, "--dtype", "float32")
-    code, found = run(capsys, "inspect", write(widths), *asked)
-    assert code == 0
-    numbers = 2 * ((24 + 8) + (8 + 20 // 2) + (24 + 6) + (16 // 2 + 24))
-    assert found["tp"][0]["bytes_per_rank"] == [4 * numbers] * 2
-    code, found = run(capsys, "inspect", write(widths | {"kv_b_proj": (4, 28)}), *asked)
-    assert code == 1
-    assert "SGLang multiplies kv_b_proj into attention" in found["error"]
-
-
 def test_a_converted_adapter_keeps_the_names_that_its_config_speaks_of(tmp_path: Path, capsys) -> None:
     expression = r"model\.language_model\..*_proj"
     write_adapter(tmp_path / "a", MODEL, rank=4, target_modules=expression)

@@ -2,16 +2,14 @@
 
 Its torch attention reads keys and values from the KV cache, where such a model has latents alone; SGLang's other way,
 in which queries are multiplied into latents, needs nothing else. Which way is taken is in a registry of SGLang's.
-Run as a script it does that, and then runs the one that ``RUNS`` names, which starts stock SGLang.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
-RUNS = "LATENT_ATTENTION_RUNS"
+# Those that are compared: without a latent of queries, and with one.
+FAMILIES = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 
 
 def use_latents() -> None:
@@ -24,12 +22,6 @@ def use_latents() -> None:
     AttentionBackendRegistry.register("torch_native", lambda *_: AttnForwardMethod.MLA)
 
 
-if __name__ in ("__main__", "__mp_main__"):  # in each spawned process too
-    from sglang_blocklora import cpu_only, settings
-    from sglang_blocklora.launch_server import rank_count
-
-    os.environ[settings.SWITCH_VARIABLE] = "0"
-    cpu_only.prepare(rank_count(sys.argv[1:]))
-    use_latents()
-    # Not with runpy, which would make that file the main module, and so the one of spawned processes.
-    exec(compile(Path(os.environ[RUNS]).read_text(), os.environ[RUNS], "exec"))
+def change_for(family: str) -> Callable[[], None] | None:
+    """What a server of that family has to change before it starts, if anything."""
+    return use_latents if family in FAMILIES else None

@@ -48,7 +48,10 @@ def _why_not(experts: FusedMoE) -> str | None:
     table = (
         (type(method) is not UnquantizedFusedMoEMethod, f"their weights are quantised ({type(method).__name__})"),
         (experts.moe_ep_size > 1, "each rank of --ep-size holds only some of them"),
-        (experts.num_fused_shared_experts > 0, "shared experts are fused with them"),
+        (
+            experts.num_fused_shared_experts > 0,
+            "shared experts are fused with them (--disable-shared-experts-fusion)",
+        ),
         (config.activation not in ACTIVATIONS or config.gemm1_alpha is not None, "their activation is another"),
         (config.apply_router_weight_on_input, "the router's weights are applied to their inputs"),
         (config.routed_scaling_factor not in (None, 1.0), "what they put out is scaled"),

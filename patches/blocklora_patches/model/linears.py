@@ -19,9 +19,9 @@ from sglang_blocklora.sharding.architectures import (
     QKV,
     QUERY,
     Axis,
-    Linear,
     O,
     model_spec,
+    served,
 )
 from sglang_blocklora.sharding.linears import Interval, ModelSpec
 from sglang_blocklora.sharding.vocabulary import Vocabulary
@@ -72,14 +72,11 @@ def layer_path(layer: Layer) -> str:
 def _known(linears: dict[str, torch.nn.Module]) -> Layer:
     """Those of a decoder layer that the table has, in its order. Others, as experts' own, are not adapted."""
     layer = next((path.removesuffix(f".{O.path}") for path in linears if path.endswith(f".{O.path}")), None)
-
-    def first(groups: tuple[tuple[Linear, ...], ...]) -> tuple[Linear, ...]:
-        return next((group for group in groups if {f"{layer}.{one.path}" for one in group} <= linears.keys()), ())
-
-    if not (attention := first(ATTENTIONS)):
+    found = served(lambda linear: f"{layer}.{linear.path}" in linears)
+    if all(one.path != O.path for one in found):
         known = "; or ".join(", ".join(one.path for one in group) for group in ATTENTIONS)
         raise ValueError(f"SGLang's layer with {', '.join(linears)} has no attention of {known}")
-    return [(path := f"{layer}.{one.path}", linears[path]) for one in (*attention, *first(MLPS))]
+    return [(path := f"{layer}.{one.path}", linears[path]) for one in found]
 
 
 def build_spec(

@@ -6,7 +6,7 @@ Server, tools and messages read it. TP ranks differ in what they hold of four ax
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -150,20 +150,27 @@ def names_of_kind(kind: Literal["column", "row"]) -> str:
     return ", ".join(part for part in SPLIT_MODULES if kind_of(part) == kind)
 
 
-def served(axes: Collection[Axis]) -> tuple[Linear, ...]:
-    """The linears of a decoder layer that has these axes, in the order in which it runs them."""
+def served(has: Callable[[Linear], bool]) -> tuple[Linear, ...]:
+    """The linears of a decoder layer's attention and MLP, in its order: of each kind the first that it ``has`` all of.
+
+    Nothing of attention or MLP where it has no kind of it whole.
+    """
 
     def first(groups: Sequence[tuple[Linear, ...]]) -> tuple[Linear, ...]:
-        wanted = ({axis for one in group for axis in (one.inputs, *one.parts.values())} for group in groups)
-        return next((group for group, found in zip(groups, wanted, strict=True) if found <= {*axes}), ())
+        return next((group for group in groups if all(map(has, group))), ())
 
     return (*first(ATTENTIONS), *first(MLPS))
+
+
+def served_with(axes: Collection[Axis]) -> tuple[Linear, ...]:
+    """The linears of a decoder layer that has these axes."""
+    return served(lambda linear: {linear.inputs, *linear.parts.values()} <= {*axes})
 
 
 def linears_of(layer: str, axes: Axes) -> tuple[LinearSpec, ...]:
     """The linears of the decoder layer at path ``layer`` on the TP rank that holds ``axes``, which the layer has."""
     specs = []
-    for linear in served(axes):
+    for linear in served_with(axes):
         parent = f"{layer}.{linear.parent}"
         outputs = tuple(axes[axis] for axis in linear.parts.values())
         offsets = tuple(sum(one.size for one in outputs[:i]) for i in range(len(outputs)))

@@ -31,7 +31,7 @@ from sglang_blocklora.sharding.architectures import (
     Linear,
     kind_of,
     model_spec,
-    served,
+    served_with,
     suffix_of,
 )
 from sglang_blocklora.sharding.cut import Factor
@@ -164,7 +164,7 @@ class BaseSizes:
     @property
     def linears(self) -> tuple[Linear, ...]:
         """Those that a layer with an MLP has."""
-        return served(self.widths)
+        return served_with(self.widths)
 
     @property
     def widths(self) -> dict[Axis, int]:
