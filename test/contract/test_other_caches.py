@@ -22,7 +22,7 @@ CASES = [
     (
         "kv_shard_hook.handle_kv_cache_sharding",
         {"enable_kv_cache_sharding": True, "disaggregation_mode": "prefill"},
-        "0.5.23",
+        "0.5.22",
     ),
 ]
 
