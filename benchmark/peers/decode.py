@@ -52,7 +52,7 @@ def launches(tp: int, dtype: str, plain: dict[str, Path], blocks: dict[str, Path
     stock = ("--lora-backend", "torch_native", "--max-loras-per-batch", str(ADAPTERS), *tiny.lora_paths(plain))
     rank = str(max(choice.rank for choice in PLAIN.values()))
     other = ("--dtype", dtype, "--max-model-len", "2048", "--no-enable-prefix-caching")
-    other += ("--kv-cache-memory-bytes", str(2**26))
+    other += ("--kv-cache-memory-bytes", str(2**27 // tp))
     slots = ("--enable-lora", "--max-loras", str(SLOTS), "--max-cpu-loras", str(SLOTS), "--max-lora-rank", rank)
     lora = (*other, *slots, *vllm.adapters(plain))
     return {
