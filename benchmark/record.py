@@ -84,20 +84,21 @@ class Run:
     figures: dict[str, dict[str, dict[str, list[float]]]]
 
 
-def newest(part: str, results: Path = RESULTS) -> Run | None:
-    """The newest finished run of ``part``, or None."""
+def finished(part: str, results: Path = RESULTS) -> list[Run]:
+    """The finished runs of ``part``, oldest first."""
     path = results / f"{part}.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    finished = [line for line in lines if "finished_s" in line]
-    if not finished:
-        return None
-    last = finished[-1]
-    figures: dict[str, dict[str, dict[str, list[float]]]] = {}
-    run_conditions: dict[str, Any] = {}
-    for line in (line for line in lines if line["run"] == last["run"]):
-        if "conditions" in line:
-            run_conditions = line["conditions"]
-        for name, value in line.get("figures", {}).items():
-            values = figures.setdefault(line["scenario"], {}).setdefault(line["variant"], {})
-            values.setdefault(name, []).append(value)
-    return Run(run_conditions, figures)
+    runs = {line["run"]: Run({}, {}) for line in lines if "finished_s" in line}
+    for line in lines:
+        if run := runs.get(line["run"]):
+            run.conditions.update(line.get("conditions", {}))
+            for name, value in line.get("figures", {}).items():
+                values = run.figures.setdefault(line["scenario"], {}).setdefault(line["variant"], {})
+                values.setdefault(name, []).append(value)
+    return list(runs.values())
+
+
+def newest(part: str, results: Path = RESULTS) -> Run | None:
+    """The newest finished run of ``part``, or None."""
+    runs = finished(part, results)
+    return runs[-1] if runs else None

@@ -41,7 +41,12 @@ PARTS = {
     "added_time": Part("benchmark.decode.added_time", 600, quick=False),
     "peers_decode_tp1": Part("benchmark.peers.decode --tp 1", 3600, quick=False),
     "peers_decode_tp2": Part("benchmark.peers.decode --tp 2", 3600, quick=False),
-    "peers_scarce_tp2": Part("benchmark.peers.scarce", 3600, quick=False),
+    "peers_scarce_tp2": Part("benchmark.peers.scarce --laws zipf:0.5 zipf:1.0 hot:0.5 --rates 1 3", 5400, quick=False),
+    "peers_many_tp2": Part(
+        "benchmark.peers.scarce --part peers_many_tp2 --adapters 200 --mib 96 --slots 8 16 24 --rates 2 --rounds 1",
+        3600,
+        quick=False,
+    ),
     "scheduler_host_time": Part("benchmark.scheduler.host_time", 120, quick=False),
     "counts": Part("benchmark.paper.counts --tp", 60, quick=False),
     "counts_ranks": Part("benchmark.paper.ranks", 60, quick=False),

@@ -229,6 +229,7 @@ SECTIONS = (
         for tp in (1, 2)
     ),
     Section(part="peers_scarce_tp2", baseline="ours, plain", columns=(*LATENCIES, SLO, HITS), brief=SCARCE_BRIEF),
+    Section(part="peers_many_tp2", baseline="ours, plain", columns=(*LATENCIES, SLO, HITS)),
     Section(part="memory", baseline="stock slots", columns=(*LATENCIES, *CACHES), brief=MEMORY_BRIEF),
     Section(
         part="scheduler",

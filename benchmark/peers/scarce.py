@@ -92,7 +92,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     }
     with fleet(model, servers, folder) as members:
         check_tokens(members, checked, prompts, expected)
-        recorder = Recorder(f"peers_scarce_tp{options.tp}", 0, settings)
+        recorder = Recorder(options.part or f"peers_scarce_tp{options.tp}", 0, settings)
         interleave(recorder, members, variants, workloads, rounds=options.rounds, warm_up=False, **LIMITS)
         recorder.finish()
 
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--laws", nargs="+", default=["zipf:1.0"])
     parser.add_argument("--seconds", type=float, default=15, help="of arrivals in each scenario")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--part", help="of the results, default peers_scarce_tp<tp>")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measure(options, Path(folder))
