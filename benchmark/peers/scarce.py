@@ -1,11 +1,12 @@
 """Scarce memory: the same bytes on each TP rank for adapters and KV, in vLLM's slots, in stock's and in our one pool.
 
 Adapters of ranks 8 to 64, of which vLLM and stock pad each to 64, conversations behind one system prompt. vLLM's number
-of slots is swept: what more slots take is KV that is missing, so its best one is what counts. A slot holds what its
-default sharding gives a TP rank. Goodput is the share of requests within both limits.
+of slots is swept, and so is that of fully sharded vLLM, whose slots are smaller: what more slots take is KV that is
+missing, so the best one is what counts. Goodput is the share of requests within both limits.
 
     make .venv-vllm/.installed
-    python -m benchmark.peers.scarce [--rates 1 2 3] [--laws zipf:0.5 zipf:1.0 hot:0.5] [--slots 2 4 8 12] [--rounds 2]
+    python -m benchmark.peers.scarce [--rates 1 2 3] [--laws zipf:0.5 zipf:1.0 hot:0.5] [--slots 2 4 8 12]
+        [--sharded-slots 8 12] [--rounds 2]
 """
 
 from __future__ import annotations
@@ -32,14 +33,13 @@ LIMITS = {"slo_ttft_s": 1.0, "slo_tpot_s": 0.15}
 def launches(options: argparse.Namespace, paths: dict[str, Path], blocks: dict[str, Path]) -> dict[str, Engine]:
     """Every engine with ``options.mib`` for adapters and KV on a TP rank."""
     tp, total, slot = options.tp, options.mib * MIB, max(RANKS) * tiny.plain_bytes(options.tp)
-    rank = str(max(RANKS))
     made: dict[str, Engine] = {}
     for slots in options.slots:
-        kv = total - slots * slot
-        flags = ("--dtype", "float32", "--max-model-len", "2048", "--block-size", str(PAGE), "--max-num-seqs")
-        flags += (str(MAX_RUNNING), "--kv-cache-memory-bytes", str(kv), "--enable-lora", "--max-loras", str(slots))
-        flags += ("--max-cpu-loras", str(len(paths)), "--max-lora-rank", rank, *vllm.adapters(paths))
-        made[f"vLLM, {slots} slots"] = vllm.VLLM(tp, flags)
+        made[f"vLLM, {slots} slots"] = vllm.VLLM(tp, other(paths, slots, total - slots * slot))
+    for slots in options.sharded_slots:
+        kv = total - slots * max(RANKS) * tiny.plain_bytes(1) // tp  # both factors are split
+        flags = (*other(paths, slots, kv), "--fully-sharded-loras")
+        made[f"vLLM fully sharded, {slots} slots"] = vllm.VLLM(tp, flags)
     common = ("--tp", str(tp), "--max-running-requests", str(MAX_RUNNING))
     stock = ("--lora-backend", "torch_native", "--max-loras-per-batch", str(options.stock_slots))
     tokens = (total - options.stock_slots * slot) // tiny.kv_bytes(tp)
@@ -48,6 +48,13 @@ def launches(options: argparse.Namespace, paths: dict[str, Path], blocks: dict[s
     made["ours, plain"] = Launch(False, (*common, *pool, *tiny.lora_paths(paths)))
     made["ours, block-diagonal"] = Launch(False, (*common, *pool, *tiny.lora_paths(blocks)))
     return made
+
+
+def other(paths: dict[str, Path], slots: int, kv: int) -> tuple[str, ...]:
+    """vLLM's flags for so many slots, and for ``kv`` bytes of KV on a TP rank."""
+    flags = ("--dtype", "float32", "--max-model-len", "2048", "--block-size", str(PAGE), "--max-num-seqs")
+    flags += (str(MAX_RUNNING), "--kv-cache-memory-bytes", str(kv), "--enable-lora", "--max-loras", str(slots))
+    return (*flags, "--max-cpu-loras", str(len(paths)), "--max-lora-rank", str(max(RANKS)), *vllm.adapters(paths))
 
 
 def measure(options: argparse.Namespace, folder: Path) -> None:
@@ -84,7 +91,8 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         "TP size": options.tp,
         "adapters": f"{options.adapters}, ranks {', '.join(map(str, RANKS))} in turn; block-diagonal ones no larger",
         "equal memory": f"{options.mib} MiB on each TP rank; a slot of rank {max(RANKS)} is "
-        f"{max(RANKS) * tiny.plain_bytes(options.tp) / MIB:.2f} MiB, stock has {options.stock_slots}",
+        f"{max(RANKS) * tiny.plain_bytes(options.tp) / MIB:.2f} MiB, fully sharded "
+        f"{max(RANKS) * tiny.plain_bytes(1) / options.tp / MIB:.2f} MiB, stock has {options.stock_slots}",
         "workload": f"{options.seconds:g} s of arrivals, 1 to 3 turns of 32 to 96 random tokens, answers of 16 to 32, "
         "system prompt of 128, 1 s mean think time",
         "limits": f"TTFT {LIMITS['slo_ttft_s']:g} s and TPOT {LIMITS['slo_tpot_s']:g} s",
@@ -103,6 +111,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=48)
     parser.add_argument("--mib", type=int, default=48, help="for adapters and KV, on each TP rank")
     parser.add_argument("--slots", type=int, nargs="+", default=[2, 4, 8, 12])
+    parser.add_argument("--sharded-slots", type=int, nargs="*", default=[8, 12], help="of fully sharded vLLM")
     parser.add_argument("--stock-slots", type=int, default=4)
     parser.add_argument("--rates", type=float, nargs="+", default=[1, 2, 3])
     parser.add_argument("--laws", nargs="+", default=["zipf:1.0"])
