@@ -82,13 +82,29 @@ def read_linear(
     return LinearFactors(descriptor.h_width, a, descriptor.blocks, slices)
 
 
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """Itself, or its copy in float32 where it has 16 bits.
+
+    A CPU without instructions for 16-bit products takes ten times as long for them, and up to a hundred times where the
+    right factor's rows are adjacent. Triton's kernels add up in float32 too.
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def add_product_(out: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scaling: float = 1.0) -> None:
+    """Add ``scaling * h b`` to ``out`` in place, rounded once where ``out`` has fewer bits than ``h`` and ``b``."""
+    if out.dtype == h.dtype:
+        out.addmm_(h, b, alpha=scaling)
+    else:
+        out.add_(h @ b, alpha=scaling)
+
+
 def shrink(x: torch.Tensor, factors: LinearFactors) -> torch.Tensor:
     """h [T, h_width] = x [T, in] times the (block-diagonal) A, for tokens of one adapter; dtype of x."""
-    if factors.a_blocks.count == 1:
-        return x @ factors.a.t()
-    length = x.shape[1]
+    length, inputs, a = x.shape[1], wide(x), wide(factors.a)
     bounds = [factors.a_blocks.bounds(i, length) for i in range(factors.a_blocks.count)]
-    return torch.cat([x[:, start:stop] @ factors.a[:, start:stop].t() for start, stop in bounds], dim=1)
+    parts = [inputs[:, start:stop] @ a[:, start:stop].t() for start, stop in bounds]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(x.dtype)
 
 
 def look_up(ids: torch.Tensor, factors: LinearFactors) -> torch.Tensor:
@@ -98,14 +114,13 @@ def look_up(ids: torch.Tensor, factors: LinearFactors) -> torch.Tensor:
 
 def expand_(out: torch.Tensor, h: torch.Tensor, factors: LinearFactors) -> None:
     """Add ``scaling * h B^T`` of every slice to ``out`` [T, all outputs] in place, for tokens of one adapter."""
+    h = wide(h)
     for s in factors.slices:
-        length = s.weight.shape[0]
+        length, b = s.weight.shape[0], wide(s.weight.t())
         for i in range(s.blocks.count):
             start, stop = s.blocks.bounds(i, length)
-            h_start = s.h_start + i * s.block_rank
-            out[:, s.out_start + start : s.out_start + stop].addmm_(
-                h[:, h_start : h_start + s.block_rank], s.weight[start:stop].t(), alpha=s.scaling
-            )
+            own = h[:, s.h_start + i * s.block_rank : s.h_start + (i + 1) * s.block_rank]
+            add_product_(out[:, s.out_start + start : s.out_start + stop], own, b[:, start:stop], s.scaling)
 
 
 def add_delta_(out: torch.Tensor, x: torch.Tensor, rows: slice | torch.Tensor, factors: LinearFactors) -> None:

@@ -2,7 +2,7 @@
 
 All tokens meet the A of all adapters, what is not a token's own adapter is set to zero in h, and all of h meets all B:
 one product for shrink and one a slice for expand, however many adapters. That computes more and calls less; a CPU takes
-longer to call a product of a few rows than to compute it.
+longer to call a product of a few rows than to compute it. Copies are of float32 (``reference.wide``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from blocklora_kernels.reference import ExpandFactor, LinearFactors
+from blocklora_kernels.reference import ExpandFactor, LinearFactors, add_product_, wide
 
 
 class StackedSlice(NamedTuple):
@@ -26,7 +26,7 @@ class StackedSlice(NamedTuple):
 class StackedFactors(NamedTuple):
     """Factors of one linear of several adapters.
 
-    a         [R, in]
+    a         [R, in], float32 as all of it (float64 where the factors are)
     slices    in the order of their rows of ``a``
     scalings  float32 [R], each row's
     owners    int64 [R], each row's adapter
@@ -56,18 +56,18 @@ def stack(factors: Sequence[LinearFactors | None]) -> StackedFactors | None:
                 scalings += [s.scaling] * len(rows[-1])
                 owners += [adapter] * len(rows[-1])
                 stop += len(rows[-1])
-        b = torch.cat(parts)
+        b = wide(torch.cat(parts))
         slices.append(StackedSlice(slice(start, stop), slice(out_start, out_start + b.shape[1]), b))
     if not rows:
         return None
-    return StackedFactors(torch.cat(rows), tuple(slices), torch.tensor(scalings), torch.tensor(owners))
+    return StackedFactors(wide(torch.cat(rows)), tuple(slices), torch.tensor(scalings), torch.tensor(owners))
 
 
 def stacked_bytes(factors: LinearFactors) -> int:
     """Bytes of one adapter's copy in ``stack``: with blocks written out, more than its rows of the arena have."""
     size = factors.h_width * factors.a.shape[1]
     size += sum(s.block_rank * s.blocks.count * s.weight.shape[0] for s in factors.slices)
-    return size * factors.a.itemsize
+    return size * torch.promote_types(factors.a.dtype, torch.float32).itemsize
 
 
 def foreign(adapters: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
@@ -80,11 +80,11 @@ def add_deltas_(out: torch.Tensor, x: torch.Tensor, factors: StackedFactors, for
 
     What a foreign adapter makes of a token is dropped whatever it is, infinite or no number too; B is finite.
     """
-    h = x @ factors.a.t()
+    h = wide(x) @ factors.a.t()
     h.masked_fill_(foreign, 0)
     torch.mul(h, factors.scalings, out=h)
     for columns, outputs, b in factors.slices:
-        out[:, outputs].addmm_(h[:, columns], b)
+        add_product_(out[:, outputs], h[:, columns], b)
 
 
 def _dense_a(factors: LinearFactors) -> torch.Tensor:

@@ -85,7 +85,7 @@ def test_torch_adder(tmp_path: Path) -> None:
 
 
 def test_small_batches_of_the_same_adapters_are_added_at_once(tmp_path: Path) -> None:
-    """From the second one on, also with fewer of them; not a batch of one adapter, of many tokens, of others."""
+    """From the second one on, also with fewer of them; not a batch of many tokens, of others."""
     spec, pool, step, deltas = make(tmp_path, 0, 2, TorchAdder, slots=200)
     assert pool.bring_in(CHOICES)
     pool.begin_step(CHOICES)
@@ -97,6 +97,8 @@ def test_small_batches_of_the_same_adapters_are_added_at_once(tmp_path: Path) ->
         (["n2", "plain", None, "n3"], None, True),
         (["n3", "n2"], None, True),
         (["n3"], None, False),
+        (["n3", None], None, True),
+        (["n2", "plain", "n3"], None, False),
         (["n2", "plain", "n3"], None, True),
     ]
     for keys, counts, at_once in batches:

@@ -25,7 +25,7 @@ class TorchAdder(DeltaAdder):
 
     Factors of a resident adapter are resolved once: views of the arena where its slots are adjacent. A batch of many
     tokens goes from adapter to adapter; one of few tokens has all its adapters at once (``blocklora_kernels.stacked``),
-    from the second one on with the same adapters.
+    be it one, from the second one on with the same adapters.
     """
 
     def __init__(self, spec: ModelSpec, pool: AdapterPool) -> None:
@@ -53,7 +53,7 @@ class TorchAdder(DeltaAdder):
             (segments.rows(g), self._resolve(used[adapter])) for g, adapter in enumerate(segments.adapters)
         ]
         tokens = len(keys) if token_counts is None else sum(token_counts)
-        few = len(used) > 1 and tokens <= MOST_STACKED_TOKENS
+        few = bool(used) and tokens <= MOST_STACKED_TOKENS
         stack = self._stack_of({key: resident[key] for key in used}) if few else None
         self._stacked = StackedBatch(stack, keys, token_counts) if stack is not None else None
 
