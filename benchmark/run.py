@@ -39,6 +39,7 @@ PARTS = {
     "activated": Part("benchmark.activated.serve", 900, quick=False),
     "activated_base_cost": Part("benchmark.activated.base_cost", 420, quick=False),
     "added_time": Part("benchmark.decode.added_time", 600, quick=False),
+    "step_profile": Part("benchmark.decode.step_profile", 900, quick=False),
     "peers_decode_tp1": Part("benchmark.peers.decode --tp 1", 3600, quick=False),
     "peers_decode_tp2": Part("benchmark.peers.decode --tp 2", 3600, quick=False),
     "peers_scarce_tp2": Part("benchmark.peers.scarce --laws zipf:0.5 zipf:1.0 hot:0.5 --rates 1 3", 5400, quick=False),

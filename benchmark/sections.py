@@ -220,6 +220,18 @@ SECTIONS = (
     ),
     Section(part="activated_base_cost", baseline="stock SGLang, no LoRA", columns=(STEP, FIRST_TOKEN)),
     Section(part="added_time", baseline="base model", columns=(STEP, FIRST_TOKEN)),
+    Section(
+        part="step_profile",
+        baseline="stock SGLang",
+        columns=(
+            Column(header="ms a step", figure="step_ms"),
+            Column(header="collectives", figure="collectives_ms"),
+            Column(header="linears", figure="linears_ms"),
+            Column(header="attention", figure="attention_ms"),
+            Column(header="rest of the forward", figure="rest_of_forward_ms"),
+            Column(header="scheduler", figure="scheduler_ms"),
+        ),
+    ),
     *(
         Section(
             part=f"peers_decode_tp{tp}",

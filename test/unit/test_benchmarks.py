@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors import safe_open
 
+from benchmark.decode.step_profile import shares
 from benchmark.memory.serve import RANKS, STOCK_SLOTS, TP, EqualMemory
 from benchmark.run import PARTS, Part, chosen, run
 from benchmark.serving import client, runner, tiny
@@ -89,3 +90,20 @@ def test_parts_are_chosen():
     assert set(chosen([])) < set(PARTS)
     with pytest.raises(SystemExit, match="unknown part decod"):
         chosen(["decod"])
+
+
+def test_stacks_are_told_apart_by_their_innermost_frames():
+    loop = "thread (7): MainThread;event_loop_overlap (scheduler.py:1)"
+    forward = f"{loop};ModelRunner.forward (model_executor/model_runner.py:2)"
+    raw = f"""{loop};recv_requests (io.py:3) 10
+{forward};apply (quantization/unquant.py:4) 40
+{forward};all_reduce (distributed/parallel_state.py:5);all_reduce (torch/distributed/distributed_c10d.py:6) 30
+{forward};norm (layernorm.py:7) 20
+thread (8): watchdog;wait (threading.py:8) 100"""
+    assert shares(raw) == {
+        "collectives": 0.3,
+        "linears": 0.4,
+        "attention": 0.0,
+        "rest_of_forward": 0.2,
+        "scheduler": 0.1,
+    }

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from sglang_blocklora.cpu_sum import SharedSum
 from torch.utils.flop_counter import FlopCounterMode
 
 NAMES = (
@@ -72,11 +73,10 @@ def count_collectives() -> None:
     calls: collections.Counter = collections.Counter()
     input_bytes: collections.Counter = collections.Counter()
 
-    def counting(name, original):
+    def counting(name, original, position):
         @functools.wraps(original)
         def wrapper(*args, **kwargs):
             calls[name] += 1
-            position = INPUT.get(name, 0)
             if len(args) > position and isinstance(args[position], torch.Tensor):
                 input_bytes[name] += args[position].nbytes
             return original(*args, **kwargs)
@@ -85,7 +85,9 @@ def count_collectives() -> None:
 
     for name in NAMES:
         if hasattr(dist, name):
-            setattr(dist, name, counting(name, getattr(dist, name)))
+            setattr(dist, name, counting(name, getattr(dist, name), INPUT.get(name, 0)))
+    # Ours in place of an all-reduce on a CPU.
+    SharedSum.all_reduce_ = counting("all_reduce", SharedSum.all_reduce_, 1)
 
     # Only now: SGLang takes some of these functions by name when it is imported.
     from sglang.srt.model_executor.model_runner import ModelRunner
