@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from sglang_blocklora import cpu_only, cpu_sum
-
 from blocklora_patches.cache import registry as cache_registry
 from blocklora_patches.hooks.apply import apply
 from blocklora_patches.http import activation, facts, model_names, routes, tenants, tokenizer_manager, versions
-from blocklora_patches.model import cpu_sum as cpu_sum_hook
-from blocklora_patches.model import graphs, linear, lora_manager, runner, vocabulary
+from blocklora_patches.model import cpu_sum, graphs, linear, lora_manager, runner, vocabulary
 from blocklora_patches.scheduler import (
     adapter_updates,
     admission,
@@ -26,7 +23,7 @@ HOOKS = (
     *vocabulary.HOOKS,
     *runner.HOOKS,
     *graphs.HOOKS,
-    *(cpu_sum_hook.HOOKS if cpu_only.is_cpu_only() and cpu_sum.is_wanted() else ()),
+    *cpu_sum.HOOKS,
     *request.HOOKS,
     *sessions.HOOKS,
     *prefill_adder.HOOKS,

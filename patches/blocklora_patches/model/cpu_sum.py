@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from sglang.srt.distributed.parallel_state import GroupCoordinator
 from sglang.srt.plugins.hook_registry import HookType
+from sglang_blocklora import cpu_only, cpu_sum
 from sglang_blocklora.cpu_sum import SharedSum
 
 from blocklora_patches.hooks.hook import Hook, Process
 
-_sums: WeakKeyDictionary[GroupCoordinator, SharedSum | None] = WeakKeyDictionary()
+_sums: dict[tuple[int, ...], SharedSum] = {}  # of ranks that share memory
+
+
+def share_memory(group: GroupCoordinator) -> None:
+    """Let ``group``, and other groups of the same ranks, add up in shared memory where its ranks have one machine.
+
+    Collective over ``group``. Nothing on a machine with an accelerator.
+    """
+    ranks = tuple(group.ranks)
+    if HOOKS and len(ranks) > 1 and ranks not in _sums:
+        shared = SharedSum.of(group.cpu_group)
+        if shared is not None:
+            _sums[ranks] = shared
 
 
 def _all_reduce(original: Any, self: GroupCoordinator, tensor: torch.Tensor) -> torch.Tensor:
-    if self.world_size > 1 and tensor.is_cpu:
-        if self not in _sums:
-            _sums[self] = SharedSum.of(self.cpu_group)
-        shared = _sums[self]
-        if shared is not None and shared.takes(tensor):
-            shared.all_reduce_(tensor)
-            return tensor
+    shared = _sums.get(tuple(self.ranks)) if tensor.is_cpu else None
+    if shared is not None and shared.takes(tensor):
+        shared.all_reduce_(tensor)
+        return tensor
     reduced: torch.Tensor = original(self, tensor)
     return reduced
 
 
-HOOKS = (
+_HOOKS = (
     Hook(
         "sglang.srt.distributed.parallel_state.GroupCoordinator.all_reduce",
         _all_reduce,
@@ -37,3 +46,4 @@ HOOKS = (
         retire_when="upstream sums in shared memory on every x86-64 CPU",
     ),
 )
+HOOKS = _HOOKS if cpu_only.is_cpu_only() and cpu_sum.is_wanted() else ()

@@ -14,6 +14,7 @@ from sglang_blocklora.settings import Settings
 
 from blocklora_patches.hooks.apply import check
 from blocklora_patches.hooks.hook import Hook, Process
+from blocklora_patches.model.cpu_sum import share_memory
 from blocklora_patches.model.unsupported import against_unified, refuse_unsupported
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 def _load_model(self: Any) -> None:
     check()  # every plugin has run by now
+    share_memory(get_parallel().tp_group)
     if get_lora().enable_lora and not self.is_draft_worker:  # adapters are the target model's
         settings = settled(Settings.required(), self.model_config)
         refuse_other_settings(get_parallel().tp_group.all_gather_object(msgspec.to_builtins(settings)))
