@@ -12,7 +12,9 @@ import mmap
 import os
 import platform
 import secrets
+import select
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import distributed
@@ -20,12 +22,12 @@ from torch import distributed
 PART_BYTES = 2**20  # of a rank; larger tensors go over gloo
 LINE = 64  # bytes between two ranks' numbers: a cache line
 LOOKS = 100  # before a rank lets others have its core
-PATIENCE_S, PAUSE_S, LIMIT_S = 1.0, 1e-3, 1800.0  # until it sleeps between two looks; for so long; until it gives up
+PATIENCE_S, PAUSE_MS, LIMIT_S = 1.0, 1, 1800.0  # until it sleeps between two looks; for so long; until it gives up
 
 
 def is_wanted() -> bool:
-    """Whether ranks of this machine can use it: it needs stores that others see in their order, as on x86-64."""
-    return platform.machine() == "x86_64" and hasattr(os, "memfd_create")
+    """Whether ranks of this machine can use it: on Linux, where others see stores in their order, as on x86-64."""
+    return platform.machine() == "x86_64" and hasattr(os, "pidfd_open")
 
 
 class SharedSum:
@@ -34,9 +36,12 @@ class SharedSum:
     Its pages have no name in a file system: they go when the last rank ends, however it ends.
     """
 
-    def __init__(self, memory: mmap.mmap, rank: int, size: int) -> None:
-        """``memory`` has ``size_of(size)`` bytes, zeros at first, and is kept for as long as this lives."""
-        self._rank, self._count = rank, 0
+    def __init__(self, memory: mmap.mmap, rank: int, processes: Sequence[int]) -> None:
+        """``processes`` are the ranks' ids, ``memory`` has ``size_of`` so many, zeros at first; kept as long as this lives."""
+        self._rank, self._count, size = rank, 0, len(processes)
+        self._ends = [select.poll() for _ in processes]
+        for ends, process in zip(self._ends, processes, strict=True):
+            ends.register(os.pidfd_open(process), select.POLLIN)  # readable once it has ended
         numbers = memoryview(memory)[: LINE * size].cast("q")
         self._numbers = [numbers[LINE // 8 * other :] for other in range(size)]
         self._parts = torch.frombuffer(memory, dtype=torch.uint8, offset=LINE * size).view(2, size, PART_BYTES)
@@ -60,13 +65,13 @@ class SharedSum:
             told = [(f"/proc/{os.getpid()}/fd/{file}", secret)]
         distributed.broadcast_object_list(told, group=group, group_src=0)
         memory = _map(*told[0], length)
-        seen = [False] * size
-        distributed.all_gather_object(seen, memory is not None, group=group)
+        processes = [0] * size
+        distributed.all_gather_object(processes, os.getpid() if memory is not None else 0, group=group)
         if file is not None:
             os.pwrite(file, bytes(LINE), 0)  # numbers begin at zero
             os.close(file)
         distributed.barrier(group)
-        return SharedSum(memory, rank, size) if memory is not None and all(seen) else None
+        return SharedSum(memory, rank, processes) if memory is not None and all(processes) else None
 
     def takes(self, tensor: torch.Tensor) -> bool:
         """Whether ``all_reduce_`` can sum it; equal on all ranks for tensors of equal shape, layout and dtype."""
@@ -75,7 +80,8 @@ class SharedSum:
     def all_reduce_(self, tensor: torch.Tensor) -> None:
         """Replace ``tensor``, one that it ``takes``, by the sum of all ranks' in place.
 
-        All ranks call it with the same shape and dtype. ``TimeoutError`` naming a rank that does not for half an hour.
+        All ranks call it with the same shape and dtype. ``RuntimeError`` naming a rank that has ended, ``TimeoutError``
+        one that does not call it for half an hour.
         """
         self._count += 1
         key = (self._count % 2, tensor.dtype, tensor.nbytes)
@@ -98,8 +104,8 @@ class SharedSum:
             os.sched_yield()
             now = time.monotonic()
             began = began or now
-            if now - began > PATIENCE_S:
-                time.sleep(PAUSE_S)
+            if now - began > PATIENCE_S and self._ends[rank].poll(PAUSE_MS) and number[0] < self._count:
+                raise RuntimeError(f"TP rank {rank} has ended before sum {self._count}")
             if now - began > LIMIT_S:
                 raise TimeoutError(f"TP rank {rank} has not come to sum {self._count} for {LIMIT_S:g} s")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from sglang_blocklora import cpu_sum
 from sglang_blocklora.cpu_sum import PART_BYTES, SharedSum
 from torch import distributed, multiprocessing
 
-pytestmark = pytest.mark.skipif(not cpu_sum.is_wanted(), reason="needs stores in order, as on x86-64, and memfd")
+pytestmark = pytest.mark.skipif(not cpu_sum.is_wanted(), reason="needs Linux on x86-64")
 SHAPES = [(1,), (3, 5), (64, 512), (PART_BYTES // 8,)]
 
 
@@ -74,6 +75,16 @@ def wait_in_vain(rank: int, size: int) -> None:
             shared.all_reduce_(torch.ones(2))
 
 
+def outlive_another(rank: int, size: int) -> None:
+    shared = SharedSum.of(distributed.group.WORLD)
+    cpu_sum.PATIENCE_S = 0.01
+    if rank == 1:
+        os._exit(0)
+    with pytest.raises(RuntimeError, match="TP rank 1 has ended before sum 1"):
+        shared.all_reduce_(torch.ones(2))
+    os._exit(0)  # without the barrier at the end
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_sums_are_right_and_the_same_on_all_ranks(size: int) -> None:
     in_ranks(size, add_many)
@@ -89,6 +100,10 @@ def test_ranks_that_share_no_memory_have_none() -> None:
 
 def test_a_rank_that_does_not_come_is_named() -> None:
     in_ranks(2, wait_in_vain)
+
+
+def test_a_rank_that_has_ended_is_named() -> None:
+    in_ranks(2, outlive_another)
 
 
 def test_what_it_takes() -> None:
