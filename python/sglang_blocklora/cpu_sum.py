@@ -21,8 +21,9 @@ from torch import distributed
 
 PART_BYTES = 2**20  # of a rank; larger tensors go over gloo
 LINE = 64  # bytes between two ranks' numbers: a cache line
-LOOKS = 100  # before a rank lets others have its core
-PATIENCE_S, PAUSE_MS, LIMIT_S = 1.0, 1, 1800.0  # until it sleeps between two looks; for so long; until it gives up
+LOOKS, YIELDS = 100, 50  # until a rank that waits lets others have its core; until it sleeps between two looks
+PAUSE_S, PAUSES = 5e-5, 1000  # of a sleep; until it looks whether the other one has ended
+LIMIT_S = 1800.0  # of sleep: then it gives up
 
 
 def is_wanted() -> bool:
@@ -37,7 +38,7 @@ class SharedSum:
     """
 
     def __init__(self, memory: mmap.mmap, rank: int, processes: Sequence[int]) -> None:
-        """``processes`` are the ranks' ids, ``memory`` has ``size_of`` so many, zeros at first; kept as long as this lives."""
+        """``processes``: ids of the ranks. ``memory``: ``size_of`` so many, zeros at first, kept while this lives."""
         self._rank, self._count, size = rank, 0, len(processes)
         self._ends = [select.poll() for _ in processes]
         for ends, process in zip(self._ends, processes, strict=True):
@@ -96,18 +97,21 @@ class SharedSum:
         torch.sum(parts, 0, out=flat)
 
     def _wait_for(self, rank: int) -> None:
-        number, looks, began = self._numbers[rank], 0, 0.0
+        number, looks = self._numbers[rank], 0
         while number[0] < self._count:
             looks += 1
-            if looks < LOOKS:
-                continue
-            os.sched_yield()
-            now = time.monotonic()
-            began = began or now
-            if now - began > PATIENCE_S and self._ends[rank].poll(PAUSE_MS) and number[0] < self._count:
-                raise RuntimeError(f"TP rank {rank} has ended before sum {self._count}")
-            if now - began > LIMIT_S:
-                raise TimeoutError(f"TP rank {rank} has not come to sum {self._count} for {LIMIT_S:g} s")
+            if looks > LOOKS + YIELDS:
+                time.sleep(PAUSE_S)
+                if looks % PAUSES == 0:
+                    self._check(rank, slept_s=looks * PAUSE_S)
+            elif looks > LOOKS:
+                os.sched_yield()
+
+    def _check(self, rank: int, slept_s: float) -> None:
+        if self._ends[rank].poll(0) and self._numbers[rank][0] < self._count:
+            raise RuntimeError(f"TP rank {rank} has ended before sum {self._count}")
+        if slept_s > LIMIT_S:
+            raise TimeoutError(f"TP rank {rank} has not come to sum {self._count} for {LIMIT_S:g} s")
 
 
 def _map(path: str, secret: bytes, length: int) -> mmap.mmap | None:
