@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmark.record import REPOSITORY, Run, newest
-from benchmark.sections import PERCENT, SECTIONS, Brief, Column, Mean, Section, Variants, ratio
+from benchmark.sections import PERCENT, SECTIONS, Brief, Column, Mean, Scenarios, Section, Variants, ratio
 
 DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/training.md", "benchmark/results/README.md")
 IMAGES = "docs/images"
@@ -59,18 +59,23 @@ def conditions(section: Section, run: Run, root: str) -> str:
     )
 
 
+def scenarios(section: Section, run: Run) -> Scenarios:
+    """What is computed from the run's figures, then those."""
+    return {**(section.derived(run.figures) if section.derived else {}), **run.figures}
+
+
 def details(section: Section, run: Run, root: str) -> str:
-    """Every scenario of the part, and its conditions."""
+    """Every scenario of the part, and its conditions; only measured ones are compared with the baseline."""
     blocks = [
-        f"**{scenario}**\n\n{table(section.columns, variants, section.baseline)}"
-        for scenario, variants in run.figures.items()
+        f"**{scenario}**\n\n{table(section.columns, variants, section.baseline if scenario in run.figures else None)}"
+        for scenario, variants in scenarios(section, run).items()
     ]
     return "\n\n".join([*blocks, conditions(section, run, root)])
 
 
-def renamed(brief: Brief, run: Run) -> Variants:
-    """Shown name -> figures of the brief's rows that the run has."""
-    variants = run.figures[brief.scenario]
+def renamed(section: Section, brief: Brief, run: Run) -> Variants:
+    """Shown name -> figures of the rows of ``brief``, the section's, that the run has."""
+    variants = scenarios(section, run)[brief.scenario]
     if brief.rows is None:
         return variants
     return {name: variants[variant] for variant, name in brief.rows.items() if variant in variants}
@@ -79,7 +84,7 @@ def renamed(brief: Brief, run: Run) -> Variants:
 def short_table(section: Section, run: Run, root: str) -> str:
     """The brief's table, or the first scenario's where there is no brief."""
     if section.brief:
-        return table(section.brief.columns, renamed(section.brief, run), section.brief.baseline)
+        return table(section.brief.columns, renamed(section, section.brief, run), section.brief.baseline)
     return table(section.columns, next(iter(run.figures.values())), section.baseline)
 
 
@@ -123,7 +128,7 @@ def main() -> None:
 
     for section in SECTIONS:
         if section.brief and section.brief.plotted and (run := newest(section.part)):
-            plots.plot(section.part, section.brief, renamed(section.brief, run), REPOSITORY / IMAGES)
+            plots.plot(section.part, section.brief, renamed(section, section.brief, run), REPOSITORY / IMAGES)
     picture.draw(REPOSITORY / IMAGES)
     write(DOCUMENTS, SECTIONS)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import scipy.stats
@@ -13,6 +13,7 @@ PERCENT = 100.0
 MIB = 2.0**-20
 
 Variants = Mapping[str, Mapping[str, Sequence[float]]]  # name -> figure -> a value for each round
+Scenarios = Mapping[str, Variants]
 
 
 def ratio(values: Sequence[float], baseline: Sequence[float]) -> float:
@@ -74,6 +75,7 @@ class Section:
     baseline  the variant that the first column is compared with
     brief     None: a short version has the first scenario as it is
     folder    of the raw results, in the repository
+    derived   scenarios that are computed from those measured, and shown before them; None: there are none
     """
 
     part: str
@@ -81,6 +83,22 @@ class Section:
     columns: tuple[Column, ...]
     brief: Brief | None = None
     folder: str = "benchmark/results"
+    derived: Callable[[Scenarios], Scenarios] | None = None
+
+
+LORA_ADDS = "What LoRA adds to a step"
+
+
+def lora_adds(measured: Scenarios) -> Scenarios:
+    """Each variant's step less that of the base model on the same server, round by round, in milliseconds."""
+    made: dict[str, dict[str, Sequence[float]]] = {}
+    for scenario, variants in measured.items():
+        for name, figures in variants.items():
+            base = variants.get(f"{name.partition(', ')[0]}, base model")
+            if base is not None and not name.endswith((", base model", ", no LoRA")):
+                steps = zip(figures["step_ms"], base["step_ms"], strict=True)
+                made.setdefault(name, {})[f"added, {scenario}"] = [own - without for own, without in steps]
+    return {LORA_ADDS: made}
 
 
 EXCHANGED = (
@@ -208,6 +226,8 @@ SCARCE_BRIEF = Brief(
     plotted=(FIRST_TOKEN_TAIL, LATENCIES[2]),
 )
 
+ADDED = tuple(Column(header=f"batch {batch}, ms", figure=f"added, Batch {batch}") for batch in (1, 8, 32))
+
 SECTIONS = (
     Section(
         part="activated",
@@ -236,7 +256,9 @@ SECTIONS = (
         Section(
             part=f"peers_decode_tp{tp}",
             baseline="ours, plain",
-            columns=(Column(header="ms a step", figure="step_ms"),),
+            columns=(Column(header="ms a step", figure="step_ms"), *ADDED),
+            brief=Brief(scenario=LORA_ADDS, columns=ADDED),
+            derived=lora_adds,
         )
         for tp in (1, 2)
     ),

@@ -28,7 +28,7 @@ from benchmark.serving.fleet import Launch, Member, fleet
 from benchmark.serving.tiny import AdapterChoice
 
 PART = "step_profile"
-SHORT, LONG, UNDER_PROFILE = 16, 80, 256  # tokens of an answer
+SHORT, LONG, UNDER_PROFILE = 16, 80, 64  # tokens of an answer
 SAMPLED_S, SAMPLES_A_S = 5, 100
 LOOP = "event_loop"  # of the scheduler: what other threads do is left out
 GROUPS = {

@@ -10,7 +10,7 @@ import pytest
 from benchmark.record import REPOSITORY, Recorder, Run, newest
 from benchmark.report import DOCUMENTS, IMAGES, renamed, render, short_table, table
 from benchmark.run import PARTS
-from benchmark.sections import SECTIONS, Brief, Column, Section
+from benchmark.sections import LORA_ADDS, SECTIONS, Brief, Column, Section, lora_adds
 
 PART = "end_to_end_tp2"
 TPOT = Column(header="TPOT, ms", figure="tpot")
@@ -38,7 +38,7 @@ def test_a_brief_names_what_was_measured():
     for section in SECTIONS:
         run = newest(section.part)
         if section.brief and run:
-            shown = set(renamed(section.brief, run))
+            shown = set(renamed(section, section.brief, run))
             assert section.brief.rows is None or shown == set(section.brief.rows.values())
             assert {*section.brief.ours, *filter(None, [section.brief.baseline])} <= shown
 
@@ -109,3 +109,9 @@ def test_render_replaces_what_stands_between_the_marks_and_nothing_else(tmp_path
 def test_what_was_not_measured_is_told(tmp_path):
     text = f"<!-- begin {PART} -->\n<!-- end {PART} -->"
     assert "Not measured yet." in render("README.md", text, SECTIONS, tmp_path)
+
+
+def test_what_lora_adds_is_set_against_the_same_server_round_by_round():
+    steps = {"vLLM, no LoRA": [9.0, 9.0], "vLLM, base model": [10.0, 20.0], "vLLM, plain": [13.0, 21.0]}
+    measured = {"Batch 8": {name: {"step_ms": values} for name, values in steps.items()}}
+    assert lora_adds(measured) == {LORA_ADDS: {"vLLM, plain": {"added, Batch 8": [3.0, 1.0]}}}

@@ -1,5 +1,7 @@
 """The product's launcher, but plain adapters are split over TP ranks as S-LoRA does it. Static memory, on a CPU.
 
+All ranks' sums go over gloo, as stock's do and S-LoRA's other collectives: what is compared is how many there are.
+
 With COLLECTIVES_LOG in the environment collectives are counted too (``blocklora_testing.collectives``). Each spawned
 process imports this module again before it imports SGLang, which is when both go in. From the repository:
 
@@ -12,11 +14,12 @@ import os
 import sys
 
 from blocklora_testing.collectives import count_collectives
-from sglang_blocklora import cpu_only, launch_server
+from sglang_blocklora import cpu_only, cpu_sum, launch_server
 
 
 def install() -> None:
     """Cut plain adapters S-LoRA's way from now on, and put a collective between their shrink and expand."""
+    cpu_sum.is_wanted = lambda: False  # asked when the hooks are imported
     from blocklora_patches.model import lora_manager
     from sglang_blocklora.adapters import shard
 
