@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 def _load_model(self: Any) -> None:
     check()  # every plugin has run by now
-    share_memory(get_parallel().tp_group)
     if get_lora().enable_lora and not self.is_draft_worker:  # adapters are the target model's
         settings = settled(Settings.required(), self.model_config)
         refuse_other_settings(get_parallel().tp_group.all_gather_object(msgspec.to_builtins(settings)))
         settings.keep()
+        share_memory(get_parallel().tp_group)
 
 
 def settled(settings: Settings, model_config: Any) -> Settings:
