@@ -148,7 +148,7 @@ def build_adapters(model_folder: Path, folder: Path, choices: Mapping[str, Adapt
     """Make random adapters with PEFT itself and save them as PEFT does; returns name -> folder."""
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     column = PHI3_COLUMN if base.config.model_type == "phi3" else COLUMN
-    peft_model = None
+    peft_model, previous = None, None
     # Only PEFT's model for this task looks for invocations.
     task = "CAUSAL_LM" if any(choice.invocation for choice in choices.values()) else None
     for seed, (name, choice) in enumerate(choices.items()):
@@ -177,8 +177,11 @@ def build_adapters(model_folder: Path, folder: Path, choices: Mapping[str, Adapt
             for parameter_name, parameter in peft_model.named_parameters():
                 if f".{name}." in parameter_name:
                     parameter.normal_(std=0.12)
-    assert peft_model is not None
-    peft_model.save_pretrained(folder)
+        peft_model.save_pretrained(folder, selected_adapters=[name])
+        if previous is not None:
+            peft_model.set_adapter(name)
+            peft_model.delete_adapter(previous)  # hundreds in one model take time that grows with their square
+        previous = name
     for name, choice in choices.items():
         if choice.invocation and choice.nblocks:  # which PEFT cannot run together
             changed = read_config(folder / name) | {"alora_invocation_tokens": list(choice.invocation)}
