@@ -98,6 +98,14 @@ def summary(section: Section, run: Run, root: str) -> str:
     )
 
 
+def print_brief(part: str) -> None:
+    """The short table of the newest run of ``part``, which has one."""
+    (section,) = (section for section in SECTIONS if section.part == part)
+    run = newest(part)
+    assert run is not None
+    print(short_table(section, run, ""))
+
+
 BLOCKS: dict[str, Callable[[Section, Run, str], str]] = {"": details, "-summary": summary, "-table": short_table}
 
 

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import scipy.stats
 
@@ -89,14 +90,17 @@ class Section:
 LORA_ADDS = "What LoRA adds to a step"
 
 
-def lora_adds(measured: Scenarios) -> Scenarios:
-    """Each variant's step less that of the base model on the same server, round by round, in milliseconds."""
+def lora_adds(figure: str, measured: Scenarios) -> Scenarios:
+    """Each variant's step, by ``figure`` in milliseconds, less that of the base model on its server, round by round.
+
+    Of "SERVER, ADAPTERS" that is "SERVER, base model", or "base model" where there is no such variant.
+    """
     made: dict[str, dict[str, Sequence[float]]] = {}
     for scenario, variants in measured.items():
         for name, figures in variants.items():
-            base = variants.get(f"{name.partition(', ')[0]}, base model")
-            if base is not None and not name.endswith((", base model", ", no LoRA")):
-                steps = zip(figures["step_ms"], base["step_ms"], strict=True)
+            base = variants.get(f"{name.partition(', ')[0]}, base model", variants.get("base model"))
+            if base is not None and not name.endswith(("base model", "no LoRA")):
+                steps = zip(figures[figure], base[figure], strict=True)
                 made.setdefault(name, {})[f"added, {scenario}"] = [own - without for own, without in steps]
     return {LORA_ADDS: made}
 
@@ -239,7 +243,13 @@ SECTIONS = (
         ),
     ),
     Section(part="activated_base_cost", baseline="stock SGLang, no LoRA", columns=(STEP, FIRST_TOKEN)),
-    Section(part="added_time", baseline="base model", columns=(STEP, FIRST_TOKEN)),
+    Section(
+        part="added_time",
+        baseline="base model",
+        columns=(STEP, FIRST_TOKEN, *ADDED),
+        brief=Brief(scenario=LORA_ADDS, columns=ADDED),
+        derived=partial(lora_adds, "itl_ms_p50"),
+    ),
     Section(
         part="step_profile",
         baseline="stock SGLang",
@@ -258,7 +268,7 @@ SECTIONS = (
             baseline="ours, plain",
             columns=(Column(header="ms a step", figure="step_ms"), *ADDED),
             brief=Brief(scenario=LORA_ADDS, columns=ADDED),
-            derived=lora_adds,
+            derived=partial(lora_adds, "step_ms"),
         )
         for tp in (1, 2)
     ),

@@ -12,22 +12,18 @@ tokens.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
-from benchmark.record import Recorder, newest
+from benchmark.decode import step
+from benchmark.record import Recorder
+from benchmark.report import print_brief
 from benchmark.serving import tiny
 from benchmark.serving.fleet import Launch, check_tokens, fleet
-from benchmark.serving.runner import Variant, interleave
+from benchmark.serving.runner import CHECKED_TOKENS, Variant, interleave
 from benchmark.serving.tiny import AdapterChoice
 
 PART = "added_time"
-MODEL = "Llama, 8 layers, hidden 512, FFN 1024, 8 + 8 heads, bfloat16"
-SIZES = {"layers": 8, "hidden_size": 512, "intermediate_size": 1024, "heads": 8, "kv_heads": 8, "head_dim": 64}
-PROMPT_TOKENS, CHECKED_TOKENS = 16, 8
-STEP = "itl_ms_p50"
 LOOP = ("-m", "benchmark.decode.loop_launcher")
 PLAIN = {f"plain-{i}": AdapterChoice(rank=16) for i in range(8)}
 BLOCKS = {f"bd-{i}": AdapterChoice(2, 22) for i in range(8)}
@@ -48,8 +44,8 @@ VARIANTS = {name: Variant(server, names * (ADAPTERS // len(names))) for name, (s
 
 def measure(recorder: Recorder, options: argparse.Namespace, folder: Path) -> None:
     """All variants, in an empty folder."""
-    model, adapters = tiny.build(folder, PLAIN | BLOCKS, SIZES)
-    prompts, expected = tiny.prompts_and_answers(model, adapters, (PROMPT_TOKENS,), CHECKED_TOKENS)
+    model, adapters = tiny.build(folder, PLAIN | BLOCKS, step.SIZES)
+    prompts, expected = tiny.prompts_and_answers(model, adapters, (step.PROMPT_TOKENS,), CHECKED_TOKENS)
     # No radix cache: the same prompts come again and again.
     flags = ("--tp", str(options.tp), "--disable-radix-cache", "--adapter-memory", "static")
     flags += tiny.lora_paths(adapters)
@@ -58,52 +54,28 @@ def measure(recorder: Recorder, options: argparse.Namespace, folder: Path) -> No
         "ours": Launch(False, (*flags, "--dtype", "bfloat16")),
         "loop": Launch(False, (*flags, "--dtype", "bfloat16"), LOOP),
     }
-    scenarios = tiny.all_at_once(options.batch, PROMPT_TOKENS, options.tokens, ADAPTERS)
+    scenarios = tiny.all_at_once(options.batch, step.PROMPT_TOKENS, options.tokens, ADAPTERS)
     with fleet(model, launches, folder) as members:
         check_tokens(members, {"checked": [None, *adapters]}, prompts, expected)
         interleave(recorder, members, VARIANTS, scenarios, rounds=options.rounds, slo_ttft_s=1.0)
 
 
-def base_of(variant: str) -> str:
-    """The base model on the same server."""
-    return "one by one, base model" if variant.startswith("one by one") else "base model"
-
-
-def print_added(part: str, step: str, base_of: Callable[[str], str]) -> None:
-    """Milliseconds that adapters add to the base model's step, median and range over the rounds of the newest run.
-
-    step     the figure that is a step's time, in milliseconds
-    base_of  variant -> the variant that it is set against, round by round
-    """
-    run = newest(part)
-    assert run is not None
-    for scenario, variants in run.figures.items():
-        print(f"\n{scenario}\n{'':32} {'ms a step':>10} {'added':>7} {'min':>7} {'max':>7}")
-        for name, figures in variants.items():
-            added = [own - base for own, base in zip(figures[step], variants[base_of(name)][step], strict=True)]
-            line = f"{name:32} {statistics.median(figures[step]):10.2f} {statistics.median(added):7.2f}"
-            print(f"{line} {min(added):7.2f} {max(added):7.2f}")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=6)
+    parser = step.parser(__doc__, rounds=6)
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of a request")
     options = parser.parse_args()
     settings = {
-        "model": MODEL,
+        "model": step.MODEL,
         "TP size": options.tp,
         "LoRA ranks": "plain 16, block-diagonal 22 (n = 2)",
-        "workload": f"all requests at once, prompts of {PROMPT_TOKENS} random tokens, {options.tokens} new tokens",
+        "workload": f"all requests at once, prompts of {step.PROMPT_TOKENS} random tokens, {options.tokens} new tokens",
         "rounds": options.rounds,
     }
     recorder = Recorder(PART, 0, settings)
     with tempfile.TemporaryDirectory() as folder:
         measure(recorder, options, Path(folder))
     recorder.finish()
-    print_added(PART, STEP, base_of)
+    print_brief(PART)
 
 
 if __name__ == "__main__":

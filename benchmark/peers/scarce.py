@@ -35,10 +35,10 @@ def launches(options: argparse.Namespace, paths: dict[str, Path], blocks: dict[s
     tp, total, slot = options.tp, options.mib * MIB, max(RANKS) * tiny.plain_bytes(options.tp)
     made: dict[str, Engine] = {}
     for slots in options.slots:
-        made[f"vLLM, {slots} slots"] = vllm.VLLM(tp, other(paths, slots, total - slots * slot))
+        made[f"vLLM, {slots} slots"] = vllm.VLLM(tp, vllm_flags(paths, slots, total - slots * slot))
     for slots in options.sharded_slots:
         kv = total - slots * max(RANKS) * tiny.plain_bytes(1) // tp  # both factors are split
-        flags = (*other(paths, slots, kv), "--fully-sharded-loras")
+        flags = (*vllm_flags(paths, slots, kv), "--fully-sharded-loras")
         made[f"vLLM fully sharded, {slots} slots"] = vllm.VLLM(tp, flags)
     common = ("--tp", str(tp), "--max-running-requests", str(MAX_RUNNING))
     stock = ("--lora-backend", "torch_native", "--max-loras-per-batch", str(options.stock_slots))
@@ -50,7 +50,7 @@ def launches(options: argparse.Namespace, paths: dict[str, Path], blocks: dict[s
     return made
 
 
-def other(paths: dict[str, Path], slots: int, kv: int) -> tuple[str, ...]:
+def vllm_flags(paths: dict[str, Path], slots: int, kv: int) -> tuple[str, ...]:
     """vLLM's flags for so many slots, and for ``kv`` bytes of KV on a TP rank."""
     flags = ("--dtype", "float32", "--max-model-len", "2048", "--block-size", str(PAGE), "--max-num-seqs")
     flags += (str(MAX_RUNNING), "--kv-cache-memory-bytes", str(kv), "--enable-lora", "--max-loras", str(slots))

@@ -92,7 +92,10 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def add_product_(out: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scaling: float = 1.0) -> None:
-    """Add ``scaling * h b`` to ``out`` in place, rounded once where ``out`` has fewer bits than ``h`` and ``b``."""
+    """Add ``scaling * h b`` to ``out`` [T, out_s] in place; ``h`` is [T, r] and ``b`` is [r, out_s], of one dtype.
+
+    Rounded once where ``out`` has fewer bits than they.
+    """
     if out.dtype == h.dtype:
         out.addmm_(h, b, alpha=scaling)
     else:

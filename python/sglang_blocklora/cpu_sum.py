@@ -26,7 +26,7 @@ PAUSE_S, PAUSES = 5e-5, 1000  # of a sleep; until it looks whether the other one
 LIMIT_S = 1800.0  # of sleep: then it gives up
 
 
-def is_wanted() -> bool:
+def is_usable() -> bool:
     """Whether ranks of this machine can use it: on Linux, where others see stores in their order, as on x86-64."""
     return platform.machine() == "x86_64" and hasattr(os, "pidfd_open")
 

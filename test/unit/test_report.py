@@ -114,4 +114,12 @@ def test_what_was_not_measured_is_told(tmp_path):
 def test_what_lora_adds_is_set_against_the_same_server_round_by_round():
     steps = {"vLLM, no LoRA": [9.0, 9.0], "vLLM, base model": [10.0, 20.0], "vLLM, plain": [13.0, 21.0]}
     measured = {"Batch 8": {name: {"step_ms": values} for name, values in steps.items()}}
-    assert lora_adds(measured) == {LORA_ADDS: {"vLLM, plain": {"added, Batch 8": [3.0, 1.0]}}}
+    assert lora_adds("step_ms", measured) == {LORA_ADDS: {"vLLM, plain": {"added, Batch 8": [3.0, 1.0]}}}
+
+
+def test_a_server_that_is_not_named_has_the_base_model_that_is_not_named_either():
+    steps = {"base model": [1.0], "4 plain": [3.0], "one by one, base model": [10.0], "one by one, 4 plain": [30.0]}
+    measured = {"Batch 1": {name: {"itl": values} for name, values in steps.items()}}
+    assert lora_adds("itl", measured) == {
+        LORA_ADDS: {"4 plain": {"added, Batch 1": [2.0]}, "one by one, 4 plain": {"added, Batch 1": [20.0]}}
+    }

@@ -19,7 +19,7 @@ from sglang_blocklora import cpu_only, cpu_sum, launch_server
 
 def install() -> None:
     """Cut plain adapters S-LoRA's way from now on, and put a collective between their shrink and expand."""
-    cpu_sum.is_wanted = lambda: False  # asked when the hooks are imported
+    cpu_sum.is_usable = lambda: False
     from blocklora_patches.model import lora_manager
     from sglang_blocklora.adapters import shard
 

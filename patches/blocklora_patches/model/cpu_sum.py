@@ -20,15 +20,14 @@ def share_memory(group: GroupCoordinator) -> None:
 
     Collective over ``group``. Nothing on a machine with an accelerator.
     """
-    ranks = tuple(group.ranks)
-    if HOOKS and len(ranks) > 1 and ranks not in _sums:
+    if len(group.ranks) > 1 and cpu_only.is_cpu_only() and cpu_sum.is_usable():
         shared = SharedSum.of(group.cpu_group)
         if shared is not None:
-            _sums[ranks] = shared
+            _sums[tuple(group.ranks)] = shared
 
 
 def _all_reduce(original: Any, self: GroupCoordinator, tensor: torch.Tensor) -> torch.Tensor:
-    shared = _sums.get(tuple(self.ranks)) if tensor.is_cpu else None
+    shared = _sums.get(tuple(self.ranks)) if _sums else None
     if shared is not None and shared.takes(tensor):
         shared.all_reduce_(tensor)
         return tensor
@@ -36,7 +35,7 @@ def _all_reduce(original: Any, self: GroupCoordinator, tensor: torch.Tensor) -> 
     return reduced
 
 
-_HOOKS = (
+HOOKS = (
     Hook(
         "sglang.srt.distributed.parallel_state.GroupCoordinator.all_reduce",
         _all_reduce,
@@ -46,4 +45,3 @@ _HOOKS = (
         retire_when="upstream sums in shared memory on every x86-64 CPU",
     ),
 )
-HOOKS = _HOOKS if cpu_only.is_cpu_only() and cpu_sum.is_wanted() else ()
