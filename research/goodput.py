@@ -1,7 +1,7 @@
 """Simulated: which order serves most requests within limits of TTFT and TPOT? All in unified memory of 16 GiB.
 
-SGLang's fcfs and lpm, and ours with other age bounds (``--adapter-max-wait-steps``) and other rounds of fairness (the
-quantum, in prefill chunks). Every workload comes at about what a server can do, or at about a quarter more, for 30 s.
+SGLang's fcfs and lpm, and ours with other age bounds (``--adapter-max-wait-steps``) and other rounds of fairness
+(``--adapter-round-chunks``). Every workload comes at about what a server can do, or at about a quarter more, for 30 s.
 
     python -m research.goodput near|beyond [--quick]
 """
@@ -9,6 +9,7 @@ quantum, in prefill chunks). Every workload comes at about what a server can do,
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Mapping
 from dataclasses import replace
@@ -63,10 +64,10 @@ def scenario(asked: Asked, rate: float) -> Scenario:
 
 
 def contenders(scenario: Scenario) -> dict[str, Contender]:
-    """SGLang's, and ours by age bound and quantum; 4 steps are first come, first served (``scheduler.py``)."""
+    """SGLang's, and ours by age bound and round of fairness; 4 steps are first come, first served (``scheduler.py``)."""
     policies = {UNBOUNDED: upstream("lpm"), BASELINE: upstream("fcfs")}
-    for steps, chunks in ((16, 16), (64, 16), (128, 16), (256, 16), (16, 4), (64, 4)):
-        policies[f"ours, {steps} steps, {chunks} chunks"] = ours(max_wait_steps=steps, quantum_chunks=chunks)
+    for steps, chunks in (*itertools.product((16, 64, 128), (16, 8, 4)), (256, 16)):
+        policies[f"ours, {steps} steps, {chunks} chunks"] = ours(max_wait_steps=steps, round_chunks=chunks)
     return {name: Contender(Unified, policy) for name, policy in policies.items()}
 
 

@@ -57,7 +57,7 @@ def contenders(scenario: Scenario) -> dict[str, Contender]:
             "ours, overtaken 4 steps": ours(max_wait_steps=4),
             "ours, overtaken 64 steps": ours(max_wait_steps=64),
             "ours, overtaken 256 steps": ours(max_wait_steps=256),
-            "ours, rounds of one chunk": ours(quantum_chunks=1),
+            "ours, rounds of one chunk": ours(round_chunks=1),
             "ours, any adapter joins a batch alike": ours(batch_tokens=0.0),
         }
     return {name: Contender(Unified, policy) for name, policy in policies.items()}

@@ -54,12 +54,12 @@ def build(folder: Path) -> tuple[Path, dict[str, Path]]:
 
 
 def launch(adapters: Mapping[str, Path], policy: str) -> Launch:
-    """A server under that policy; ``adapter-affinity:64`` has another age bound."""
-    name, _, steps = policy.partition(":")
+    """A server under that policy; ``adapter-affinity:64:4`` has another age bound and shorter rounds of fairness."""
+    name, *numbers = policy.split(":")
     memory = ("--adapter-memory", "unified", "--max-total-tokens", str(POOL_TOKENS))
     limits = ("--max-running-requests", str(MAX_RUNNING), "--schedule-policy", name)
-    if steps:
-        limits += ("--adapter-max-wait-steps", steps)
+    for flag, number in zip(("--adapter-max-wait-steps", "--adapter-round-chunks"), numbers, strict=False):
+        limits += (flag, number)
     return Launch(False, ("--tp", str(TP), *memory, *limits, *tiny.lora_paths(adapters)))
 
 
@@ -101,7 +101,7 @@ def main() -> None:
         "--policies",
         nargs="+",
         default=list(POLICIES),
-        help="adapter-affinity:64 is the default with another age bound",
+        help="adapter-affinity:64:4 is the default with another age bound and shorter rounds of fairness",
     )
     parser.add_argument("--sessions", type=int, default=SESSIONS)
     parser.add_argument("--rounds", type=int, default=2)

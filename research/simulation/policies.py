@@ -11,7 +11,6 @@ from sglang_blocklora.memory.decisions import DecisionLog
 from sglang_blocklora.memory.pool import AdapterPool
 from sglang_blocklora.memory.unified_pool import UnifiedPool
 from sglang_blocklora.scheduling import order
-from sglang_blocklora.scheduling.policy import QUANTUM_CHUNKS
 from sglang_blocklora.settings import DEFAULTS, Settings
 
 from research.simulation import upstream
@@ -111,7 +110,8 @@ class Affinity:
     can be admitted. Constants in tokens become pages, as all lengths in the tree are.
 
     max_wait_steps  ``--adapter-max-wait-steps``
-    quantum_chunks, batch_tokens  the constants of those names, for ablations
+    round_chunks    ``--adapter-round-chunks``
+    batch_tokens    the constant of that name, for ablations
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Affinity:
         pool: AdapterPool,
         cache: upstream.UnifiedRadixCache,
         max_wait_steps: int = DEFAULTS.adapter_max_wait_steps,
-        quantum_chunks: int = QUANTUM_CHUNKS,
+        round_chunks: int = DEFAULTS.adapter_round_chunks,
         batch_tokens: float = order.BATCH_TOKENS_PER_SLOT,
     ) -> None:
         manager = SimpleNamespace(pool=pool, unified=isinstance(pool, UnifiedPool), decisions=DecisionLog(None, 0))
@@ -129,10 +129,10 @@ class Affinity:
             enable_priority_scheduling=False,
             schedule_low_priority_values_first=False,
             tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager)),
-            chunked_prefill_size=CHUNK_TOKENS // PAGE_TOKENS * quantum_chunks // QUANTUM_CHUNKS,
+            chunked_prefill_size=CHUNK_TOKENS // PAGE_TOKENS,
             lora_drainer=None,
         )
-        settings = Settings(adapter_max_wait_steps=max_wait_steps)
+        settings = Settings(adapter_max_wait_steps=max_wait_steps, adapter_round_chunks=round_chunks)
         self.policy = self.scheduler.policy = upstream.AdapterAffinityPolicy(self.scheduler, settings)
         self.batch_tokens = batch_tokens
 

@@ -14,13 +14,10 @@ import torch
 from blocklora_testing import skewed_clocks
 from blocklora_testing.models import VOCAB, AdapterChoice, build_adapters, build_model, peft_tokens
 from blocklora_testing.server import Server, running, same_decisions
-from sglang_blocklora.scheduling.policy import QUANTUM_CHUNKS
 
 NEW_TOKENS = 8
 MAX_WAIT_STEPS = 6
-CHUNK_TOKENS = 256
-WEIGHT = 1 / QUANTUM_CHUNKS
-QUANTUM_TOKENS = 256  # of a round of each adapter: WEIGHT x QUANTUM_CHUNKS x CHUNK_TOKENS
+CHUNK_TOKENS = 256  # and what an adapter may take in a round, which is one chunk here
 
 
 @dataclass(frozen=True)
@@ -56,9 +53,7 @@ def scheduled(small, tmp_path_factory) -> Iterator[Scheduled]:
     model, adapters, _, _ = small
     folder = tmp_path_factory.mktemp("scheduling-server")
     flags = ["--tp", "2", "--adapter-memory", "unified", "--max-total-tokens", "4096", "--max-running-requests", "4"]
-    flags += ["--max-loras-per-batch", "3", "--chunked-prefill-size", str(CHUNK_TOKENS)]
-    for name in adapters:
-        flags += ["--adapter-weight", f"{name}={WEIGHT}"]
+    flags += ["--max-loras-per-batch", "3", "--chunked-prefill-size", str(CHUNK_TOKENS), "--adapter-round-chunks", "1"]
     flags += ["--adapter-max-wait-steps", str(MAX_WAIT_STEPS), "--adapter-decision-log", str(folder / "decisions")]
     paths = ["--lora-paths", *(f"{name}={path}" for name, path in adapters.items())]
     skew = skewed_clocks.skew_rank_1
@@ -135,7 +130,7 @@ def test_a_flood_takes_no_more_than_its_share_while_others_wait(scheduled: Sched
         if {adapter[arrival] for arrival in turns.keys() - gone} == {"hot", "warm", "other"}:
             served.update(adapter[arrival] for arrival in gone)
     cost_tokens = 40 + NEW_TOKENS
-    ahead = -(-QUANTUM_TOKENS // cost_tokens) + 1  # a round, and what the last request of one overdraws
+    ahead = -(-CHUNK_TOKENS // cost_tokens) + 1  # a round, and what the last request of one overdraws
     assert sum(served.values()) > 20, "the three did not wait together"
     # one may be that far behind when the three begin to wait together, and that far ahead when they end
     assert max(served.values()) - min(served["warm"], served["other"]) <= 2 * ahead

@@ -77,6 +77,7 @@ def test_our_schedule_policy_is_the_default_and_sglangs_can_be_chosen() -> None:
         ["--adapter-memory-mb", "0", "--adapter-memory", "static"],
         ["--adapter-memory-mb", "64"],  # of no use to unified memory
         ["--adapter-max-wait-steps", "0"],
+        ["--adapter-round-chunks", "0"],
         ["--adapter-weight", "a"],
         ["--adapter-weight", "=1"],
         ["--adapter-weight", "a=0"],
@@ -150,6 +151,7 @@ GIVEN = {
     "--adapter-overlap": (["stream"], "stream"),
     "--schedule-policy": (["fcfs", "lpm"], "lpm"),
     "--adapter-max-wait-steps": (["2"], 2),
+    "--adapter-round-chunks": (["4"], 4),
     "--adapter-weight": (["a=2", "b=0.5"], {"a": 2.0, "b": 0.5}),
     "--adapter-decision-log": (["log"], "log"),
     "--accept-unknown-sglang": ([], True),

@@ -25,7 +25,7 @@ from sglang_blocklora.scheduling.order import (
     DISK_LOAD_TOKENS_PER_SLOT,
     HOST_LOAD_TOKENS_PER_SLOT,
 )
-from sglang_blocklora.scheduling.policy import QUANTUM_CHUNKS, AffinityPolicy
+from sglang_blocklora.scheduling.policy import AffinityPolicy
 from sglang_blocklora.settings import Settings
 
 from blocklora_patches.cache.unified_radix_cache import AdapterPrefixCache
@@ -51,7 +51,7 @@ class AdapterAffinityPolicy(SchedulePolicy):
         self._manager = scheduler.tp_worker.model_runner.lora_manager
         self._affinity = AffinityPolicy(
             settings.adapter_max_wait_steps,
-            QUANTUM_CHUNKS * (scheduler.chunked_prefill_size or scheduler.max_prefill_tokens),
+            settings.adapter_round_chunks * (scheduler.chunked_prefill_size or scheduler.max_prefill_tokens),
             settings.adapter_weights,
         )
         self._refused: dict[str | None, bool] = {}  # adapters that did not fit in this pass -> whether they will

@@ -14,9 +14,6 @@ import numpy.typing as npt
 
 from sglang_blocklora.scheduling.order import Bools, Ints, Waiting, order
 
-# A round of fairness, in prefill chunks: with fewer, an adapter's bursts wait long for little gain (docs/scheduler.md).
-QUANTUM_CHUNKS = 16
-
 
 @dataclass(slots=True)
 class Ticket:
