@@ -1,4 +1,6 @@
-"""Servers to compare: all up at once, those not being measured stopped with SIGSTOP so that they take no cycles."""
+"""Servers to compare. All up at once, those not being measured stopped with SIGSTOP so that they take no cycles
+(``fleet``); or each started whenever it is measured, where all at once need more memory than there is (``visitors``).
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,11 @@ import json
 import os
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -60,18 +63,41 @@ class Launch:
         return Counter({adapter["name"]: adapter["loads"] for adapter in answer["data"]})
 
 
-@dataclass(frozen=True)
-class Member:
-    """A server of the fleet."""
+@dataclass
+class Member(ABC):
+    """A server to compare, which runs while it is awake. Then it has ``server``."""
 
     name: str
     launch: Engine
-    server: Server
-    loads_file: Path
+    folder: Path
+    server: Server = field(init=False)
+
+    @property
+    def loads_file(self) -> Path:
+        return self.folder / f"{self.name}.loads"
+
+    def start(self, model: Path) -> AbstractContextManager[Server]:
+        return self.launch.start(model, self.folder / f"{self.name}.log", self.loads_file)
+
+    @abstractmethod
+    def awake(self) -> AbstractContextManager[Server]:
+        """Let the server run inside the block only."""
+
+    def adapter_loads(self) -> Counter[str]:
+        """How often each adapter was copied to where the model reads it, since the start."""
+        return self.launch.adapter_loads(self.server, self.loads_file)
+
+    def flush(self) -> None:
+        """Drop cached KV, so that each pass starts from the same state."""
+        status, answer = self.server.call(self.launch.dialect.flush_path, {})
+        assert status == 200, f"{self.name}: {answer}"
+
+
+class Sleeper(Member):
+    """Up all the time."""
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[Server]:
-        """Let the server run inside the block only."""
         self.signal(signal.SIGCONT)
         time.sleep(SETTLE_S)
         try:
@@ -84,14 +110,17 @@ class Member:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.server.process.pid, number)
 
-    def adapter_loads(self) -> Counter[str]:
-        """How often each adapter was copied to where the model reads it, since the start."""
-        return self.launch.adapter_loads(self.server, self.loads_file)
 
-    def flush(self) -> None:
-        """Drop cached KV, so that each pass starts from the same state."""
-        status, answer = self.server.call(self.launch.dialect.flush_path, {})
-        assert status == 200, f"{self.name}: {answer}"
+@dataclass
+class Visitor(Member):
+    """Up while it is awake."""
+
+    model: Path
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[Server]:
+        with self.start(self.model) as self.server:
+            yield self.server
 
 
 def stop_cleanly(*_: object) -> None:
@@ -107,12 +136,17 @@ def fleet(model: Path, launches: Mapping[str, Engine], folder: Path) -> Iterator
     with contextlib.ExitStack() as stack:
         for name, launch in launches.items():
             print(f"starting {name}", flush=True)
-            loads = folder / f"{name}.loads"
-            server = stack.enter_context(launch.start(model, folder / f"{name}.log", loads))
-            members[name] = Member(name, launch, server, loads)
-            stack.callback(members[name].signal, signal.SIGCONT)  # a stopped process would not end politely
-            members[name].signal(signal.SIGSTOP)
+            members[name] = member = Sleeper(name, launch, folder)
+            member.server = stack.enter_context(member.start(model))
+            stack.callback(member.signal, signal.SIGCONT)  # a stopped process would not end politely
+            member.signal(signal.SIGSTOP)
         yield members
+
+
+def visitors(model: Path, launches: Mapping[str, Engine], folder: Path) -> dict[str, Member]:
+    """A member for each launch, whose server starts whenever it is to be awake."""
+    signal.signal(signal.SIGTERM, stop_cleanly)
+    return {name: Visitor(name, launch, folder, model) for name, launch in launches.items()}
 
 
 def check_tokens(
@@ -123,11 +157,21 @@ def check_tokens(
 ) -> None:
     """No figure without right tokens: ``asked[server]`` adapters answer every prompt as ``expected`` (PEFT's) says."""
     for name, adapters in asked.items():
-        with members[name].awake() as server:
-            requests = [(prompt, adapter) for adapter in adapters for prompt in prompts]
-            wanted = [tokens for adapter in adapters for tokens in expected[adapter]]
-            answers = at_once(server.url, requests, len(wanted[0]), members[name].launch.dialect)
-            for (_, adapter), found, right in zip(requests, answers, wanted, strict=True):
-                if found.tokens != right:
-                    told = found.error or json.dumps(found.tokens)
-                    raise SystemExit(f"{name}: wrong tokens under {adapter}: {told}, PEFT {right}")
+        with members[name].awake():
+            check_answers(members[name], adapters, prompts, expected)
+
+
+def check_answers(
+    member: Member,
+    adapters: Sequence[str | None],
+    prompts: Sequence[list[int]],
+    expected: Mapping[str | None, list[list[int]]],
+) -> None:
+    """``check_tokens`` of one that is awake."""
+    requests = [(prompt, adapter) for adapter in adapters for prompt in prompts]
+    wanted = [tokens for adapter in adapters for tokens in expected[adapter]]
+    answers = at_once(member.server.url, requests, len(wanted[0]), member.launch.dialect)
+    for (_, adapter), found, right in zip(requests, answers, wanted, strict=True):
+        if found.tokens != right:
+            told = found.error or json.dumps(found.tokens)
+            raise SystemExit(f"{member.name}: wrong tokens under {adapter}: {told}, PEFT {right}")

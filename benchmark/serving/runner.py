@@ -37,16 +37,19 @@ def interleave(
     slo_tpot_s: float = math.inf,
     adapter_bytes: Callable[[str], int] = lambda name: 0,
     warm_up: bool = True,
+    check: Callable[[Member], None] = lambda member: None,
 ) -> None:
     """Play every scenario against every variant, ``rounds`` times.
 
     In a round all variants get the same sessions; another round has another seed. Before each pass the KV cache is
-    flushed. ``adapter_bytes(name)``: bytes that bringing in that adapter copies on a TP rank.
+    flushed. ``adapter_bytes(name)``: bytes that bringing in that adapter copies on a TP rank. ``check`` is called with
+    each server that has woken up.
     """
     for number in range(-1 if warm_up else 0, rounds):
         for variant in list(variants)[:: -1 if number % 2 else 1]:
             member, names = members[variants[variant].server], variants[variant].adapters
             with member.awake() as server:
+                check(member)
                 for scenario, workload in scenarios.items():
                     member.flush()
                     before = member.adapter_loads()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from benchmark.decode.step_profile import shares
 from benchmark.memory.serve import RANKS, STOCK_SLOTS, TP, EqualMemory
 from benchmark.run import PARTS, Part, chosen, run
 from benchmark.serving import client, runner, tiny
-from benchmark.serving.fleet import Launch
+from benchmark.serving.fleet import Launch, visitors
 from benchmark.serving.runner import Variant, interleave
 from benchmark.serving.workload import Workload
 
@@ -56,6 +57,31 @@ class Fake:
         return Counter(a=self.loads)
 
 
+class Starts:
+    """An engine that tells when it is started and stopped."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    @contextlib.contextmanager
+    def start(self, model: Path, log: Path, loads: Path):
+        self.told.append(f"start {model} {log} {loads}")
+        yield SimpleNamespace(url="here")
+        self.told.append("stop")
+
+
+def test_a_visitor_is_up_while_it_is_awake_and_started_anew_each_time():
+    engine = Starts()
+    (member,) = visitors(Path("model"), {"one": engine}, Path("folder")).values()
+    assert not engine.told
+    for _ in range(2):
+        with member.awake() as server:
+            assert server is member.server
+            assert engine.told == ["start model folder/one.log folder/one.loads"]
+        assert engine.told[1:] == ["stop"]
+        engine.told.clear()
+
+
 def test_rounds_run_forth_and_back_with_the_same_sessions_for_all(monkeypatch):
     members = {name: Fake(name) for name in ("x", "y")}
     played, recorded = [], []
@@ -69,7 +95,18 @@ def test_rounds_run_forth_and_back_with_the_same_sessions_for_all(monkeypatch):
     recorder = SimpleNamespace(add=lambda *arguments: recorded.append(arguments))
     variants = {"A": Variant("x", ["a"]), "B": Variant("y", ["a"])}
     scenarios = {"one": Workload(1, math.inf, 1, "zipf:0")}
-    interleave(recorder, members, variants, scenarios, rounds=2, slo_ttft_s=1.0, adapter_bytes=lambda _: MIB)
+    checked: list[str] = []
+    interleave(
+        recorder,
+        members,
+        variants,
+        scenarios,
+        rounds=2,
+        slo_ttft_s=1.0,
+        adapter_bytes=lambda _: MIB,
+        check=lambda member: checked.append(member.name),
+    )
+    assert checked == [url for url, _ in played]
     assert [url for url, _ in played] == ["y", "x", "x", "y", "y", "x"]  # the first two warm up
     assert played[2][1] == played[3][1] != played[4][1] == played[5][1]
     assert [(variant, number) for _, variant, number, _ in recorded] == [("A", 0), ("B", 0), ("B", 1), ("A", 1)]
