@@ -22,7 +22,8 @@ from benchmark.serving.tiny import AdapterChoice
 from benchmark.serving.workload import Workload
 
 TP = 2
-POLICIES = ("fcfs", "lpm", "adapter-affinity")
+BOUNDS = ("16:16", "64:16", "128:16", "256:16")  # steps and chunks beside the default
+POLICIES = ("fcfs", "lpm", "adapter-affinity", *(f"adapter-affinity:{bound}" for bound in BOUNDS))
 ADAPTERS, RANK = 24, 8
 POOL_TOKENS = 4096  # about ten adapters and the KV of some sessions
 MAX_RUNNING = 8

@@ -164,11 +164,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = AFFINITY
     adapter_max_wait_steps: Annotated[
         int, Flag(help=f"{AFFINITY}: scheduler steps for which a request may be overtaken", at_least=1)
-    ] = 16
+    ] = 128
     adapter_round_chunks: Annotated[
         int,
         Flag(help=f"{AFFINITY}: prefill chunks that an adapter may take before others have their turn", at_least=1),
-    ] = 16
+    ] = 4
     adapter_weights: Annotated[
         dict[str, float],
         Flag(
