@@ -7,12 +7,17 @@ Does the simulator foretell how the policies rank?
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from benchmark.scheduler import serve
 from benchmark.serving import tiny
 from research import scheduler
 from research.simulation.costs import GIB, CpuCosts
+from research.simulation.policies import Policy
 from research.simulation.scenario import Contender, Scenario, main
+from research.simulation.systems import System, Unified
 
+BOUNDS = tuple(f"adapter-affinity:{bound}" for bound in ("16:16", "64:16", "128:16", "256:16"))
 MEMORY_GIB = serve.POOL_TOKENS * tiny.kv_bytes(serve.TP) / GIB
 SCENARIOS = tuple(
     Scenario(name, workload, MEMORY_GIB, (serve.RANK,), CpuCosts(), serve.MAX_RUNNING)
@@ -27,7 +32,13 @@ SETTINGS = {
 def contenders(scenario: Scenario) -> dict[str, Contender]:
     """Those of the real servers."""
     known = scheduler.contenders(scenario)
-    return {policy: known[policy] for policy in serve.POLICIES}
+    return {policy: known.get(policy) or Contender(Unified, bounded(policy)) for policy in (*serve.POLICIES, *BOUNDS)}
+
+
+def bounded(policy: str) -> Callable[[System], Policy]:
+    """Ours with the age bound and the rounds that ``serve.launch`` reads from such a name."""
+    _, steps, chunks = policy.split(":")
+    return scheduler.ours(max_wait_steps=int(steps), round_chunks=int(chunks))
 
 
 if __name__ == "__main__":

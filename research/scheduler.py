@@ -55,9 +55,12 @@ def contenders(scenario: Scenario) -> dict[str, Contender]:
     if scenario.name in {ablated.name for ablated in ABLATED}:
         policies |= {
             "ours, overtaken 4 steps": ours(max_wait_steps=4),
+            "ours, overtaken 16 steps": ours(max_wait_steps=16),
             "ours, overtaken 64 steps": ours(max_wait_steps=64),
             "ours, overtaken 256 steps": ours(max_wait_steps=256),
             "ours, rounds of one chunk": ours(round_chunks=1),
+            "ours, rounds of 16 chunks": ours(round_chunks=16),
+            "ours, 16 steps, 16 chunks": ours(max_wait_steps=16, round_chunks=16),
             "ours, any adapter joins a batch alike": ours(batch_tokens=0.0),
         }
     return {name: Contender(Unified, policy) for name, policy in policies.items()}

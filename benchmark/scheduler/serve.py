@@ -3,7 +3,7 @@
 The same server, unified memory, three times with another ``--schedule-policy``; few requests run at once, so that a
 queue forms. It confirms on real ranks what the simulator ranks at full scale.
 
-    python -m benchmark.scheduler.serve [--rounds 2] [--sessions 40]
+    python -m benchmark.scheduler.serve [--rounds 2] [--sessions 40] [--policies fcfs lpm adapter-affinity:16:16 ...]
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from benchmark.serving.tiny import AdapterChoice
 from benchmark.serving.workload import Workload
 
 TP = 2
-BOUNDS = ("16:16", "64:16", "128:16", "256:16")  # steps and chunks beside the default
-POLICIES = ("fcfs", "lpm", "adapter-affinity", *(f"adapter-affinity:{bound}" for bound in BOUNDS))
+POLICIES = ("fcfs", "lpm", "adapter-affinity")
 ADAPTERS, RANK = 24, 8
 POOL_TOKENS = 4096  # about ten adapters and the KV of some sessions
 MAX_RUNNING = 8
