@@ -2,12 +2,15 @@
 
 Does the simulator foretell how the policies rank?
 
+Conversations of four times as many turns are played too: who waits longer where as many wait for longer?
+
     python -m research.predict [--quick]
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from benchmark.scheduler import serve
 from benchmark.serving import tiny
@@ -19,9 +22,11 @@ from research.simulation.systems import System, Unified
 
 BOUNDS = tuple(f"adapter-affinity:{bound}" for bound in ("16:16", "64:16", "128:16", "256:16"))
 MEMORY_GIB = serve.POOL_TOKENS * tiny.kv_bytes(serve.TP) / GIB
+WORKLOADS = serve.scenarios(serve.SESSIONS)
+LONGER = {f"{name}, four times as long": replace(played, turns=(12, 28)) for name, played in WORKLOADS.items()}
 SCENARIOS = tuple(
     Scenario(name, workload, MEMORY_GIB, (serve.RANK,), CpuCosts(), serve.MAX_RUNNING)
-    for name, workload in serve.scenarios(serve.SESSIONS).items()
+    for name, workload in (WORKLOADS | LONGER).items()
 )
 SETTINGS = {
     "SIMULATED": "SGLang's and our own tree, allocator, admission and pools; a step as long as on the real servers",
