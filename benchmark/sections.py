@@ -211,9 +211,15 @@ SCHEDULER_BRIEF = Brief(
         "fcfs": "fcfs (SGLang's default)",
         "lpm": "lpm (SGLang's)",
         "adapter-affinity": "adapter-affinity (ours, default)",
+        "adapter-affinity:64:16": "ours, 64 steps, rounds of 16 chunks",
+        "adapter-affinity:16:16": "ours, 16 steps, rounds of 16 chunks",
     },
     columns=(FIRST_TOKEN, FIRST_TOKEN_TAIL, SLO, LATENCIES[-1], HITS),
-    ours=("adapter-affinity (ours, default)",),
+    ours=(
+        "adapter-affinity (ours, default)",
+        "ours, 64 steps, rounds of 16 chunks",
+        "ours, 16 steps, rounds of 16 chunks",
+    ),
     plotted=(FIRST_TOKEN, FIRST_TOKEN_TAIL),
 )
 

@@ -9,11 +9,11 @@ SGLang's fcfs and lpm, and ours with other age bounds (``--adapter-max-wait-step
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 from research.scheduler import ours, upstream
@@ -64,9 +64,9 @@ def scenario(asked: Asked, rate: float) -> Scenario:
 
 
 def contenders(scenario: Scenario) -> dict[str, Contender]:
-    """SGLang's, and ours by age bound and round of fairness; 4 steps are first come, first served (``scheduler.py``)."""
+    """SGLang's, and ours by age bound and rounds; 4 steps are first come, first served (``scheduler.py``)."""
     policies = {UNBOUNDED: upstream("lpm"), BASELINE: upstream("fcfs")}
-    for steps, chunks in (*itertools.product((16, 64, 128), (16, 8, 4)), (256, 16)):
+    for steps, chunks in (*product((16, 64, 128), (16, 8, 4)), (256, 16)):
         policies[f"ours, {steps} steps, {chunks} chunks"] = ours(max_wait_steps=steps, round_chunks=chunks)
     return {name: Contender(Unified, policy) for name, policy in policies.items()}
 
