@@ -34,13 +34,7 @@ class Part:
 PARTS = {
     "end_to_end_tp2": Part("benchmark.paper.end_to_end --tp 2", 420),
     "memory": Part("benchmark.memory.serve", 480),
-    "scheduler": Part("benchmark.scheduler.serve", 600),
-    "scheduler_bounds": Part(
-        "benchmark.scheduler.serve --policies fcfs lpm adapter-affinity "
-        "adapter-affinity:16:16 adapter-affinity:64:16 adapter-affinity:128:16 adapter-affinity:256:16",
-        1500,
-        quick=False,
-    ),
+    "scheduler": Part("benchmark.scheduler.serve", 720),
     "quality": Part("benchmark.quality.train", 2400, quick=False),
     "activated": Part("benchmark.activated.serve", 900, quick=False),
     "activated_base_cost": Part("benchmark.activated.base_cost", 420, quick=False),

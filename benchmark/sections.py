@@ -226,8 +226,7 @@ SCHEDULER_BRIEF = Brief(
 SCARCE_BRIEF = Brief(
     scenario="zipf:1.0, 3 sessions/s",
     rows={
-        **{(name := f"vLLM, {slots} slots"): name for slots in (4, 8, 12)},
-        **{(name := f"vLLM fully sharded, {slots} slots"): name for slots in (8, 12)},
+        **{f"vLLM, {slots} slots": f"vLLM, {slots} slots" for slots in (2, 4, 8, 12)},
         "stock SGLang": "SGLang's LoRA, 4 slots",
         "ours, plain": "plain (ours)",
         "ours, block-diagonal": "block-diagonal (ours)",

@@ -20,7 +20,7 @@ from research.simulation.policies import Policy
 from research.simulation.scenario import Contender, Scenario, main
 from research.simulation.systems import System, Unified
 
-BOUNDS = tuple(f"adapter-affinity:{bound}" for bound in ("16:16", "64:16", "128:16", "256:16"))
+BOUNDS = tuple(f"adapter-affinity:{bound}" for bound in ("64:16", "128:16", "256:16"))
 MEMORY_GIB = serve.POOL_TOKENS * tiny.kv_bytes(serve.TP) / GIB
 WORKLOADS = serve.scenarios(serve.SESSIONS)
 LONGER = {f"{name}, four times as long": replace(played, turns=(12, 28)) for name, played in WORKLOADS.items()}

@@ -1,6 +1,6 @@
 """Scheduling policies on a real server: who waits how long when 24 adapters share fewer places than they need.
 
-The same server, unified memory, three times with another ``--schedule-policy``; few requests run at once, so that a
+The same server, unified memory, each time with another ``--schedule-policy``; few requests run at once, so that a
 queue forms. It confirms on real ranks what the simulator ranks at full scale.
 
     python -m benchmark.scheduler.serve [--rounds 2] [--sessions 40] [--policies fcfs lpm adapter-affinity:16:16 ...]
@@ -22,7 +22,7 @@ from benchmark.serving.tiny import AdapterChoice
 from benchmark.serving.workload import Workload
 
 TP = 2
-POLICIES = ("fcfs", "lpm", "adapter-affinity")
+POLICIES = ("fcfs", "lpm", "adapter-affinity", "adapter-affinity:16:16")
 ADAPTERS, RANK = 24, 8
 POOL_TOKENS = 4096  # about ten adapters and the KV of some sessions
 MAX_RUNNING = 8

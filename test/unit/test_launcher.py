@@ -151,7 +151,7 @@ GIVEN = {
     "--adapter-overlap": (["stream"], "stream"),
     "--schedule-policy": (["fcfs", "lpm"], "lpm"),
     "--adapter-max-wait-steps": (["2"], 2),
-    "--adapter-round-chunks": (["4"], 4),
+    "--adapter-round-chunks": (["2"], 2),
     "--adapter-weight": (["a=2", "b=0.5"], {"a": 2.0, "b": 0.5}),
     "--adapter-decision-log": (["log"], "log"),
     "--accept-unknown-sglang": ([], True),
