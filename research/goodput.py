@@ -64,7 +64,7 @@ def scenario(asked: Asked, rate: float) -> Scenario:
 
 
 def contenders(scenario: Scenario) -> dict[str, Contender]:
-    """SGLang's, and ours by age bound and rounds; 4 steps are first come, first served (``scheduler.py``)."""
+    """SGLang's, and ours by age bound and rounds."""
     policies = {UNBOUNDED: upstream("lpm"), BASELINE: upstream("fcfs")}
     for steps, chunks in (*product((16, 64, 128), (16, 8, 4)), (256, 16)):
         policies[f"ours, {steps} steps, {chunks} chunks"] = ours(max_wait_steps=steps, round_chunks=chunks)

@@ -9,18 +9,16 @@ Conversations of four times as many turns are played too: who waits longer where
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from benchmark.scheduler import serve
 from benchmark.serving import tiny
 from research import scheduler
 from research.simulation.costs import GIB, CpuCosts
-from research.simulation.policies import Policy
 from research.simulation.scenario import Contender, Scenario, main
-from research.simulation.systems import System, Unified
+from research.simulation.systems import Unified
 
-BOUNDS = tuple(f"adapter-affinity:{bound}" for bound in ("64:16", "128:16", "256:16"))
+SWEPT = tuple(f"adapter-affinity:{steps}:16" for steps in (16, 64, 128, 256))
 MEMORY_GIB = serve.POOL_TOKENS * tiny.kv_bytes(serve.TP) / GIB
 WORKLOADS = serve.scenarios(serve.SESSIONS)
 LONGER = {f"{name}, four times as long": replace(played, turns=(12, 28)) for name, played in WORKLOADS.items()}
@@ -37,13 +35,8 @@ SETTINGS = {
 def contenders(scenario: Scenario) -> dict[str, Contender]:
     """Those of the real servers."""
     known = scheduler.contenders(scenario)
-    return {policy: known.get(policy) or Contender(Unified, bounded(policy)) for policy in (*serve.POLICIES, *BOUNDS)}
-
-
-def bounded(policy: str) -> Callable[[System], Policy]:
-    """Ours with the age bound and the rounds that ``serve.launch`` reads from such a name."""
-    _, steps, chunks = policy.split(":")
-    return scheduler.ours(max_wait_steps=int(steps), round_chunks=int(chunks))
+    swept = {policy: Contender(Unified, scheduler.ours(**serve.read(policy)[1])) for policy in SWEPT}
+    return {policy: (known | swept)[policy] for policy in (*serve.POLICIES, *SWEPT)}
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from benchmark.serving.workload import Workload
 
 TP = 2
 POLICIES = ("fcfs", "lpm", "adapter-affinity", "adapter-affinity:16:16")
+BOUNDS = {"max_wait_steps": "--adapter-max-wait-steps", "round_chunks": "--adapter-round-chunks"}
 ADAPTERS, RANK = 24, 8
 POOL_TOKENS = 4096  # about ten adapters and the KV of some sessions
 MAX_RUNNING = 8
@@ -53,13 +54,19 @@ def build(folder: Path) -> tuple[Path, dict[str, Path]]:
     return tiny.build(folder, {f"a{i}": AdapterChoice(rank=RANK) for i in range(ADAPTERS)})
 
 
-def launch(adapters: Mapping[str, Path], policy: str) -> Launch:
-    """A server under that policy; ``adapter-affinity:64:4`` has another age bound and shorter rounds of fairness."""
+def read(policy: str) -> tuple[str, dict[str, int]]:
+    """``adapter-affinity:64:4`` -> its name, and the age bound (steps) and the round (prefill chunks), where given."""
     name, *numbers = policy.split(":")
+    return name, dict(zip(BOUNDS, map(int, numbers), strict=False))
+
+
+def launch(adapters: Mapping[str, Path], policy: str) -> Launch:
+    """A server under that policy."""
+    name, bounds = read(policy)
     memory = ("--adapter-memory", "unified", "--max-total-tokens", str(POOL_TOKENS))
     limits = ("--max-running-requests", str(MAX_RUNNING), "--schedule-policy", name)
-    for flag, number in zip(("--adapter-max-wait-steps", "--adapter-round-chunks"), numbers, strict=False):
-        limits += (flag, number)
+    for bound, number in bounds.items():
+        limits += (BOUNDS[bound], str(number))
     return Launch(False, ("--tp", str(TP), *memory, *limits, *tiny.lora_paths(adapters)))
 
 
