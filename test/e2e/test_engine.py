@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from blocklora_testing.case import NEW_TOKENS, Case
 from blocklora_testing.models import build_model, peft_tokens
+from blocklora_testing.server import free_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples/frontend"
 SCRIPT = """
@@ -199,6 +200,7 @@ def found(llama: Case, other: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "tp": 2,
         "dtype": "float32",
         "max_total_tokens": 16384,
+        "nccl_port": free_port(),
         "lora_paths": [f"{name}={llama.adapters[name]}" for name in ("n2", "plain")],
     }
     folders = {name: str(folder) for name, folder in llama.adapters.items()}

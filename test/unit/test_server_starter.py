@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from blocklora_testing.server import ServerFailed, free_port, running
+from blocklora_testing.server import PORTS, ServerFailed, free_port, own_ports, running
 
 ENDS = ("-c", "import sys; print('GPU is on fire'); sys.exit(3)")
 # Answers only its third health check, and has a child that would outlive it.
@@ -78,3 +78,12 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(tmp_path: Path) 
             pytest.fail("it started")
     assert not (tmp_path / "log").exists()
     assert free_port(port) == port
+
+
+def test_ports_given_are_not_given_again_nor_to_another_worker() -> None:
+    given = [free_port() for _ in range(50)]
+    assert len(set(given)) == 50
+    assert set(given) <= set(PORTS)
+    mine, other = ({next(ports) for _ in range(700)} for ports in (own_ports("gw0"), own_ports("gw1")))
+    assert len(mine) == len(other) == 700
+    assert not mine & other

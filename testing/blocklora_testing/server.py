@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -24,8 +25,9 @@ from blocklora_testing.warm import WarmProcess
 START_TIMEOUT_S = 420
 STOP_TIMEOUT_S = 10
 POLL_S = 0.5
-# Below those that the system gives to connections: between a look and SGLang's bind lie 20 s.
-PORTS = range(20000, 32768)
+# Neither those that the system gives to connections (32768 on) nor those that SGLang takes by itself for its ranks
+# (22000 to 29999) and runtimes (30000 on): between a look and SGLang's bind lie 20 s.
+PORTS = range(10000, 22000)
 TAIL_LINES = 25
 # Lines of the log that say nothing about why a server failed: our own polling, and a binding's farewell.
 NOISE = ('"GET /health', "nanobind", " - leaked ", " - ... skipped remainder", "reference counting issue")
@@ -112,12 +114,13 @@ def _answer(request: urllib.request.Request, timeout: float) -> tuple[int, Any]:
 
 
 def free_port(wanted: int = 0) -> int:
-    """``wanted``, or any TCP port of 127.0.0.1 where it is 0, that nothing listens on now.
+    """``wanted``, or where it is 0 a TCP port of 127.0.0.1 that nothing listens on now and that no one else was given.
 
+    No one else: nobody in this process, nor in another of pytest's workers.
     ``ServerFailed`` where ``wanted`` is taken: SGLang would load its model first and then hang.
     """
     if not wanted:
-        return next(port for port in random.sample(PORTS, len(PORTS)) if _is_free(port))
+        return next(port for port in _PORTS if _is_free(port))
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -125,6 +128,16 @@ def free_port(wanted: int = 0) -> int:
         except OSError as error:
             raise ServerFailed(f"Port {wanted} cannot be used ({error.strerror}): choose another one.") from error
     return wanted
+
+
+def own_ports(worker: str) -> Iterator[int]:
+    """The ports of this one of at most 16 workers of pytest (``gw0``...), from a random one on, round and round."""
+    own = PORTS[int(worker.removeprefix("gw")) % 16 :: 16]
+    first = random.randrange(len(own))
+    return itertools.cycle((*own[first:], *own[:first]))
+
+
+_PORTS = own_ports(os.environ.get("PYTEST_XDIST_WORKER", "gw0"))
 
 
 def _is_free(port: int) -> bool:
@@ -159,6 +172,8 @@ def running(
     """
     port = free_port(port)
     arguments = ["--model-path", str(model), "--port", str(port), "--dtype", "float32"]
+    if "--dp-size" not in flags:  # each replica needs a port of its own, and only SGLang can give it one
+        arguments += ["--nccl-port", str(free_port())]  # where SGLang takes a random one, another may bind it first
     # Servers that stand idle beside a test's own would keep both cores busy with looking for requests.
     arguments += ["--max-total-tokens", "16384", "--random-seed", "0", "--sleep-on-idle", *flags]
     variables = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | dict(environment or {})
