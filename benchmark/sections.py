@@ -223,10 +223,11 @@ SCHEDULER_BRIEF = Brief(
     plotted=(FIRST_TOKEN, FIRST_TOKEN_TAIL),
 )
 
+SHARDED = tuple(f"vLLM fully sharded, {slots} slots" for slots in (8, 12))
 SCARCE_BRIEF = Brief(
     scenario="zipf:1.0, 3 sessions/s",
     rows={
-        **{f"vLLM, {slots} slots": f"vLLM, {slots} slots" for slots in (2, 4, 8, 12)},
+        **{name: name for name in (*(f"vLLM, {slots} slots" for slots in (4, 8, 12)), *SHARDED)},
         "stock SGLang": "SGLang's LoRA, 4 slots",
         "ours, plain": "plain (ours)",
         "ours, block-diagonal": "block-diagonal (ours)",
@@ -279,6 +280,7 @@ SECTIONS = (
         for tp in (1, 2)
     ),
     Section(part="peers_scarce_tp2", baseline="ours, plain", columns=(*LATENCIES, SLO, HITS), brief=SCARCE_BRIEF),
+    Section(part="peers_overload_tp2", baseline="ours, plain", columns=(*LATENCIES, SLO, HITS)),
     Section(part="peers_many_tp2", baseline="ours, plain", columns=(*LATENCIES, SLO, HITS)),
     Section(part="memory", baseline="stock slots", columns=(*LATENCIES, *CACHES), brief=MEMORY_BRIEF),
     Section(
