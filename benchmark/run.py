@@ -47,7 +47,8 @@ PARTS = {
         "benchmark.peers.scarce --part peers_overload_tp2 --rates 6 12 --slots 8 --sharded-slots 12", 3600, quick=False
     ),
     "peers_many_tp2": Part(
-        "benchmark.peers.scarce --part peers_many_tp2 --adapters 200 --mib 96 --slots 8 16 --sharded-slots 16 24 --rates 3",
+        "benchmark.peers.scarce --part peers_many_tp2 --adapters 200 --mib 96 --slots 8 16 --sharded-slots 16 24"
+        " --rates 3",
         3600,
         quick=False,
     ),
