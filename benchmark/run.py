@@ -42,6 +42,7 @@ PARTS = {
     "step_profile": Part("benchmark.decode.step_profile", 900, quick=False),
     "peers_decode_tp1": Part("benchmark.peers.decode --tp 1", 3600, quick=False),
     "peers_decode_tp2": Part("benchmark.peers.decode --tp 2", 3600, quick=False),
+    "peers_scarce_tp1": Part("benchmark.peers.scarce --tp 1 --mib 72 --sharded-slots --rates 1 3", 3600, quick=False),
     "peers_scarce_tp2": Part("benchmark.peers.scarce --laws zipf:0.5 zipf:1.0 hot:0.5 --rates 1 3", 5400, quick=False),
     "peers_overload_tp2": Part(
         "benchmark.peers.scarce --part peers_overload_tp2 --rates 6 12 --slots 8 --sharded-slots 12", 3600, quick=False

@@ -279,6 +279,7 @@ SECTIONS = (
         )
         for tp in (1, 2)
     ),
+    Section(part="peers_scarce_tp1", baseline="ours, plain", columns=(*LATENCIES, SLO, HITS)),
     Section(part="peers_scarce_tp2", baseline="ours, plain", columns=(*LATENCIES, SLO, HITS), brief=SCARCE_BRIEF),
     Section(part="peers_overload_tp2", baseline="ours, plain", columns=(*LATENCIES, SLO, HITS)),
     Section(part="peers_many_tp2", baseline="ours, plain", columns=(*LATENCIES, SLO, HITS)),

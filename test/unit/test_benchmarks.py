@@ -122,7 +122,7 @@ def test_what_went_wrong_with_a_part_is_told(command, problem, capfd):
 def test_parts_are_chosen():
     assert chosen(["quality", "memory"]) == ["memory", "quality"]
     assert chosen(["activated"]) == ["activated"]
-    peers = ["decode_tp1", "decode_tp2", "scarce_tp2", "overload_tp2", "many_tp2"]
+    peers = ["decode_tp1", "decode_tp2", "scarce_tp1", "scarce_tp2", "overload_tp2", "many_tp2"]
     assert chosen(["peers"]) == [f"peers_{name}" for name in peers]
     assert chosen(["all"]) == list(PARTS)
     assert set(chosen([])) < set(PARTS)
