@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmark.record import REPOSITORY, Run, newest
-from benchmark.sections import PERCENT, SECTIONS, Brief, Column, Mean, Scenarios, Section, Variants, ratio
+from benchmark.sections import PERCENT, SECTIONS, Brief, Column, Mean, Section, Variants, ratio
 
 DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/training.md", "benchmark/results/README.md")
 IMAGES = "docs/images"
@@ -59,23 +59,18 @@ def conditions(section: Section, run: Run, root: str) -> str:
     )
 
 
-def scenarios(section: Section, run: Run) -> Scenarios:
-    """What is computed from the run's figures, then those."""
-    return {**(section.derived(run.figures) if section.derived else {}), **run.figures}
-
-
 def details(section: Section, run: Run, root: str) -> str:
     """Every scenario of the part, and its conditions; only measured ones are compared with the baseline."""
     blocks = [
         f"**{scenario}**\n\n{table(section.columns, variants, section.baseline if scenario in run.figures else None)}"
-        for scenario, variants in scenarios(section, run).items()
+        for scenario, variants in section.shown(run.figures).items()
     ]
     return "\n\n".join([*blocks, conditions(section, run, root)])
 
 
 def renamed(section: Section, brief: Brief, run: Run) -> Variants:
     """Shown name -> figures of the rows of ``brief``, the section's, that the run has."""
-    variants = scenarios(section, run)[brief.scenario]
+    variants = section.shown(run.figures)[brief.scenario]
     if brief.rows is None:
         return variants
     return {name: variants[variant] for variant, name in brief.rows.items() if variant in variants}

@@ -86,6 +86,10 @@ class Section:
     folder: str = "benchmark/results"
     derived: Callable[[Scenarios], Scenarios] | None = None
 
+    def shown(self, measured: Scenarios) -> Scenarios:
+        """What is computed from the scenarios of a run, then those."""
+        return {**(self.derived(measured) if self.derived else {}), **measured}
+
 
 LORA_ADDS = "What LoRA adds to a step"
 
@@ -223,11 +227,14 @@ SCHEDULER_BRIEF = Brief(
     plotted=(FIRST_TOKEN, FIRST_TOKEN_TAIL),
 )
 
-SHARDED = tuple(f"vLLM fully sharded, {slots} slots" for slots in (8, 12))
+VLLM_SLOTS = (
+    *(f"vLLM, {slots} slots" for slots in (4, 8, 12)),
+    *(f"vLLM fully sharded, {slots} slots" for slots in (8, 12)),
+)
 SCARCE_BRIEF = Brief(
     scenario="zipf:1.0, 3 sessions/s",
     rows={
-        **{name: name for name in (*(f"vLLM, {slots} slots" for slots in (4, 8, 12)), *SHARDED)},
+        **{name: name for name in VLLM_SLOTS},
         "stock SGLang": "SGLang's LoRA, 4 slots",
         "ours, plain": "plain (ours)",
         "ours, block-diagonal": "block-diagonal (ours)",
@@ -236,6 +243,8 @@ SCARCE_BRIEF = Brief(
     ours=("block-diagonal (ours)", "plain (ours)"),
     plotted=(FIRST_TOKEN_TAIL, LATENCIES[2]),
 )
+
+scarce = partial(Section, baseline="ours, plain", columns=(*LATENCIES, SLO, HITS))
 
 ADDED = tuple(Column(header=f"batch {batch}, ms", figure=f"added, Batch {batch}") for batch in (1, 8, 32))
 
@@ -279,10 +288,10 @@ SECTIONS = (
         )
         for tp in (1, 2)
     ),
-    Section(part="peers_scarce_tp1", baseline="ours, plain", columns=(*LATENCIES, SLO, HITS)),
-    Section(part="peers_scarce_tp2", baseline="ours, plain", columns=(*LATENCIES, SLO, HITS), brief=SCARCE_BRIEF),
-    Section(part="peers_overload_tp2", baseline="ours, plain", columns=(*LATENCIES, SLO, HITS)),
-    Section(part="peers_many_tp2", baseline="ours, plain", columns=(*LATENCIES, SLO, HITS)),
+    scarce(part="peers_scarce_tp1"),
+    scarce(part="peers_scarce_tp2", brief=SCARCE_BRIEF),
+    scarce(part="peers_overload_tp2"),
+    scarce(part="peers_many_tp2"),
     Section(part="memory", baseline="stock slots", columns=(*LATENCIES, *CACHES), brief=MEMORY_BRIEF),
     Section(
         part="scheduler",

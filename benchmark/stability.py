@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from benchmark.record import Run, finished
@@ -47,8 +47,9 @@ def rank(scenario: str, figure: str, before: Variants, after: Variants) -> Ranki
 
 def compare(section: Section, before: Run, after: Run) -> Iterator[Ranking]:
     """Every scenario that both runs have, by every figure that is shown."""
-    for scenario, variants in after.figures.items():
-        then: Mapping[str, Mapping[str, Sequence[float]]] = before.figures.get(scenario, {})
+    earlier = section.shown(before.figures)
+    for scenario, variants in section.shown(after.figures).items():
+        then = earlier.get(scenario, {})
         for column in section.columns:
             ranking = rank(scenario, column.figure, then, variants)
             if ranking.same or ranking.contrary or ranking.unclear:

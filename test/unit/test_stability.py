@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from benchmark.record import Run
 from benchmark.sections import Column, Section
 from benchmark.stability import Ranking, compare
@@ -23,6 +25,12 @@ def test_pairs_are_of_one_order_contrary_or_not_apart():
 def test_a_pair_that_changes_places_is_named():
     before, after = run(a=[1.0, 2.0], b=[3.0, 4.0]), run(a=[3.0, 4.0], b=[1.0, 2.0])
     assert list(compare(SECTION, before, after)) == [Ranking("Batch 1", "step", 0, [("a", "b")], 0)]
+
+
+def test_what_is_computed_from_a_run_is_compared_too():
+    section = replace(SECTION, derived=lambda measured: {"Doubled": measured["Batch 1"]})
+    both = [Ranking(scenario, "step", 1, [], 0) for scenario in ("Doubled", "Batch 1")]
+    assert list(compare(section, run(a=[1.0], b=[2.0]), run(a=[3.0], b=[4.0]))) == both
 
 
 def test_ranges_that_touch_are_not_apart():
